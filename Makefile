@@ -1,0 +1,60 @@
+# `make demo` and `make test` are all a newcomer needs.
+#
+# VENV= PYTHON=python3 makes every verb run with an interpreter that already has what is needed, without a network:
+#     make gpu-check VENV= PYTHON=python3
+VENV ?= .venv
+BOOTSTRAP ?= python3
+ifneq ($(VENV),)
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+else
+PYTHON ?= python3
+READY :=
+endif
+export PYTHONPATH := $(CURDIR):$(CURDIR)/client$(if $(PYTHONPATH),:$(PYTHONPATH))
+ARGS ?=
+RESULTS ?= benchmarks/results/latest
+
+.PHONY: help demo test lint format stubs gpu-check bench wheelhouse clean
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+# torch comes first and by its exact version: a range would take the newest build with all its CUDA packages.
+$(VENV)/.ready: pyproject.toml client/pyproject.toml constraints.txt
+	$(BOOTSTRAP) -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PYTHON) -m pip install -q -c constraints.txt -e ./client -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## start the service, search real text, check every row (ARGS="--keys 65536 --synthetic --json")
+	@$(PYTHON) -m streamindex_service demo $(ARGS)
+
+test: $(READY)  ## all CPU tests
+	$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+
+lint: $(READY)  ## ruff, mypy, buf, stubs up to date
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(if $(VENV),PATH="$(CURDIR)/$(VENV)/bin:$$PATH") buf lint
+	$(PYTHON) tools/build_stubs.py --check
+
+format: $(READY)  ## write what lint asks for
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+stubs: $(READY)  ## build the protobuf stubs from proto/
+	$(PYTHON) tools/build_stubs.py
+
+gpu-check:  ## on a CUDA host: tests marked gpu, then the benchmarks, results as JSON
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+	$(PYTHON) -m benchmarks --out $(RESULTS)
+
+bench:  ## the benchmarks that a CPU host can run
+	$(PYTHON) -m benchmarks --out $(RESULTS)
+
+wheelhouse: $(READY)  ## .wheels/: what an offline CUDA host with Python 3.12, torch and triton lacks
+	$(PYTHON) tools/wheelhouse.py .wheels
+
+clean:  ## everything that make made
+	rm -rf $(VENV) .wheels .pytest_cache .mypy_cache .ruff_cache

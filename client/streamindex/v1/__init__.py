@@ -1,0 +1,1 @@
+"""Stubs generated from `proto/streamindex/v1` by `make stubs`."""

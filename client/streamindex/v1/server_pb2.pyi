@@ -1,0 +1,110 @@
+from streamindex.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetCapabilitiesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetCapabilitiesResponse(_message.Message):
+    __slots__ = ("service_version", "device", "implementation", "implementations", "key_formats", "limits", "search_modes")
+    SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+    IMPLEMENTATIONS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FORMATS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_MODES_FIELD_NUMBER: _ClassVar[int]
+    service_version: str
+    device: str
+    implementation: str
+    implementations: _containers.RepeatedCompositeFieldContainer[Implementation]
+    key_formats: _containers.RepeatedScalarFieldContainer[_types_pb2.KeyFormat]
+    limits: Limits
+    search_modes: _containers.RepeatedScalarFieldContainer[_types_pb2.SearchMode]
+    def __init__(self, service_version: _Optional[str] = ..., device: _Optional[str] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[Implementation, _Mapping]]] = ..., key_formats: _Optional[_Iterable[_Union[_types_pb2.KeyFormat, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., search_modes: _Optional[_Iterable[_Union[_types_pb2.SearchMode, str]]] = ...) -> None: ...
+
+class Implementation(_message.Message):
+    __slots__ = ("name", "key_formats", "repeatable")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KEY_FORMATS_FIELD_NUMBER: _ClassVar[int]
+    REPEATABLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    key_formats: _containers.RepeatedScalarFieldContainer[_types_pb2.KeyFormat]
+    repeatable: bool
+    def __init__(self, name: _Optional[str] = ..., key_formats: _Optional[_Iterable[_Union[_types_pb2.KeyFormat, str]]] = ..., repeatable: bool = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_heads", "max_head_dim", "max_top_k", "max_layers", "max_layer_keys", "max_chunk_bytes", "max_batch_items", "max_batch_rows")
+    MAX_HEADS_FIELD_NUMBER: _ClassVar[int]
+    MAX_HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MAX_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LAYER_KEYS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    max_heads: int
+    max_head_dim: int
+    max_top_k: int
+    max_layers: int
+    max_layer_keys: int
+    max_chunk_bytes: int
+    max_batch_items: int
+    max_batch_rows: int
+    def __init__(self, max_heads: _Optional[int] = ..., max_head_dim: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_layers: _Optional[int] = ..., max_layer_keys: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_batch_rows: _Optional[int] = ...) -> None: ...
+
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms")
+    LEDGERS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_SEARCHES_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_SEARCHES_FIELD_NUMBER: _ClassVar[int]
+    KEY_CACHES_FIELD_NUMBER: _ClassVar[int]
+    OPEN_UPLOADS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_MS_FIELD_NUMBER: _ClassVar[int]
+    ledgers: _containers.RepeatedCompositeFieldContainer[Ledger]
+    queued_searches: int
+    running_searches: int
+    key_caches: int
+    open_uploads: int
+    worker_restarts: int
+    ready: bool
+    device_allocated_bytes: int
+    device_peak_bytes: int
+    uptime_ms: int
+    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ...) -> None: ...
+
+class Ledger(_message.Message):
+    __slots__ = ("name", "limit_bytes", "reserved_bytes", "peak_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    limit_bytes: int
+    reserved_bytes: int
+    peak_bytes: int
+    def __init__(self, name: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+
+class WatchLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchLoadResponse(_message.Message):
+    __slots__ = ("load",)
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    load: GetLoadResponse
+    def __init__(self, load: _Optional[_Union[GetLoadResponse, _Mapping]] = ...) -> None: ...

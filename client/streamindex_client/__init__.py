@@ -1,0 +1,105 @@
+"""Client of StreamIndex Service: key caches, streamed search, top-k indices; blocking and asyncio.
+
+    with streamindex_client.connect("unix:///run/streamindex.sock") as client:
+        cache = client.create_key_cache(heads=64, head_dim=128, ratio=4, key_format="bf16", layers=21)
+        cache.append(layer=0, keys=k)                                   # [keys, head_dim]
+        for part in cache.search(layer=0, q=q, w=w, top_k=512, start_position=0):
+            part.indices                                                # [rows, top_k] int32
+
+The protocol is written once, without I/O (`operations`, `upload`, `search`, `retry`); `sync_driver` and `aio_driver`
+interpret it.
+"""
+
+from streamindex_client.aio_client import AsyncClient, AsyncKeyCache, AsyncSearchStream, connect_async
+from streamindex_client.batch import BatchItem, BatchResult
+from streamindex_client.client import Client, KeyCache, SearchStream, connect
+from streamindex_client.errors import (
+    AuthenticationError,
+    CancelledCallError,
+    ConventionMismatchError,
+    DataLossError,
+    DeadlineError,
+    ExceedsBudgetError,
+    FailedPreconditionError,
+    InputError,
+    InternalError,
+    InvalidRequestError,
+    NonFiniteError,
+    NotFoundError,
+    OffsetGapError,
+    PermissionDeniedError,
+    PoisonError,
+    ProtocolError,
+    ResourceExhaustedError,
+    SlowConsumerError,
+    StreamIndexError,
+    UnavailableError,
+    UnimplementedError,
+    UploadConflictError,
+    WorkerLostError,
+)
+from streamindex_client.formats import KeyFormat, Priority, ResultOrder, SearchMode
+from streamindex_client.handles import SearchResult
+from streamindex_client.model import (
+    Capabilities,
+    Implementation,
+    KeyCacheInfo,
+    KeyCacheSpec,
+    Ledger,
+    Load,
+    UploadState,
+)
+from streamindex_client.options import ClientOptions, RetryPolicy
+from streamindex_client.search import SearchPart, SearchSummary
+
+__all__ = [
+    "AsyncClient",
+    "AsyncKeyCache",
+    "AsyncSearchStream",
+    "AuthenticationError",
+    "BatchItem",
+    "BatchResult",
+    "CancelledCallError",
+    "Capabilities",
+    "Client",
+    "ClientOptions",
+    "ConventionMismatchError",
+    "DataLossError",
+    "DeadlineError",
+    "ExceedsBudgetError",
+    "FailedPreconditionError",
+    "Implementation",
+    "InputError",
+    "InternalError",
+    "InvalidRequestError",
+    "KeyCache",
+    "KeyCacheInfo",
+    "KeyCacheSpec",
+    "KeyFormat",
+    "Ledger",
+    "Load",
+    "NonFiniteError",
+    "NotFoundError",
+    "OffsetGapError",
+    "PermissionDeniedError",
+    "PoisonError",
+    "Priority",
+    "ProtocolError",
+    "ResourceExhaustedError",
+    "ResultOrder",
+    "RetryPolicy",
+    "SearchMode",
+    "SearchPart",
+    "SearchResult",
+    "SearchStream",
+    "SearchSummary",
+    "SlowConsumerError",
+    "StreamIndexError",
+    "UnavailableError",
+    "UnimplementedError",
+    "UploadConflictError",
+    "UploadState",
+    "WorkerLostError",
+    "connect",
+    "connect_async",
+]

@@ -1,0 +1,270 @@
+"""The asyncio client: the methods of the blocking one, awaited."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from streamindex_client import operations
+from streamindex_client.aio_driver import AioDriver
+from streamindex_client.batch import BatchItem, BatchResult, build_batch
+from streamindex_client.formats import KeyFormat, Priority, ResultOrder, SearchMode
+from streamindex_client.handles import CacheHandle, Collector, SearchResult, cache_spec
+from streamindex_client.options import ClientOptions
+from streamindex_client.requests import search_source
+from streamindex_client.retry import Environment
+from streamindex_client.target import channel_options, grpc_target
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from types import TracebackType
+
+    from streamindex_client.model import Capabilities, KeyCacheInfo, Load, UploadState
+    from streamindex_client.search import SearchPart, SearchSession, SearchSummary
+
+__all__ = ["AsyncClient", "AsyncKeyCache", "AsyncSearchStream", "connect_async"]
+
+
+def connect_async(
+    target: str,
+    *,
+    options: ClientOptions | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
+    metadata: Sequence[tuple[str, str]] = (),
+) -> AsyncClient:
+    """A client of the service at `unix:///path`, `host:port` or `tcp://host:port`; connects on its first call.
+
+    `credentials`: TLS for a connection beyond this host. `metadata` goes with every call. Raises InputError.
+    """
+    env = Environment(options or ClientOptions())
+    arguments = channel_options(env.options)
+    if credentials is None:
+        channel = grpc.aio.insecure_channel(grpc_target(target), arguments)
+    else:
+        channel = grpc.aio.secure_channel(grpc_target(target), credentials, arguments)
+    return AsyncClient(AioDriver(channel, tuple(metadata), env.new_key), env)
+
+
+class AsyncClient:
+    """A connection, used on one event loop. Every method may raise the errors of `streamindex_client.errors`.
+
+    `timeout` is seconds for the whole operation, retries included; None takes the options' default.
+    """
+
+    def __init__(self, driver: AioDriver, env: Environment) -> None:
+        self._driver = driver
+        self._env = env
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; caches stay on the server."""
+        await self._driver.close()
+
+    async def create_key_cache(
+        self,
+        *,
+        heads: int,
+        head_dim: int,
+        ratio: int,
+        key_format: KeyFormat | str,
+        layers: int,
+        convention: str = "",
+        expected_keys: int = 0,
+        idle_ttl_s: int = 0,
+        priority: Priority | str = Priority.STANDARD,
+        timeout: float | None = None,
+    ) -> AsyncKeyCache:
+        """Make an empty cache; see `KeyCacheSpec` for the arguments. Raises ResourceExhaustedError, InputError."""
+        spec = cache_spec(heads, head_dim, ratio, key_format, layers, convention, expected_keys, idle_ttl_s, priority)
+        return AsyncKeyCache(self, await self._driver.run(operations.create_key_cache(self._env, spec, timeout)))
+
+    async def open_key_cache(self, cache_id: str, *, timeout: float | None = None) -> AsyncKeyCache:
+        """A cache made earlier by the same caller. Raises NotFoundError."""
+        return AsyncKeyCache(self, await self._driver.run(operations.get_key_cache(self._env, cache_id, timeout)))
+
+    async def list_key_caches(self, *, timeout: float | None = None) -> list[AsyncKeyCache]:
+        """The caller's caches, oldest first."""
+        return [
+            AsyncKeyCache(self, info) for info in await self._driver.run(operations.list_key_caches(self._env, timeout))
+        ]
+
+    async def query_upload(self, upload_id: str, *, timeout: float | None = None) -> UploadState:
+        """How far an upload has come. Raises NotFoundError once it has expired."""
+        return await self._driver.run(operations.query_upload(self._env, upload_id, timeout))
+
+    async def search_batch(
+        self,
+        items: Sequence[BatchItem],
+        *,
+        top_k: int,
+        order: ResultOrder | str = ResultOrder.SCORE,
+        mode: SearchMode | str = SearchMode.EXACT,
+        want_scores: bool = False,
+        timeout: float | None = None,
+    ) -> list[BatchResult]:
+        """A ragged decode step in one round trip; a failed item has its `error` set and fails no other."""
+        batch = build_batch(items, top_k=top_k, order=order, mode=mode, want_scores=want_scores)
+        return await self._driver.run(operations.search_batch(self._env, batch, timeout))
+
+    async def capabilities(self, *, timeout: float | None = None) -> Capabilities:
+        """Limits, formats and implementations."""
+        return await self._driver.run(operations.capabilities(self._env, timeout))
+
+    async def load(self, *, timeout: float | None = None) -> Load:
+        """Ledgers, queue and caches."""
+        return await self._driver.run(operations.load(self._env, timeout))
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Until the service admits searches. Raises DeadlineError after `timeout` seconds."""
+        await self._driver.run(operations.wait_ready(self._env, timeout))
+
+
+class AsyncSearchStream:
+    """The answer of a search, part by part; also a context manager. `summary` is complete after the last part."""
+
+    def __init__(self, session: SearchSession, parts: Any) -> None:
+        self._session = session
+        self._parts = parts
+
+    def __aiter__(self) -> AsyncIterator[SearchPart]:
+        return self
+
+    async def __anext__(self) -> SearchPart:
+        part: SearchPart = await anext(self._parts)
+        return part
+
+    async def __aenter__(self) -> AsyncSearchStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def summary(self) -> SearchSummary:
+        """What is known of the search so far."""
+        return self._session.summary
+
+    async def close(self) -> None:
+        """Cancel what is not answered yet."""
+        await self._parts.aclose()
+
+
+class AsyncKeyCache(CacheHandle):
+    """A cache on the server."""
+
+    def __init__(self, client: AsyncClient, info: KeyCacheInfo) -> None:
+        super().__init__(info)
+        self._client = client
+
+    async def append(
+        self,
+        *,
+        layer: int,
+        keys: Any,
+        scales: Any = None,
+        first_row: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+        resume_upload_id: str | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Write keys [keys, head_dim] in the cache's format; the layer's length afterwards.
+
+        `scales` [keys] float32 for FP8_E4M3. `first_row` None: at the layer's length. `progress(done_rows,
+        total_rows)` is called as the server acknowledges rows. Nothing is visible before all is. A broken connection
+        is resumed; an error carries `metadata["upload_id"]`, which with the same keys as `resume_upload_id` goes on
+        later. Raises InputError, NonFiniteError, DataLossError, UploadConflictError, ResourceExhaustedError.
+        """
+        operation = operations.append_keys(
+            self._client._env,
+            self.info,
+            layer=layer,
+            keys=keys,
+            scales=scales,
+            first_row=first_row,
+            progress=progress,
+            resume_upload_id=resume_upload_id,
+            timeout_s=timeout,
+        )
+        return self._note_length(layer, await self._client._driver.run(operation))
+
+    def search(
+        self,
+        *,
+        layer: int,
+        q: Any,
+        w: Any = None,
+        top_k: int,
+        start_position: int | None = None,
+        positions: Any = None,
+        order: ResultOrder | str = ResultOrder.SCORE,
+        mode: SearchMode | str = SearchMode.EXACT,
+        want_scores: bool = False,
+        priority: Priority | str | None = None,
+        convention: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncSearchStream:
+        """The top_k visible keys of every query row, part by part while later queries are being sent.
+
+        q [rows, heads, head_dim] in the cache's format, w [rows, heads] float32, and `start_position` or `positions`
+        [rows]. Or q an iterator, async or not, of (q, w) chunks (with `start_position`) or of (q, w, positions)
+        chunks, of any lengths and without end: at most `ClientOptions.search_window_*` of it is held. A caller who
+        reads slowly slows the sending down. Raises InputError at once; ConventionMismatchError, NonFiniteError,
+        WorkerLostError (after the retries), DeadlineError while iterating, as well as what the iterator raises.
+        """
+        source = search_source(
+            self._client._env,
+            self.info,
+            layer=layer,
+            q=q,
+            w=w,
+            top_k=top_k,
+            start_position=start_position,
+            positions=positions,
+            order=order,
+            mode=mode,
+            want_scores=want_scores,
+            priority=priority,
+            convention=convention,
+        )
+        operation = operations.search(self._client._env, source.session, timeout)
+        return AsyncSearchStream(source.session, self._client._driver.events(operation, source.blocks))
+
+    async def search_all(self, **arguments: Any) -> SearchResult:
+        """`search` with the same arguments, as one result of all rows."""
+        async with self.search(**arguments) as stream:
+            collector = Collector(stream._session)
+            async for part in stream:
+                collector.add(part)
+            return collector.result()
+
+    async def truncate(self, keys: int, *, layer: int | None = None, timeout: float | None = None) -> None:
+        """Shorten a layer, or all, to at most `keys`."""
+        client = self._client
+        self._info = await client._driver.run(operations.truncate_keys(client._env, self.info, keys, layer, timeout))
+
+    async def fork(self, *, keys: int | None = None, timeout: float | None = None) -> AsyncKeyCache:
+        """A new cache that shares this one's rows, of each layer at most `keys`."""
+        client = self._client
+        return AsyncKeyCache(
+            client, await client._driver.run(operations.fork_key_cache(client._env, self.info, keys, timeout))
+        )
+
+    async def delete(self, *, timeout: float | None = None) -> None:
+        """Drop the cache; searches that run keep the rows they started with."""
+        await self._client._driver.run(operations.delete_key_cache(self._client._env, self.id, timeout))
+
+    async def refresh(self, *, timeout: float | None = None) -> KeyCacheInfo:
+        """Ask the server for the cache's state; also in `info` then."""
+        self._info = await self._client._driver.run(operations.get_key_cache(self._client._env, self.id, timeout))
+        return self._info

@@ -1,0 +1,184 @@
+"""What the service tells about itself and its caches, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from streamindex.v1 import key_cache_pb2
+
+from streamindex_client.errors import ProtocolError
+from streamindex_client.formats import KeyFormat, Priority, member
+from streamindex_client.tensors import unsigned
+
+if TYPE_CHECKING:
+    from streamindex.v1 import server_pb2
+
+__all__ = [
+    "Capabilities",
+    "Implementation",
+    "KeyCacheInfo",
+    "KeyCacheSpec",
+    "Ledger",
+    "Load",
+    "UploadState",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCacheSpec:
+    """What a cache is; fixed for its life.
+
+    `heads` of the queries, `head_dim` elements of a key, `ratio` tokens a key, `expected_keys` a layer (0: unknown),
+    `idle_ttl_s` (0: the server's default). Limits are the server's: see `Capabilities.limits`.
+    """
+
+    heads: int
+    head_dim: int
+    ratio: int
+    key_format: KeyFormat
+    layers: int
+    convention: str = ""
+    expected_keys: int = 0
+    idle_ttl_s: int = 0
+    priority: Priority = Priority.STANDARD
+
+    def to_wire(self) -> key_cache_pb2.KeyCacheSpec:
+        """As a message. Raises InputError naming an argument that is no number of its kind or no valid name."""
+        return key_cache_pb2.KeyCacheSpec(
+            heads=unsigned("heads", self.heads, 32, 1),
+            head_dim=unsigned("head_dim", self.head_dim, 32, 1),
+            ratio=unsigned("ratio", self.ratio, 32, 1),
+            key_format=member(KeyFormat, "key_format", self.key_format).wire,
+            layers=unsigned("layers", self.layers, 32, 1),
+            convention=self.convention,
+            expected_keys=unsigned("expected_keys", self.expected_keys, 64),
+            idle_ttl_s=unsigned("idle_ttl_s", self.idle_ttl_s, 32),
+            priority=member(Priority, "priority", self.priority).wire,
+        )
+
+    @classmethod
+    def from_wire(cls, spec: key_cache_pb2.KeyCacheSpec) -> KeyCacheSpec:
+        """From a message. Raises ProtocolError for a format that this version does not know."""
+        key_format = KeyFormat.from_wire(spec.key_format)
+        if key_format is None:
+            raise ProtocolError(f"the cache has key format {spec.key_format}, which this version does not know")
+        return cls(
+            spec.heads,
+            spec.head_dim,
+            spec.ratio,
+            key_format,
+            spec.layers,
+            spec.convention,
+            spec.expected_keys,
+            spec.idle_ttl_s,
+            Priority.from_wire(spec.priority),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCacheInfo:
+    """A cache's state when the server last told it."""
+
+    id: str
+    spec: KeyCacheSpec
+    layer_keys: tuple[int, ...]
+    host_bytes: int
+    resident_bytes: int
+
+    @classmethod
+    def from_wire(cls, cache: key_cache_pb2.KeyCache) -> KeyCacheInfo:
+        """From a message. Raises ProtocolError."""
+        spec = KeyCacheSpec.from_wire(cache.spec)
+        lengths = (*cache.layer_keys, *(0 for _ in range(spec.layers - len(cache.layer_keys))))
+        return cls(cache.id, spec, lengths, cache.host_bytes, cache.resident_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadState:
+    """How far an upload has come: rows held, and whether they are visible."""
+
+    row_offset: int
+    committed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One implementation of the search; `repeatable`: bitwise the same answer however the work is cut."""
+
+    name: str
+    key_formats: tuple[KeyFormat, ...]
+    repeatable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the server can do; constant while it runs. `limits` has the names of the contract's `Limits`."""
+
+    service_version: str
+    device: str
+    implementation: str
+    implementations: tuple[Implementation, ...]
+    key_formats: tuple[KeyFormat, ...]
+    limits: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_wire(cls, answer: server_pb2.GetCapabilitiesResponse) -> Capabilities:
+        """From a message; formats that this version does not know are left out."""
+        return cls(
+            answer.service_version,
+            answer.device,
+            answer.implementation,
+            tuple(
+                Implementation(each.name, _formats(each.key_formats), each.repeatable)
+                for each in answer.implementations
+            ),
+            _formats(answer.key_formats),
+            {name: getattr(answer.limits, name) for name in answer.limits.DESCRIPTOR.fields_by_name},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """One budget of the server, in bytes."""
+
+    limit_bytes: int
+    reserved_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the server is. `ledgers` by name: hbm, host, ingress. Device bytes are 0 on a CPU."""
+
+    ready: bool
+    ledgers: dict[str, Ledger]
+    queued_searches: int
+    running_searches: int
+    key_caches: int
+    open_uploads: int
+    worker_restarts: int
+    device_allocated_bytes: int
+    device_peak_bytes: int
+    uptime_ms: int
+
+    @classmethod
+    def from_wire(cls, answer: server_pb2.GetLoadResponse) -> Load:
+        """From a message."""
+        return cls(
+            answer.ready,
+            {each.name: Ledger(each.limit_bytes, each.reserved_bytes, each.peak_bytes) for each in answer.ledgers},
+            answer.queued_searches,
+            answer.running_searches,
+            answer.key_caches,
+            answer.open_uploads,
+            answer.worker_restarts,
+            answer.device_allocated_bytes,
+            answer.device_peak_bytes,
+            answer.uptime_ms,
+        )
+
+
+def _formats(numbers: object) -> tuple[KeyFormat, ...]:
+    assert hasattr(numbers, "__iter__"), "a repeated field"
+    return tuple(known for number in numbers if (known := KeyFormat.from_wire(number)) is not None)

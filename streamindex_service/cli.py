@@ -1,0 +1,330 @@
+"""The command line `streamindex`. Nothing heavy is imported before a command needs it; torch never is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from streamindex_service import __version__
+from streamindex_service.config import Settings, load
+
+if TYPE_CHECKING:
+    from streamindex_client import Client
+    from streamindex_client.model import Load
+
+app = typer.Typer(
+    name="streamindex",
+    help="Exact top-k key search for sparse attention, as a service.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+config_app = typer.Typer(help="The settings.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+_SECRET = re.compile(r"token|secret|password|key_file")
+_CALL_TIMEOUT_S = 5.0
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="unix:///path or host:port; by default where these settings would listen.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class KeyFormatName(StrEnum):
+    """Key formats by name."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP8_E4M3 = "fp8_e4m3"
+    FP32 = "fp32"
+
+
+class CommandError(Exception):
+    """A failure to be told in one line; `exit_code` is the process's."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@app.command()
+def serve(
+    tcp: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="TCP address; port 0: a free one.")] = None,
+    unix: Annotated[str | None, typer.Option(metavar="PATH", help="Unix socket.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.")] = None,
+    implementation: Annotated[str | None, typer.Option(help="Top-k implementation by name.")] = None,
+    device_budget: Annotated[str | None, typer.Option(metavar="BYTES", help="Device memory, as 8GiB.")] = None,
+    host_budget: Annotated[str | None, typer.Option(metavar="BYTES", help="Host memory for keys, as 64GiB.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Run the service until SIGTERM or Ctrl-C; running calls drain first.
+
+    Flags win over STREAMINDEX_SECTION__NAME variables, those over the file, that over the defaults.
+    """
+    settings = read_settings(
+        config,
+        server={"tcp_address": tcp, "unix_socket": unix},
+        worker={"device": device, "implementation": implementation},
+        memory={"device_budget_bytes": device_budget, "host_budget_bytes": host_budget},
+        log={"level": log_level},
+    )
+    from streamindex_service.frontend import server
+
+    try:
+        asyncio.run(server.serve(settings, on_listening=_say_listening))
+    except server.SocketInUseError as error:
+        raise CommandError(f"{error}; `streamindex doctor` tells more") from error
+
+
+@app.command()
+def demo(
+    keys: Annotated[int | None, typer.Option(min=1, help="Keys to upload; real data: at most 16,384.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Query rows; real data: at most 256.")] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Seeded random data of any size.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, max=4096, help="Indices a row.")] = 512,
+    ratio: Annotated[int, typer.Option(min=1, help="Tokens a key (synthetic).")] = 1,
+    heads: Annotated[int, typer.Option(min=1, max=128, help="Indexer heads (synthetic).")] = 64,
+    head_dim: Annotated[int, typer.Option(min=16, max=256, help="Elements of a key (synthetic).")] = 128,
+    key_format: Annotated[KeyFormatName, typer.Option(help="Format of keys and queries.")] = KeyFormatName.BF16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the synthetic data.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    implementation: Annotated[str, typer.Option(help="Top-k implementation by name.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Start the service, load a data set, search it, check the answers against the reference."""
+    from streamindex_service.demo import DemoError, DemoOptions, run
+
+    try:
+        options = DemoOptions(
+            keys=keys,
+            queries=queries,
+            synthetic=synthetic,
+            top_k=top_k,
+            ratio=ratio,
+            heads=heads,
+            head_dim=head_dim,
+            key_format=key_format.value,
+            seed=seed,
+            device=device,
+            implementation=implementation,
+            as_json=as_json,
+        )
+        with _reported_errors():
+            wrong_rows = run(options)
+    except DemoError as error:
+        raise CommandError(str(error)) from error
+    if wrong_rows:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def health(address: AddressOption = None, config: ConfigOption = None) -> None:
+    """Tell whether the service is ready; exit code 0 if it is."""
+    target = address or default_address(read_settings(config))
+    status = _health_status(target)
+    if status != "SERVING":
+        raise CommandError(f"{target}: {status}")
+    with _client(target) as client:
+        load_now = client.load()
+        capabilities = client.capabilities()
+    typer.echo(
+        f"{target}: SERVING on {capabilities.device} with {capabilities.implementation}, "
+        f"{load_now.running_searches} searches running, {load_now.queued_searches} waiting, "
+        f"{load_now.worker_restarts} worker restarts"
+    )
+
+
+@app.command("load")
+def show_load(address: AddressOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show the service's budgets, queue and caches."""
+    target = address or default_address(read_settings(config))
+    with _client(target) as client:
+        load_now = client.load()
+    if as_json:
+        typer.echo(json.dumps(_load_fields(load_now)))
+    else:
+        _print_load(Console(), load_now)
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show the effective settings; secrets are masked."""
+    shown = masked(read_settings(config))
+    if as_json:
+        typer.echo(json.dumps(shown))
+        return
+    table = Table("setting", "value", box=None)
+    for section, values in shown.items():
+        for name, value in values.items():
+            table.add_row(f"{section}.{name}", json.dumps(value))
+    Console(soft_wrap=True).print(table)
+
+
+@app.command()
+def doctor(
+    tcp: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="TCP address to try.")] = None,
+    unix: Annotated[str | None, typer.Option(metavar="PATH", help="Unix socket to try.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.")] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at everything the service needs and say what to do; exit code 1 when something will not work."""
+    settings = read_settings(config, server={"tcp_address": tcp, "unix_socket": unix}, worker={"device": device})
+    from streamindex_service.doctor import Level, examine
+
+    console = Console(soft_wrap=True)
+    styles = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
+    findings = []
+    for finding in examine(settings, lambda target: _health_status(target) == "SERVING"):
+        findings.append(finding)
+        if not as_json:
+            style = styles[finding.level]
+            console.print(f"[{style}]{finding.level:4}[/]  {finding.name:22}  ", end="")
+            console.print(finding.text, markup=False, highlight=False)
+            if finding.remedy:
+                console.print(f"      → {finding.remedy}", markup=False, highlight=False)
+    if as_json:
+        fields = [{"name": f.name, "level": f.level, "text": f.text, "remedy": f.remedy} for f in findings]
+        typer.echo(json.dumps(fields))
+    if any(finding.level is Level.FAIL for finding in findings):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def read_settings(config: Path | None, **sections: dict[str, Any]) -> Settings:
+    """Settings from flags (those that are None were not given), environment and file. Raises CommandError."""
+    flags = {
+        section: given
+        for section, values in sections.items()
+        if (given := {name: value for name, value in values.items() if value is not None})
+    }
+    try:
+        return load(config, **flags)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise CommandError("settings are wrong:\n  " + "\n  ".join(lines), EXIT_USAGE) from error
+    except (OSError, ValueError) as error:
+        raise CommandError(f"settings cannot be read: {error}", EXIT_USAGE) from error
+
+
+def masked(settings: BaseModel) -> dict[str, Any]:
+    """The settings as plain values; a value that is set and whose name says that it is secret reads "***"."""
+    return {
+        name: masked(value) if isinstance(value, BaseModel) else "***" if _SECRET.search(name) and value else value
+        for name, value in ((name, getattr(settings, name)) for name in type(settings).model_fields)
+    }
+
+
+def default_address(settings: Settings) -> str:
+    """Where a service with these settings listens: its unix socket if it has one. Raises CommandError."""
+    if settings.server.unix_socket:
+        return f"unix://{Path(settings.server.unix_socket).absolute()}"
+    if settings.server.tcp_address:
+        return settings.server.tcp_address
+    raise CommandError("these settings name no address; give --address", EXIT_USAGE)
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one line on standard error."""
+    try:
+        app()
+    except CommandError as error:
+        typer.echo(f"streamindex: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("streamindex: interrupted", err=True)
+        sys.exit(130)
+
+
+def _say_listening(listening: Any) -> None:
+    places = [listening.tcp_address, listening.unix_socket and f"unix://{listening.unix_socket}"]
+    typer.echo(f"StreamIndex Service {__version__} listens on " + " and ".join(filter(None, places)))
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _reported_errors() -> Iterator[None]:
+    from streamindex_client.errors import StreamIndexError
+
+    try:
+        yield
+    except StreamIndexError as error:
+        raise CommandError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _client(target: str) -> Iterator[Client]:
+    import streamindex_client
+
+    # a person waits: one attempt, and the reason why it failed
+    options = streamindex_client.ClientOptions(
+        retry=streamindex_client.RetryPolicy(max_attempts=1), default_timeout_s=_CALL_TIMEOUT_S
+    )
+    with _reported_errors(), streamindex_client.connect(target, options=options) as client:
+        yield client
+
+
+def _health_status(target: str) -> str:
+    """The service's word in grpc.health.v1, or why there is none."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from streamindex_client.errors import InputError
+    from streamindex_client.target import grpc_target
+
+    try:
+        with grpc.insecure_channel(grpc_target(target)) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_CALL_TIMEOUT_S)
+    except grpc.RpcError as error:
+        return f"{error.code().name}: {error.details()}"
+    except InputError as error:
+        raise CommandError(str(error), EXIT_USAGE) from error
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+def _load_fields(load_now: Load) -> dict[str, Any]:
+    ledgers = {
+        name: {each: getattr(ledger, each) for each in ("limit_bytes", "reserved_bytes", "peak_bytes")}
+        for name, ledger in load_now.ledgers.items()
+    }
+    names = [name for name in type(load_now).__dataclass_fields__ if name != "ledgers"]
+    return {**{name: getattr(load_now, name) for name in names}, "ledgers": ledgers}
+
+
+def _print_load(console: Console, load_now: Load) -> None:
+    ledgers = Table("budget", "limit MiB", "reserved MiB", "peak MiB", "used")
+    for column in ledgers.columns[1:]:
+        column.justify = "right"
+    for name, ledger in load_now.ledgers.items():
+        share = ledger.reserved_bytes / ledger.limit_bytes if ledger.limit_bytes else 0.0
+        sizes = (ledger.limit_bytes, ledger.reserved_bytes, ledger.peak_bytes)
+        ledgers.add_row(name, *(f"{size / (1 << 20):,.1f}" for size in sizes), f"{share:.1%}")
+    console.print(ledgers)
+    figures = Table("figure", "value", box=None)
+    figures.columns[1].justify = "right"
+    for name, value in _load_fields(load_now).items():
+        if name != "ledgers":
+            figures.add_row(name, str(value))
+    console.print(figures)

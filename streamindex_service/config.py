@@ -1,0 +1,177 @@
+"""The settings: one frozen tree. Flags win over the environment, that over the file, that over the defaults.
+
+Environment variables are `STREAMINDEX_` and the path, joined by two underscores, such as
+`STREAMINDEX_MEMORY__HOST_BUDGET_BYTES`.
+The file is TOML with one table a section. `docs/configuration.md` lists every setting.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+_MIB = 1 << 20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerSettings(_Section):
+    """Where the service listens, and what it bears."""
+
+    tcp_address: str = Field(
+        "127.0.0.1:50051", description='host:port; port 0 takes a free one; "" listens on no TCP port'
+    )
+    unix_socket: str = Field("", description='path of a unix socket (mode 0600); "" for none')
+    drain_s: Seconds = Field(25.0, description="after SIGTERM, running calls may go on for so long")
+    max_streams_per_connection: Count = Field(100, description="concurrent calls of one connection")
+    max_caches: Count = Field(100_000, description="key caches, all callers together")
+    max_uploads: Count = Field(4096, description="open uploads, all callers together")
+    upload_ttl_s: Seconds = Field(600.0, description="an upload that nobody writes is forgotten after so long")
+    default_idle_ttl_s: Seconds = Field(
+        3600.0, description="a cache that nobody names is dropped after so long"
+    )
+    max_idle_ttl_s: Seconds = Field(86_400.0, description="the longest idle time to live that a cache may ask for")
+    sweep_s: Seconds = Field(5.0, description="how often expired caches and uploads are looked for")
+    keepalive_s: Seconds = Field(30.0, description="a silent connection is asked for a sign of life after so long")
+
+    @field_validator("tcp_address")
+    @classmethod
+    def _only_loopback(cls, value: str) -> str:
+        if not value:
+            return value
+        host, separator, port = value.rpartition(":")
+        if not separator or not port.isdigit() or int(port) > 65535:
+            raise ValueError("must be host:port")
+        host = host.strip("[]")
+        loopback = host == "localhost"
+        if not loopback:
+            try:
+                loopback = ipaddress.ip_address(host).is_loopback
+            except ValueError:
+                loopback = False
+        if not loopback:
+            raise ValueError(
+                "this version has no TLS and no authentication, so it listens on loopback addresses alone; "
+                "put a proxy that has both in front of it"
+            )
+        return value
+
+
+class LimitSettings(_Section):
+    """What a request may ask for."""
+
+    max_layers: Count = Field(256, description="layers of a cache")
+    max_layer_keys: Annotated[int, Field(ge=256, le=2**31 - 1)] = Field(16_777_216, description="keys of a layer")
+    max_top_k: Annotated[int, Field(ge=1, le=4096)] = Field(4096, description="indices of an answer row")
+    max_chunk_bytes: Annotated[ByteSize, Field(ge=262_144, le=64 * _MIB)] = Field(
+        ByteSize(4 * _MIB), description="payload of one chunk"
+    )
+    upload_window_bytes: Annotated[ByteSize, Field(ge=262_144)] = Field(
+        ByteSize(16 * _MIB), description="bytes of an upload that may be on their way"
+    )
+    max_message_bytes: Annotated[ByteSize, Field(ge=_MIB, le=1024 * _MIB)] = Field(
+        ByteSize(64 * _MIB), description="one message of any call; a SearchBatch is one message"
+    )
+    max_batch_items: Count = Field(1024, description="items of a SearchBatch")
+    max_batch_rows: Count = Field(4096, description="query rows of a SearchBatch, all items together")
+    max_queued_searches: Count = Field(256, description="searches that wait; one more is refused with QUEUE_FULL")
+    max_running_searches: Count = Field(64, description="searches admitted at a time")
+    slow_consumer_s: Seconds = Field(
+        30.0, description="a search whose caller does not read or send for so long ends"
+    )
+
+
+class MemorySettings(_Section):
+    """The three budgets."""
+
+    device_budget_bytes: ByteSize = Field(
+        ByteSize(0), description="pages and workspaces on the device; 0: 85 % of a GPU, 20 % of a CPU's memory"
+    )
+    host_budget_bytes: ByteSize = Field(ByteSize(0), description="keys in host memory; 0: half of the memory")
+    ingress_budget_bytes: Annotated[ByteSize, Field(ge=4 * _MIB)] = Field(
+        ByteSize(512 * _MIB), description="query rows received and not yet answered, and their answers"
+    )
+    extent_bytes: Annotated[ByteSize, Field(ge=65_536)] = Field(
+        ByteSize(32 * _MIB), description="step in which host and device memory are taken for pages"
+    )
+    search_block_bytes: Annotated[ByteSize, Field(ge=262_144, le=64 * _MIB)] = Field(
+        ByteSize(2 * _MIB), description="unit of a search's ingress memory; it also bounds a tile"
+    )
+    ingest_threads: Annotated[int, Field(ge=1, le=64)] = Field(4, description="threads that check and copy chunks")
+    search_blocks: Annotated[int, Field(ge=2)] = Field(4, description="blocks that one search may hold")
+    workspace_bytes: Annotated[ByteSize, Field(ge=16 * _MIB)] = Field(
+        ByteSize(256 * _MIB), description="device workspace that a search takes when it is free"
+    )
+    workspace_floor_bytes: Annotated[ByteSize, Field(ge=16 * _MIB)] = Field(
+        ByteSize(16 * _MIB), description="device workspace that a search waits for"
+    )
+
+
+class WorkerSettings(_Section):
+    """The device process."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d+)$")] = Field("auto", description="auto, cpu or cuda:N")
+    implementation: str = Field("", description='top-k implementation by name; "" takes the device\'s default')
+    cpu_threads: Annotated[int, Field(ge=0)] = Field(0, description="threads of a CPU device; 0: all cores")
+    ready_timeout_s: Seconds = Field(180.0, description="a worker that is not ready by then is replaced")
+    heartbeat_s: Seconds = Field(1.0, description="how often the worker is asked for a sign of life")
+    heartbeat_timeout_s: Seconds = Field(10.0, description="a worker that is silent for so long is replaced")
+    work_timeout_s: Seconds = Field(120.0, description="a worker whose oldest work runs longer is replaced")
+    restart_backoff_s: Seconds = Field(0.5, description="wait after a worker that did not start; doubles each time")
+    max_restart_backoff_s: Seconds = Field(30.0, description="longest such wait")
+    poison_deaths: Count = Field(2, description="workers that one request may kill before it is refused")
+
+
+class LogSettings(_Section):
+    """What is logged."""
+
+    level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
+        "info", description="least severe shown"
+    )
+
+
+class Settings(BaseSettings):
+    """All settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="STREAMINDEX_", env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+    )
+
+    server: ServerSettings = ServerSettings()
+    limits: LimitSettings = LimitSettings()
+    memory: MemorySettings = MemorySettings()
+    worker: WorkerSettings = WorkerSettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, file; nothing else is read."""
+        file = TomlConfigSettingsSource(settings_cls, settings_cls.model_config.get("toml_file"))
+        return init_settings, env_settings, file
+
+
+def load(file: Path | None = None, **flags: Any) -> Settings:
+    """Read the settings. `flags` are sections as dictionaries. Raises pydantic.ValidationError, OSError."""
+    if file is None:
+        return Settings(**flags)
+    file.open("rb").close()  # a file that was named must be there
+    bound = type(
+        "Settings", (Settings,), {"model_config": SettingsConfigDict(**{**Settings.model_config, "toml_file": file})}
+    )
+    settings: Settings = bound(**flags)
+    return settings

@@ -1,0 +1,1 @@
+"""The decisions of the service: pure Python, no I/O, the clock injected, so that all of it can be simulated."""

@@ -1,0 +1,254 @@
+"""Key caches: what callers hold, as pages of host memory.
+
+A page is immutable once it is visible: a commit puts new pages in the place of old ones (copy on write), so whoever
+holds a snapshot of a layer keeps reading what it started with, a fork shares pages by counting references, and a copy
+of a page on the device stays valid for as long as the page exists.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from streamindex_service.core.pages import PagePool, PageSlot
+from streamindex_service.core.sizes import PAGE_KEYS, KeyFormat, page_bytes, pages_of
+from streamindex_service.errors import CacheNotFoundError, InvalidArgumentError, LayerChangedError, TooManyError
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What a cache is; fixed for its life."""
+
+    heads: int
+    head_dim: int
+    ratio: int
+    key_format: KeyFormat
+    layers: int
+    convention: str
+    expected_keys: int
+    idle_ttl_s: float
+    priority: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of this cache's keys."""
+        return page_bytes(self.key_format, self.head_dim)
+
+
+@dataclass(slots=True, eq=False)
+class Page:
+    """256 keys in host memory, and where they lie on the device, if they do."""
+
+    host: PageSlot
+    page_bytes: int
+    references: int = 1
+    device: PageSlot | None = None
+    pins: int = 0  # searches that use the device copy now
+
+
+@dataclass(slots=True, eq=False)
+class Layer:
+    """One layer: a length and its pages. `used_at` orders evictions."""
+
+    length_keys: int = 0
+    pages: list[Page] = field(default_factory=list)
+    used_at: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """A layer as it was at one moment; holds references on its pages until it is released."""
+
+    spec: CacheSpec
+    length_keys: int
+    pages: tuple[Page, ...]
+    layer: Layer
+
+
+@dataclass(slots=True, eq=False)
+class KeyCache:
+    """A cache and its layers."""
+
+    cache_id: str
+    owner: str
+    spec: CacheSpec
+    layers: list[Layer]
+    created: int  # order of creation
+    used_at: float
+    busy: int = 0  # calls that name it now: it does not expire under them
+    deleted: bool = False
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of its pages, shared ones counted in full."""
+        return sum(len(layer.pages) for layer in self.layers) * self.spec.page_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of its pages that are on the device."""
+        resident = sum(page.device is not None for layer in self.layers for page in layer.pages)
+        return resident * self.spec.page_bytes
+
+
+class CacheStore:
+    """All caches.
+
+    `host` is where pages come from; `drop_device` is told when a page with a copy on the device is gone.
+    """
+
+    def __init__(
+        self,
+        host: PagePool,
+        drop_device: Callable[[Page], None],
+        clock: Callable[[], float],
+        max_caches: int,
+        new_id: Callable[[], str] = lambda: "kc_" + secrets.token_urlsafe(18),
+    ) -> None:
+        self.host = host
+        self._drop_device = drop_device
+        self._clock = clock
+        self._max_caches = max_caches
+        self._new_id = new_id
+        self._caches: dict[str, KeyCache] = {}
+        self._created = 0
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def create(self, owner: str, spec: CacheSpec) -> KeyCache:
+        """Make an empty cache. Raises TooManyError."""
+        if len(self._caches) >= self._max_caches:
+            raise TooManyError(
+                f"the server holds {self._max_caches} key caches, as many as it may",
+                metadata={"key_caches": len(self._caches), "limit": self._max_caches},
+            )
+        self._created += 1
+        now = self._clock()
+        layers = [Layer() for _ in range(spec.layers)]
+        cache = KeyCache(self._new_id(), owner, spec, layers, self._created, now)
+        self._caches[cache.cache_id] = cache
+        return cache
+
+    def get(self, owner: str, cache_id: str) -> KeyCache:
+        """Find a cache of this caller and count it as used. Raises CacheNotFoundError."""
+        cache = self._caches.get(cache_id)
+        if cache is None or cache.owner != owner or self._expired(cache):
+            raise CacheNotFoundError
+        cache.used_at = self._clock()
+        return cache
+
+    def owned_by(self, owner: str, after: int, limit: int) -> list[KeyCache]:
+        """The caller's caches made after number `after`, oldest first, at most `limit`."""
+        found = (c for c in self._caches.values() if c.owner == owner and c.created > after and not self._expired(c))
+        return [cache for cache, _ in zip(found, range(limit), strict=False)]
+
+    def delete(self, cache: KeyCache) -> None:
+        """Drop a cache."""
+        del self._caches[cache.cache_id]
+        cache.deleted = True
+        for layer in cache.layers:
+            self._release(layer.pages)
+            layer.pages = []
+            layer.length_keys = 0
+
+    def expire(self) -> int:
+        """Drop every cache that was idle for its time to live; return how many."""
+        expired = [cache for cache in self._caches.values() if self._expired(cache)]
+        for cache in expired:
+            self.delete(cache)
+        return len(expired)
+
+    def truncate(self, cache: KeyCache, keys: int, layer_index: int | None) -> None:
+        """Shorten one layer, or all. Raises InvalidArgumentError for a layer that does not exist."""
+        layers = cache.layers if layer_index is None else [self.layer(cache, layer_index)]
+        for layer in layers:
+            if keys < layer.length_keys:
+                keep = pages_of(keys)
+                self._release(layer.pages[keep:])
+                del layer.pages[keep:]
+                layer.length_keys = keys
+
+    def fork(self, cache: KeyCache, keys: int | None) -> KeyCache:
+        """Make a cache that shares this one's pages. Raises TooManyError."""
+        twin = self.create(cache.owner, cache.spec)
+        for source, target in zip(cache.layers, twin.layers, strict=True):
+            target.length_keys = source.length_keys if keys is None else min(keys, source.length_keys)
+            target.pages = source.pages[: pages_of(target.length_keys)]
+            for page in target.pages:
+                page.references += 1
+        return twin
+
+    def layer(self, cache: KeyCache, index: int) -> Layer:
+        """A layer by number. Raises InvalidArgumentError."""
+        if not 0 <= index < len(cache.layers):
+            raise InvalidArgumentError(f"layer must be below {len(cache.layers)}", field="layer")
+        return cache.layers[index]
+
+    def snapshot(self, cache: KeyCache, layer_index: int) -> Snapshot:
+        """Hold a layer as it is now; `release_snapshot` lets it go. Raises InvalidArgumentError."""
+        layer = self.layer(cache, layer_index)
+        layer.used_at = self._clock()
+        for page in layer.pages:
+            page.references += 1
+        return Snapshot(cache.spec, layer.length_keys, tuple(layer.pages), layer)
+
+    def release_snapshot(self, snapshot: Snapshot) -> None:
+        """Let go of a snapshot."""
+        self._release(snapshot.pages)
+
+    def commit(self, cache: KeyCache, layer: Layer, first_row: int, rows: int, staged: list[PageSlot]) -> None:
+        """Make staged pages visible as rows [first_row, first_row + rows).
+
+        `staged` are the pages from page first_row // 256 on. The caller has already filled the rows that the first and
+        the last of them share with the pages they replace (see `edges`). Raises CacheNotFoundError when the cache was
+        deleted since, LayerChangedError when the layer was truncated below first_row.
+        """
+        if cache.deleted:
+            raise CacheNotFoundError
+        if first_row > layer.length_keys:
+            raise LayerChangedError(
+                "the layer was truncated below the upload's first row", metadata={"layer_keys": layer.length_keys}
+            )
+        first_page = first_row // PAGE_KEYS
+        pages = [Page(slot, cache.spec.page_bytes) for slot in staged]
+        replaced = layer.pages[first_page : first_page + len(pages)]
+        layer.pages[first_page : first_page + len(pages)] = pages
+        layer.length_keys = max(layer.length_keys, first_row + rows)
+        assert len(layer.pages) == pages_of(layer.length_keys)
+        self._release(replaced)
+
+    def all_layers(self) -> Iterator[Layer]:
+        """Every layer of every cache."""
+        for cache in self._caches.values():
+            yield from cache.layers
+
+    def _expired(self, cache: KeyCache) -> bool:
+        return cache.busy == 0 and self._clock() - cache.used_at >= cache.spec.idle_ttl_s
+
+    def _release(self, pages: tuple[Page, ...] | list[Page]) -> None:
+        for page in pages:
+            page.references -= 1
+            assert page.references >= 0, "a page was released twice"
+            if page.references == 0:
+                assert page.pins == 0, "a page in use was released"
+                if page.device is not None:
+                    self._drop_device(page)
+                self.host.free(page.host)
+
+
+def edges(layer: Layer, first_row: int, rows: int) -> list[tuple[int, int, int]]:
+    """Rows that staged pages share with the pages they replace: (page index, first row, row count) within the page.
+
+    Before a commit of [first_row, first_row + rows), these rows are copied from the layer's pages to the staged ones.
+    """
+    found = []
+    end = first_row + rows
+    head = first_row % PAGE_KEYS
+    if head:
+        found.append((first_row // PAGE_KEYS, 0, head))
+    tail_page = (end - 1) // PAGE_KEYS
+    kept = min(layer.length_keys, (tail_page + 1) * PAGE_KEYS) - end
+    if kept > 0:
+        found.append((tail_page, end - tail_page * PAGE_KEYS, kept))
+    return found

@@ -1,0 +1,113 @@
+"""Pages of one size drawn from extents, for host memory and for device memory alike.
+
+An extent is one piece of memory that somebody else makes (a memory segment of the host, an allocation of the device);
+here it is a number and a length. The ledger is charged by the extent, so it says what is really taken.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from streamindex_service.core.ledger import Ledger
+
+
+class PageSlot(NamedTuple):
+    """Where a page lies."""
+
+    extent_id: int
+    offset_bytes: int
+
+
+@dataclass(slots=True)
+class _Extent:
+    page_bytes: int
+    slots: int
+    free: list[int] = field(default_factory=list)
+
+
+class PagePool:
+    """Allocates and frees pages; takes extents as it needs them and gives an extent back once all its pages are free.
+
+    `make_extent(extent_id, extent_bytes)` and `drop_extent(extent_id)` do the real work. Extents are `extent_bytes`
+    long, or as long as the budget still allows. Pages come from the oldest extent with room, so that younger ones
+    empty out.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        extent_bytes: int,
+        make_extent: Callable[[int, int], None],
+        drop_extent: Callable[[int], None],
+    ) -> None:
+        self.ledger = ledger
+        self.pages_in_use = 0
+        self._extent_bytes = extent_bytes
+        self._make_extent = make_extent
+        self._drop_extent = drop_extent
+        self._extents: dict[int, _Extent] = {}
+        self._with_room: dict[int, list[int]] = {}  # page_bytes -> heap of extent ids; may hold stale ids
+        self._next_extent_id = 1
+
+    def try_allocate(self, page_bytes: int) -> PageSlot | None:
+        """Take a page, or answer None when the budget does not allow it."""
+        extent_id = self._extent_with_room(page_bytes) or self._add_extent(page_bytes)
+        if extent_id is None:
+            return None
+        extent = self._extents[extent_id]
+        slot = heapq.heappop(extent.free)
+        self.pages_in_use += 1
+        return PageSlot(extent_id, slot * page_bytes)
+
+    def free(self, page: PageSlot) -> None:
+        """Give a page back."""
+        extent = self._extents[page.extent_id]
+        if not extent.free:
+            heapq.heappush(self._with_room[extent.page_bytes], page.extent_id)
+        heapq.heappush(extent.free, page.offset_bytes // extent.page_bytes)
+        self.pages_in_use -= 1
+        assert len(extent.free) <= extent.slots, "a page was freed twice"
+        if len(extent.free) == extent.slots:
+            del self._extents[page.extent_id]
+            self.ledger.release(extent.slots * extent.page_bytes)
+            self._drop_extent(page.extent_id)
+
+    def reset(self) -> None:
+        """Forget every extent: whoever held the memory is gone."""
+        for extent in self._extents.values():
+            self.ledger.release(extent.slots * extent.page_bytes)
+        self._extents.clear()
+        self._with_room.clear()
+        self.pages_in_use = 0
+
+    def room(self, page_bytes: int) -> int:
+        """Pages of this size that could be allocated now."""
+        held = sum(len(extent.free) for extent in self._extents.values() if extent.page_bytes == page_bytes)
+        return held + self.ledger.free_bytes // page_bytes
+
+    def _extent_with_room(self, page_bytes: int) -> int | None:
+        heap = self._with_room.get(page_bytes, [])
+        while heap:
+            extent = self._extents.get(heap[0])
+            if extent is not None and extent.free:
+                return heap[0]
+            heapq.heappop(heap)
+        return None
+
+    def _add_extent(self, page_bytes: int) -> int | None:
+        slots = min(max(1, self._extent_bytes // page_bytes), self.ledger.free_bytes // page_bytes)
+        if slots == 0 or not self.ledger.try_reserve(slots * page_bytes):
+            return None
+        extent_id = self._next_extent_id
+        try:
+            self._make_extent(extent_id, slots * page_bytes)
+        except BaseException:
+            self.ledger.release(slots * page_bytes)
+            raise
+        self._next_extent_id += 1
+        self._extents[extent_id] = _Extent(page_bytes, slots, list(range(slots)))
+        heapq.heappush(self._with_room.setdefault(page_bytes, []), extent_id)
+        return extent_id

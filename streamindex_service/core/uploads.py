@@ -1,0 +1,197 @@
+"""Uploads: rows on their way into a layer.
+
+An upload holds rows in staged pages until its finish; nothing is visible before. It survives a disconnect for its time
+to live and goes on at the row it had reached. One stream at a time may write it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from streamindex_service.core.caches import CacheStore, KeyCache, Layer
+from streamindex_service.core.pages import PageSlot
+from streamindex_service.core.sizes import PAGE_KEYS
+from streamindex_service.errors import (
+    HostMemoryError,
+    InvalidArgumentError,
+    OffsetGapError,
+    TooManyError,
+    UploadBusyError,
+    UploadNotFoundError,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Upload:
+    """Rows [first_row, first_row + row_count) of a layer, of which `rows_held` have arrived.
+
+    `keys_crc32c` and `scales_crc32c` are running checksums of the rows held.
+    """
+
+    upload_id: str
+    owner: str
+    cache: KeyCache
+    layer: Layer
+    first_row: int
+    row_count: int
+    touched_at: float
+    rows_held: int = 0
+    keys_crc32c: int = 0
+    scales_crc32c: int = 0
+    staged: list[PageSlot] = field(default_factory=list)
+    attached: bool = False
+    committed: bool = False
+    layer_keys: int = 0  # after the commit
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Where row `row` of the upload lies: (index in `staged`, row within that page)."""
+        absolute = self.first_row + row
+        return absolute // PAGE_KEYS - self.first_row // PAGE_KEYS, absolute % PAGE_KEYS
+
+    def is_repeat(self, row_offset: int, rows: int) -> bool:
+        """True: these rows are held already, compare them. False: they go on where the rows held end.
+
+        Raises OffsetGapError when they do neither, InvalidArgumentError when they pass the announced row count.
+        """
+        if rows < 1 or row_offset + rows > self.row_count:
+            raise InvalidArgumentError(
+                f"rows {row_offset}..{row_offset + rows} are not among the upload's {self.row_count}",
+                field="chunk.row_count",
+            )
+        if row_offset + rows <= self.rows_held:
+            return True
+        if row_offset != self.rows_held:
+            raise OffsetGapError(
+                f"the chunk starts at row {row_offset}, the upload goes on at row {self.rows_held}",
+                field="chunk.row_offset",
+                metadata={"expected_row_offset": self.rows_held},
+            )
+        return False
+
+
+class UploadTable:
+    """All uploads, open and lately committed."""
+
+    def __init__(
+        self,
+        store: CacheStore,
+        clock: Callable[[], float],
+        ttl_s: float,
+        max_uploads: int,
+        new_id: Callable[[], str] = lambda: "up_" + secrets.token_urlsafe(18),
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._ttl_s = ttl_s
+        self._max_uploads = max_uploads
+        self._new_id = new_id
+        self._uploads: dict[str, Upload] = {}
+
+    @property
+    def open_uploads(self) -> int:
+        """Uploads that hold rows or may."""
+        return sum(not upload.committed for upload in self._uploads.values())
+
+    def start(self, cache: KeyCache, layer_index: int, first_row: int, row_count: int, max_layer_keys: int) -> Upload:
+        """Open an upload. Raises InvalidArgumentError, OffsetGapError, TooManyError."""
+        layer = self._store.layer(cache, layer_index)
+        if row_count < 1:
+            raise InvalidArgumentError("row_count must be at least 1", field="header.start.row_count")
+        if first_row + row_count > max_layer_keys:
+            raise InvalidArgumentError(
+                f"a layer may have {max_layer_keys} keys",
+                field="header.start.row_count",
+                metadata={"limit": max_layer_keys},
+            )
+        if first_row > layer.length_keys:
+            raise OffsetGapError(
+                f"the layer has {layer.length_keys} keys; rows are written at or before its end",
+                field="header.start.first_row",
+                metadata={"expected_row_offset": layer.length_keys},
+            )
+        if self.open_uploads >= self._max_uploads:
+            raise TooManyError(
+                f"{self._max_uploads} uploads are open, as many as may be", metadata={"limit": self._max_uploads}
+            )
+        upload = Upload(self._new_id(), cache.owner, cache, layer, first_row, row_count, self._clock())
+        self._uploads[upload.upload_id] = upload
+        return upload
+
+    def get(self, owner: str, upload_id: str) -> Upload:
+        """Find an upload of this caller. Raises UploadNotFoundError."""
+        upload = self._uploads.get(upload_id)
+        if upload is None or upload.owner != owner or self._expired(upload):
+            raise UploadNotFoundError
+        return upload
+
+    def attach(self, upload: Upload) -> None:
+        """Make one stream the upload's writer. Raises UploadBusyError."""
+        if upload.attached:
+            raise UploadBusyError("another stream is writing this upload", field="header.resume_upload_id")
+        upload.attached = True
+        upload.cache.busy += 1
+
+    def detach(self, upload: Upload) -> None:
+        """The stream is gone; from now on the time to live runs."""
+        upload.attached = False
+        upload.cache.busy -= 1
+        now = self._clock()
+        upload.touched_at = now
+        upload.cache.used_at = now
+        if upload.cache.deleted and upload.upload_id in self._uploads:
+            self.drop(upload)
+
+    def hold(self, upload: Upload, rows: int) -> list[PageSlot]:
+        """Take the pages that rows [rows_held, rows_held + rows) need; return all of the upload's pages.
+
+        Memory grows with the rows that arrive, never with the rows announced. Raises HostMemoryError with the figures.
+        """
+        last_page, _ = upload.place(upload.rows_held + rows - 1)
+        page_bytes = upload.cache.spec.page_bytes
+        while len(upload.staged) <= last_page:
+            slot = self._store.host.try_allocate(page_bytes)
+            if slot is None:
+                ledger = self._store.host.ledger
+                raise HostMemoryError(
+                    "the host memory budget is used up",
+                    metadata={
+                        "needed_bytes": page_bytes,
+                        "reserved_bytes": ledger.reserved_bytes,
+                        "budget_bytes": ledger.limit_bytes,
+                    },
+                )
+            upload.staged.append(slot)
+        return upload.staged
+
+    def commit(self, upload: Upload) -> None:
+        """Make a complete upload visible. Raises CacheNotFoundError, LayerChangedError."""
+        assert upload.rows_held == upload.row_count
+        self._store.commit(upload.cache, upload.layer, upload.first_row, upload.row_count, upload.staged)
+        upload.staged = []
+        upload.committed = True
+        upload.layer_keys = upload.layer.length_keys
+        upload.touched_at = self._clock()
+
+    def drop(self, upload: Upload) -> None:
+        """Forget an upload and give its pages back."""
+        del self._uploads[upload.upload_id]
+        for slot in upload.staged:
+            self._store.host.free(slot)
+        upload.staged = []
+
+    def drop_cache(self, cache: KeyCache) -> None:
+        """Forget the uploads of a cache that is gone, those that a stream still writes apart."""
+        for upload in [u for u in self._uploads.values() if u.cache is cache and not u.attached]:
+            self.drop(upload)
+
+    def expire(self) -> int:
+        """Forget every upload that nobody wrote for its time to live; return how many."""
+        expired = [upload for upload in self._uploads.values() if self._expired(upload)]
+        for upload in expired:
+            self.drop(upload)
+        return len(expired)
+
+    def _expired(self, upload: Upload) -> bool:
+        return not upload.attached and self._clock() - upload.touched_at >= self._ttl_s

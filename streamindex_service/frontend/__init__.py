@@ -1,0 +1,1 @@
+"""The gRPC server: it owns every acknowledged key, decides who runs, and never imports torch."""

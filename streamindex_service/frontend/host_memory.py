@@ -1,0 +1,135 @@
+"""Host memory: the segments that keys live in, and the blocks through which query rows pass."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.pages import PageSlot
+from streamindex_service.frontend.tensors import Bytes, as_bytes
+from streamindex_service.ipc.segments import Segment
+
+_segment_ids = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedSegment:
+    """A segment and the number under which workers know it. `data` is all of it, [bytes] uint8."""
+
+    segment_id: int
+    segment: Segment
+    data: Bytes
+    writable_by_worker: bool
+
+    @classmethod
+    def create(cls, size_bytes: int, *, writable_by_worker: bool) -> SharedSegment:
+        """Make one. Raises OSError."""
+        segment = Segment.create(size_bytes)
+        return cls(next(_segment_ids), segment, as_bytes(segment.map), writable_by_worker)
+
+
+class HostExtents:
+    """The segments of the host page pool. `dropped(segment_id)` is told of every segment that goes."""
+
+    def __init__(self, dropped: Callable[[int], None]) -> None:
+        self._dropped = dropped
+        self._segments: dict[int, SharedSegment] = {}
+
+    def make(self, extent_id: int, extent_bytes: int) -> None:
+        """Make the segment of an extent."""
+        self._segments[extent_id] = SharedSegment.create(extent_bytes, writable_by_worker=False)
+
+    def drop(self, extent_id: int) -> None:
+        """Let go of it."""
+        shared = self._segments.pop(extent_id)
+        self._dropped(shared.segment_id)
+        shared.segment.close()
+
+    def segment(self, slot: PageSlot) -> SharedSegment:
+        """The segment that a page lies in."""
+        return self._segments[slot.extent_id]
+
+    def bytes_at(self, slot: PageSlot, start: int, size_bytes: int) -> Bytes:
+        """Bytes [start, start + size) of a page."""
+        begin = slot.offset_bytes + start
+        return self._segments[slot.extent_id].data[begin : begin + size_bytes]
+
+
+class IngressBudget:
+    """The ingress ledger; who does not fit waits, first come first served."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def reserve(self, size_bytes: int) -> None:
+        """Take part of the budget, waiting for it if need be. `size_bytes` is at most the limit."""
+        assert size_bytes <= self.ledger.limit_bytes
+        if not self._waiting and self.ledger.try_reserve(size_bytes):
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (size_bytes, turn)
+        self._waiting.append(entry)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release(size_bytes)  # granted and cancelled at the same moment
+            else:
+                self._waiting.remove(entry)
+                self._grant()
+            raise
+
+    def release(self, size_bytes: int) -> None:
+        """Give it back."""
+        self.ledger.release(size_bytes)
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting:
+            size_bytes, turn = self._waiting[0]
+            if turn.cancelled():
+                return  # its owner takes it out
+            if not self.ledger.try_reserve(size_bytes):
+                return
+            self._waiting.popleft()
+            turn.set_result(None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A piece of ingress memory, shared with the worker both ways."""
+
+    shared: SharedSegment
+    offset_bytes: int
+    data: Bytes  # [block_bytes] uint8
+
+
+class BlockPool:
+    """Blocks of one size. The ledger counts the blocks in use; their segments are kept for the next search."""
+
+    def __init__(self, budget: IngressBudget, block_bytes: int, extent_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self._budget = budget
+        self._extent_blocks = max(1, extent_bytes // block_bytes)
+        self._free: list[Block] = []
+
+    async def acquire(self) -> Block:
+        """Take a block, waiting for the ingress budget if need be."""
+        await self._budget.reserve(self.block_bytes)
+        if not self._free:
+            size = self.block_bytes
+            shared = SharedSegment.create(self._extent_blocks * size, writable_by_worker=True)
+            self._free = [
+                Block(shared, i * size, shared.data[i * size : (i + 1) * size]) for i in range(self._extent_blocks)
+            ]
+        return self._free.pop()
+
+    def release(self, block: Block) -> None:
+        """Give a block back."""
+        self._free.append(block)
+        self._budget.release(self.block_bytes)

@@ -1,0 +1,149 @@
+"""What callers ask for, checked field by field before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamindex.v1 import key_cache_pb2, search_pb2, types_pb2
+
+from streamindex_service.config import Settings
+from streamindex_service.core.caches import CacheSpec
+from streamindex_service.core.sizes import KeyFormat, pages_of, product
+from streamindex_service.errors import ConventionMismatchError, ExceedsBudgetError, InvalidArgumentError
+
+MAX_HEADS = 128
+MAX_HEAD_DIM = 256
+HEAD_DIM_STEP = 16
+MAX_CONVENTION_BYTES = 128
+MAX_REQUEST_KEY_BYTES = 64
+
+
+def _within(field: str, value: int, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise InvalidArgumentError(
+            f"{field} must be from {least} to {most}, not {value}", field=field, metadata={"min": least, "max": most}
+        )
+    return value
+
+
+def _short(field: str, value: str, most_bytes: int) -> str:
+    if len(value.encode()) > most_bytes:
+        raise InvalidArgumentError(
+            f"{field} must be at most {most_bytes} bytes", field=field, metadata={"max": most_bytes}
+        )
+    return value
+
+
+def _format_name(number: int) -> str:
+    if number in types_pb2.KeyFormat.values():
+        return str(types_pb2.KeyFormat.Name(number))
+    return str(number)
+
+
+def cache_spec(
+    spec: key_cache_pb2.KeyCacheSpec,
+    settings: Settings,
+    formats: frozenset[KeyFormat],
+    host_limit: int,
+    device_limit: int,
+) -> CacheSpec:
+    """Check a cache's spec. Raises InvalidArgumentError naming field and limit, ExceedsBudgetError with the figures."""
+    _within("spec.heads", spec.heads, 1, MAX_HEADS)
+    _within("spec.head_dim", spec.head_dim, HEAD_DIM_STEP, MAX_HEAD_DIM)
+    if spec.head_dim % HEAD_DIM_STEP:
+        raise InvalidArgumentError(
+            f"spec.head_dim must be a multiple of {HEAD_DIM_STEP}, not {spec.head_dim}",
+            field="spec.head_dim",
+            metadata={"multiple_of": HEAD_DIM_STEP},
+        )
+    _within("spec.ratio", spec.ratio, 1, 2**31 - 1)
+    _within("spec.layers", spec.layers, 1, settings.limits.max_layers)
+    _within("spec.expected_keys", spec.expected_keys, 0, settings.limits.max_layer_keys)
+    _within("spec.idle_ttl_s", spec.idle_ttl_s, 0, int(settings.server.max_idle_ttl_s))
+    _within("spec.priority", spec.priority, 0, max(types_pb2.Priority.values()))
+    _short("spec.convention", spec.convention, MAX_CONVENTION_BYTES)
+    key_format = KeyFormat.of(spec.key_format)
+    if key_format is None or key_format not in formats:
+        raise InvalidArgumentError(
+            f"spec.key_format {_format_name(spec.key_format)} is not supported here",
+            field="spec.key_format",
+            metadata={"supported": ", ".join(_format_name(f) for f in sorted(formats))},
+        )
+    checked = CacheSpec(
+        heads=spec.heads,
+        head_dim=spec.head_dim,
+        ratio=spec.ratio,
+        key_format=key_format,
+        layers=spec.layers,
+        convention=spec.convention,
+        expected_keys=spec.expected_keys,
+        idle_ttl_s=float(spec.idle_ttl_s or settings.server.default_idle_ttl_s),
+        priority=spec.priority or types_pb2.PRIORITY_STANDARD,
+    )
+    _refuse_what_never_fits(checked, settings, host_limit, device_limit)
+    return checked
+
+
+def _refuse_what_never_fits(spec: CacheSpec, settings: Settings, host_limit: int, device_limit: int) -> None:
+    layer_bytes = product("spec.expected_keys", pages_of(spec.expected_keys), spec.page_bytes)
+    total_bytes = product("spec.layers", layer_bytes, spec.layers)
+    device_bytes = layer_bytes + int(settings.memory.workspace_floor_bytes)
+    for needed, limit, name in ((total_bytes, host_limit, "host"), (device_bytes, device_limit, "device")):
+        if spec.expected_keys and needed > limit:
+            raise ExceedsBudgetError(
+                f"the cache can never fit the {name} memory budget",
+                field="spec.expected_keys",
+                metadata={"needed_bytes": needed, "budget_bytes": limit, "budget": name},
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SearchParameters:
+    """How a search is made. `start_position` is None when every chunk carries its rows' positions."""
+
+    top_k: int
+    order: int
+    want_scores: bool
+    start_position: int | None
+    row_count: int
+    request_key: str
+
+
+def search_parameters(header: search_pb2.SearchHeader, spec: CacheSpec, settings: Settings) -> SearchParameters:
+    """Check a search's header against its cache.
+
+    Raises InvalidArgumentError naming field and limit, ConventionMismatchError.
+    """
+    check_selection(header.top_k, header.mode, header.order, settings, "header.")
+    check_same_kind(header.query_format, header.convention, spec, "header.")
+    _within("header.priority", header.priority, 0, max(types_pb2.Priority.values()))
+    _short("header.request_key", header.request_key, MAX_REQUEST_KEY_BYTES)
+    position = header.WhichOneof("position")
+    if position is None or (position == "explicit_positions" and not header.explicit_positions):
+        raise InvalidArgumentError("header needs start_position or explicit_positions", field="header.start_position")
+    start = None if position == "explicit_positions" else header.start_position
+    if start is not None:
+        _within("header.start_position", start, 0, 2**62)
+    _within("header.row_count", header.row_count, 0, 2**62)
+    return SearchParameters(header.top_k, header.order, header.want_scores, start, header.row_count, header.request_key)
+
+
+def check_selection(top_k: int, mode: int, order: int, settings: Settings, prefix: str = "") -> None:
+    """Check what is asked of the selection. Raises InvalidArgumentError."""
+    _within(f"{prefix}top_k", top_k, 1, settings.limits.max_top_k)
+    if mode not in (types_pb2.SEARCH_MODE_UNSPECIFIED, types_pb2.SEARCH_MODE_EXACT):
+        raise InvalidArgumentError(f"{prefix}mode: this version has SEARCH_MODE_EXACT alone", field=f"{prefix}mode")
+    _within(f"{prefix}order", order, 0, max(types_pb2.ResultOrder.values()))
+
+
+def check_same_kind(query_format: int, convention: str, spec: CacheSpec, prefix: str = "") -> None:
+    """Queries must be made as the cache's keys are. Raises InvalidArgumentError, ConventionMismatchError."""
+    if KeyFormat.of(query_format) is None:
+        raise InvalidArgumentError(f"{prefix}query_format is not a format", field=f"{prefix}query_format")
+    if query_format != spec.key_format:
+        raise ConventionMismatchError(
+            f"the cache holds {_format_name(spec.key_format)}, the queries are {_format_name(query_format)}",
+            field=f"{prefix}query_format",
+        )
+    if convention != spec.convention:
+        raise ConventionMismatchError("the convention is not the cache's", field=f"{prefix}convention")

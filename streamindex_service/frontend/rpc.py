@@ -1,0 +1,209 @@
+"""How calls are registered, what surrounds them, and how refusals leave.
+
+Handlers are made from the descriptors of the contract, so a method that is in the proto and has no servicer answers
+UNIMPLEMENTED. The chunk streams have their own readers and writers (see `streamindex.framing`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from streamindex import framing, status
+from streamindex.v1 import types_pb2
+
+from streamindex_service.errors import InternalError, MalformedMessageError, ServiceError, UnimplementedError
+
+REQUEST_ID = "x-request-id"
+_REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+Method = Callable[..., Any]
+
+
+class Malformed:
+    """What a stream's reader gives in the place of a message that is none; reading it raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+async def read_message(context: Any) -> Any:
+    """The next message of a stream, None at its end. Raises MalformedMessageError."""
+    message = await context.read()
+    if message is grpc.aio.EOF:
+        return None
+    if isinstance(message, Malformed):
+        raise MalformedMessageError("the message is not of the expected type") from message.error
+    return message
+
+
+class MessageReader:
+    """Reads one message while something else goes on that may fail first."""
+
+    def __init__(self, context: Any) -> None:
+        self._reading: asyncio.Future[Any] = asyncio.ensure_future(read_message(context))
+
+    async def next(self, beside: asyncio.Task[None] | None, timeout_s: float | None = None) -> Any:
+        """The message, None at the end of the stream. May be called again after TimeoutError.
+
+        Raises what `beside` raises, as soon as it does; TimeoutError; MalformedMessageError.
+        """
+        try:
+            if beside is not None and not beside.done():
+                waiting = [self._reading, beside]
+                await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if beside is not None and beside.done():
+                beside.result()
+            if not self._reading.done():
+                await asyncio.wait([self._reading], timeout=timeout_s)
+        except BaseException:
+            self._reading.cancel()
+            raise
+        if not self._reading.done():
+            raise TimeoutError
+        return self._reading.result()
+
+    def cancel(self) -> None:
+        """Stop reading; the stream is of no use after this."""
+        self._reading.cancel()
+
+
+def lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A reader that never raises: an exception inside gRPC's machinery would reach the caller as INTERNAL."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except framing.FramingError as error:
+            return Malformed(error)
+
+    return read
+
+
+def to_message(error: ServiceError) -> types_pb2.Error:
+    """The in-band form of a refusal."""
+    return types_pb2.Error(
+        code=int(error.code),
+        reason=error.reason,
+        message=error.message,
+        field=error.field,
+        metadata=error.metadata,
+        retry_after_ms=error.retry_after_ms,
+    )
+
+
+async def abort(context: Any, error: ServiceError) -> None:
+    """End the call with a refusal's status and details. Always raises."""
+    trailer = (status.TRAILER, status.to_trailer(to_message(error)))
+    await context.abort(_STATUS_CODES[int(error.code)], error.message, (trailer,))
+
+
+def generic_handler(
+    service: Any, methods: dict[str, Method], readers: dict[str, Callable[[bytes], Any]]
+) -> grpc.GenericRpcHandler:
+    """Handlers of a service of the contract. `service` is its descriptor; `readers` replace protobuf's for a method."""
+    handlers = {}
+    for descriptor in service.methods:
+        method = methods.pop(descriptor.name, None) or _unimplemented(descriptor.server_streaming)
+        reader = readers.get(descriptor.name) or descriptor.input_type._concrete_class.FromString
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[descriptor.client_streaming, descriptor.server_streaming]
+        handlers[descriptor.name] = make(method, request_deserializer=reader, response_serializer=_serialize)
+    assert not methods, f"{service.full_name} has no {list(methods)}"
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _serialize(message: Any) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def _unimplemented(streaming: bool) -> Method:
+    async def unary(request: Any, context: Any) -> None:
+        raise UnimplementedError("this call is reserved for a later version")
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[None]:
+        raise UnimplementedError("this call is reserved for a later version")
+        yield  # makes it a generator
+
+    return stream if streaming else unary
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Around every call of the contract: request id, log line, drain, errors.
+
+    `admit` raises what a call is refused with before it starts (while the server drains, say).
+    """
+
+    def __init__(self, log: Any, admit: Callable[[], None]) -> None:
+        self._log = log
+        self._admit = admit
+        self.running: set[asyncio.Task[Any]] = set()
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Wrap the handler of a call. Health and reflection stay as they are."""
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith("/streamindex."):
+            return handler
+        request_id = _request_id(details)
+        if handler.request_streaming or handler.response_streaming:
+            behaviour = handler.stream_stream or handler.unary_stream
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+        else:
+            behaviour = handler.unary_unary
+            make = grpc.unary_unary_rpc_method_handler
+
+        async def call(request: Any, context: Any) -> Any:
+            return await self._call(behaviour, details.method, request_id, request, context)
+
+        return make(
+            call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
+
+    async def _call(self, behaviour: Method, method: str, request_id: str, request: Any, context: Any) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self.running.add(task)
+        structlog.contextvars.bind_contextvars(request_id=request_id, method=method)
+        try:
+            await context.send_initial_metadata(((REQUEST_ID, request_id),))
+            self._admit()
+            result = behaviour(request, context)
+            if hasattr(result, "__aiter__"):
+                async for message in result:
+                    await context.write(message)
+                return None
+            return await result
+        except ServiceError as error:
+            log = self._log.error if isinstance(error, InternalError) else self._log.info
+            log("refused", reason=error.reason, field=error.field, detail=error.detail, **error.metadata)
+            await abort(context, error)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception:
+            # Not a refusal but a defect of ours; the caller learns that and no more.
+            self._log.error("call_failed", exc_info=True)
+            await abort(context, InternalError())
+        finally:
+            self.running.discard(task)
+
+
+def _request_id(details: grpc.HandlerCallDetails) -> str:
+    for key, value in details.invocation_metadata or ():
+        if key == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
+            return value
+    return uuid.uuid4().hex

@@ -1,0 +1,190 @@
+"""SearchBatch: a ragged decode step. Appends first, then every item's few rows; each item fails or not by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from streamindex.framing import Chunk
+from streamindex.v1 import search_pb2 as pb
+
+from streamindex_service.core.caches import CacheSpec, KeyCache
+from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, key_row_bytes
+from streamindex_service.errors import InvalidArgumentError, ServiceError
+from streamindex_service.frontend import requests, tensors
+from streamindex_service.frontend.admission import AdmittedSearch
+from streamindex_service.frontend.device import TilePlace, TileSpec, tile_error
+from streamindex_service.frontend.host_memory import Block
+from streamindex_service.frontend.query_block import INDICES, POSITIONS, SCORES, BlockLayout, Q, W, fill_rows
+from streamindex_service.frontend.rpc import to_message
+from streamindex_service.frontend.service import Service
+from streamindex_service.frontend.tensors import RowRange
+from streamindex_service.frontend.upload_stream import commit_upload, page_rows
+
+# Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
+_ITEMS_AT_ONCE = 16
+
+
+class BatchSearch:
+    """One call."""
+
+    def __init__(self, service: Service, owner: str, request: pb.SearchBatchRequest, deadline_s: float | None) -> None:
+        self._service = service
+        self._owner = owner
+        self._request = request
+        self._deadline_s = deadline_s
+
+    async def run(self) -> pb.SearchBatchResponse:
+        """Answer all items. Raises InvalidArgumentError for what concerns the whole call."""
+        request, limits = self._request, self._service.settings.limits
+        requests.check_selection(request.top_k, request.mode, request.order, self._service.settings)
+        rows = sum(item.row_count for item in request.items)
+        for field, value, most in (
+            ("items", len(request.items), limits.max_batch_items),
+            ("items.row_count", rows, limits.max_batch_rows),
+        ):
+            if value > most:
+                raise InvalidArgumentError(
+                    f"{field}: {value} are more than {most}, the most of one call",
+                    field=field,
+                    metadata={"limit": most},
+                )
+        # All appends before any search: an item may search the rows that another has appended.
+        results = [pb.SearchBatchResult() for _ in request.items]
+        for item, result in zip(request.items, results, strict=True):
+            self._guarded(result, self._append, item, result)
+        turns = asyncio.Semaphore(_ITEMS_AT_ONCE)
+
+        async def search(item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
+            async with turns:
+                if item.row_count and not result.HasField("error"):
+                    await self._search(item, result)
+
+        async with asyncio.TaskGroup() as group:
+            for item, result in zip(request.items, results, strict=True):
+                group.create_task(search(item, result))
+        return pb.SearchBatchResponse(results=results)
+
+    def _guarded(self, result: pb.SearchBatchResult, step: Any, *arguments: Any) -> None:
+        try:
+            step(*arguments)
+        except ServiceError as error:
+            result.error.CopyFrom(to_message(error))
+
+    def _append(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
+        cache = self._service.caches.get(self._owner, item.key_cache_id)
+        layer = self._service.caches.layer(cache, item.layer)
+        self._check_item(item, cache)
+        if item.HasField("append"):
+            append_rows(self._service, cache, item.layer, item.append)
+        result.layer_keys = layer.length_keys
+
+    def _check_item(self, item: pb.SearchBatchItem, cache: KeyCache) -> None:
+        requests.check_same_kind(item.query_format, item.convention, cache.spec)
+        if len(item.positions) != item.row_count:
+            raise InvalidArgumentError(f"positions must have {item.row_count} numbers", field="positions")
+        if any(position > 2**62 for position in item.positions):
+            raise InvalidArgumentError("positions must be below 2^62", field="positions")
+        q, w, _, _, _ = self._layout(cache.spec).row_bytes
+        for name, data, size in (("q", item.q, q), ("w", item.w, w)):
+            if len(data) != item.row_count * size:
+                raise InvalidArgumentError(
+                    f"{name} has {len(data)} bytes; {item.row_count} rows are {item.row_count * size}", field=name
+                )
+
+    def _layout(self, spec: CacheSpec) -> BlockLayout:
+        block_bytes = self._service.blocks.block_bytes
+        return BlockLayout.of(spec, self._request.top_k, self._request.want_scores, block_bytes)
+
+    async def _search(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
+        try:
+            cache = self._service.caches.get(self._owner, item.key_cache_id)
+            async with AdmittedSearch(self._service, cache, item.layer, self._deadline_s) as admitted:
+                search = _ItemSearch(self._service, self._request, item, admitted, self._layout(cache.spec))
+                admitted.users.append(search)
+                result.indices, result.scores = await search.run()
+        except ServiceError as error:
+            result.error.CopyFrom(to_message(error))
+
+
+class _ItemSearch:
+    """One item, in as many tiles as it takes; nearly always one."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: pb.SearchBatchRequest,
+        item: pb.SearchBatchItem,
+        admitted: AdmittedSearch,
+        layout: BlockLayout,
+    ) -> None:
+        self._service = service
+        self._item = item
+        self._view = admitted.view
+        self._cache = admitted.snapshot.spec
+        self._layout = layout
+        self._want_scores = request.want_scores
+        self._spec = TileSpec(
+            self._cache.heads, self._cache.ratio, request.top_k, request.order, admitted.workspace_bytes
+        )
+        self._running: asyncio.Future[Any] | None = None
+        self._block: Block | None = None
+
+    async def run(self) -> tuple[bytes, bytes]:
+        """Indices and scores of the rows. Raises ServiceError."""
+        item = self._item
+        positions = np.array(item.positions, dtype=np.int64).tobytes()
+        parts = (memoryview(item.q), memoryview(item.w), memoryview(positions))
+        chunk = Chunk(0, item.row_count, parts, None)
+        self._block = block = await self._service.blocks.acquire()
+        indices, scores = [], []
+        for first in range(0, item.row_count, self._layout.rows):
+            count = min(self._layout.rows, item.row_count - first)
+            fill_rows(self._layout, self._cache, chunk, first, count, block, 0, first, None)
+            await self._tile(block, count)
+            indices.append(self._layout.part(block, INDICES, 0, count).tobytes())
+            scores.append(self._layout.part(block, SCORES, 0, count).tobytes())
+        return b"".join(indices), b"".join(scores)
+
+    async def _tile(self, block: Block, rows: int) -> None:
+        at = self._layout.offsets
+        place = TilePlace(rows, at[Q], at[W], at[POSITIONS], at[INDICES], at[SCORES] if self._want_scores else None)
+        # A step of many callers' sequences: no single one is to blame for a worker's death.
+        _, self._running = self._service.device.submit(self._view, self._spec, block, place, "")
+        try:
+            await asyncio.shield(self._running)
+        except ServiceError as error:
+            raise tile_error(self._view, error) from None
+
+    async def give_back(self) -> None:
+        """Wait for the device, then give the block back."""
+        if self._running is not None:
+            await asyncio.gather(self._running, return_exceptions=True)
+        if self._block is not None:
+            self._service.blocks.release(self._block)
+
+
+def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.SearchBatchItem.Append) -> None:
+    """Write a few rows at an index, at once. Raises ServiceError; then nothing is written."""
+    spec = cache.spec
+    row_bytes = (key_row_bytes(spec.key_format, spec.head_dim), SCALE_BYTES if spec.key_format.has_scales else 0)
+    chunk = Chunk(0, append.row_count, (memoryview(append.keys), memoryview(append.scales)), None)
+    tensors.check_part_sizes(chunk, ("keys", "scales"), row_bytes)
+    tensors.check_finite(chunk.parts[0], spec.key_format, spec.head_dim, "keys", 0)
+    tensors.check_finite(chunk.parts[1], KeyFormat.FP32, 1, "scales", 0)
+    most = service.settings.limits.max_layer_keys
+    upload = service.uploads.start(cache, layer, append.first_row, append.row_count, most)
+    try:
+        pages = service.uploads.hold(upload, append.row_count)
+        done = 0
+        while done < append.row_count:
+            page, row = upload.place(done)
+            count = min(append.row_count - done, PAGE_KEYS - row)
+            targets = page_rows(service, pages[page], row_bytes, row, count)
+            tensors.copy_rows(chunk, [RowRange(done, count, targets)], row_bytes)
+            done += count
+        upload.rows_held = append.row_count
+        commit_upload(service, upload, row_bytes)
+    finally:
+        service.uploads.drop(upload)

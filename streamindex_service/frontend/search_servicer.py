@@ -1,0 +1,68 @@
+"""The search calls: from a header to an admitted search, and back to where everything was."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Any
+
+from streamindex.framing import Chunk
+from streamindex.v1 import search_pb2 as pb
+
+from streamindex_service.errors import MalformedMessageError, ServiceError
+from streamindex_service.frontend import requests
+from streamindex_service.frontend.admission import AdmittedSearch
+from streamindex_service.frontend.identity import Identify
+from streamindex_service.frontend.rpc import read_message, to_message
+from streamindex_service.frontend.search_batch import BatchSearch
+from streamindex_service.frontend.search_stream import SearchStream
+from streamindex_service.frontend.service import Service
+
+
+class SearchServicer:
+    """streamindex.v1.SearchService."""
+
+    def __init__(self, service: Service, identify: Identify) -> None:
+        self._service = service
+        self._identify = identify
+
+    async def search(self, request_iterator: Any, context: Any) -> None:
+        """Search."""
+        try:
+            header = await self._header(context)
+            owner = self._identify(context)
+            cache = self._service.caches.get(owner, header.key_cache_id)
+            parameters = requests.search_parameters(header, cache.spec, self._service.settings)
+            key = f"{owner}/{parameters.request_key or hashlib.sha256(header.SerializeToString()).hexdigest()}"
+            self._service.device.refuse_poison(key)
+            async with AdmittedSearch(self._service, cache, header.layer, context.time_remaining()) as admitted:
+                accepted = pb.SearchAccepted(
+                    layer_keys=admitted.snapshot.length_keys,
+                    implementation=self._service.require_worker_info().implementation,
+                    queued_ms=int(1000 * admitted.grant.queued_s),
+                    max_chunk_bytes=int(self._service.settings.limits.max_chunk_bytes),
+                )
+                await context.write(pb.SearchResponse(accepted=accepted))
+                stream = SearchStream(
+                    self._service, cache.spec, admitted.view, parameters, key, admitted.workspace_bytes, context
+                )
+                admitted.users.append(stream)
+                done = await stream.run()
+            await context.write(pb.SearchResponse(done=done))
+        except ServiceError as error:
+            # In-band first: an abort in the middle of a stream may lose its details on the way. A caller who does not
+            # read would not read this either, and must not hold the call up.
+            writing = asyncio.ensure_future(context.write(pb.SearchResponse(refused=to_message(error))))
+            await asyncio.wait([writing], timeout=1.0)
+            raise
+
+    async def search_batch(self, request: pb.SearchBatchRequest, context: Any) -> pb.SearchBatchResponse:
+        """SearchBatch."""
+        return await BatchSearch(self._service, self._identify(context), request, context.time_remaining()).run()
+
+    async def _header(self, context: Any) -> pb.SearchHeader:
+        message = await read_message(context)
+        if message is None or isinstance(message, Chunk) or message.WhichOneof("message") != "header":
+            raise MalformedMessageError("the first message must be a header", field="header")
+        header: pb.SearchHeader = message.header
+        return header

@@ -1,0 +1,218 @@
+"""Puts the server together, listens, and stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from streamindex import framing
+from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2, server_pb2
+
+from streamindex_service.config import Settings
+from streamindex_service.errors import DrainingError
+from streamindex_service.frontend.identity import Identify, anonymous
+from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
+from streamindex_service.frontend.rpc import CallInterceptor, generic_handler, lenient
+from streamindex_service.frontend.search_servicer import SearchServicer
+from streamindex_service.frontend.server_servicer import ServerServicer
+from streamindex_service.frontend.service import Service
+from streamindex_service.telemetry import logs
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a server can be reached."""
+
+    tcp_address: str | None
+    unix_socket: str | None
+
+
+class SocketInUseError(RuntimeError):
+    """Another server listens there."""
+
+
+class Server:
+    """A service behind gRPC. `start`, then `stop`."""
+
+    def __init__(self, settings: Settings, identify: Identify = anonymous) -> None:
+        self.settings = settings
+        self.service = Service(settings, logs.get("frontend"))
+        self._log = self.service.log
+        self._identify = identify
+        self._draining = False
+        self._calls = CallInterceptor(self._log, self._admit)
+        self._health = health.aio.HealthServicer()
+        self._names = [
+            module.DESCRIPTOR.services_by_name[name].full_name
+            for module, name in (
+                (key_cache_pb2, "KeyCacheService"),
+                (search_pb2, "SearchService"),
+                (attention_pb2, "AttentionService"),
+                (server_pb2, "ServerService"),
+            )
+        ]
+        self._server = self._make_server()
+
+    async def start(self) -> Listening:
+        """Listen, and start the worker; the health service says SERVING once that is ready. Raises SocketInUseError."""
+        tcp_address = unix_socket = None
+        wanted = self.settings.server
+        if wanted.unix_socket:
+            self._listen_unix(wanted.unix_socket)
+            unix_socket = wanted.unix_socket
+        if wanted.tcp_address:
+            host = wanted.tcp_address.rpartition(":")[0]
+            try:
+                port = self._server.add_insecure_port(wanted.tcp_address)
+            except RuntimeError as error:
+                raise SocketInUseError(f"cannot listen on {wanted.tcp_address}") from error
+            tcp_address = f"{host}:{port}"
+        await self._set_health(ready=False)
+        self.service.health_changed = self._health_changed
+        await self._server.start()
+        self.service.start()
+        self._log.info("listening", tcp=tcp_address, unix=unix_socket)
+        return Listening(tcp_address, unix_socket)
+
+    async def stop(self, drain_s: float) -> None:
+        """Not ready, refuse what is new, let running calls go on for `drain_s`, cancel the rest, stop the worker."""
+        self._draining = True
+        await self._health.enter_graceful_shutdown()
+        running = [task for task in self._calls.running if not task.done()]
+        if running and drain_s > 0:
+            await asyncio.wait(running, timeout=drain_s)
+        left = sum(not task.done() for task in running)
+        if left:
+            self._log.warning("calls_cancelled", count=left)
+        await self._server.stop(grace=0.2)
+        await self.service.stop()
+        if self.settings.server.unix_socket:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.settings.server.unix_socket)
+        self._log.info("stopped")
+
+    def _health_changed(self, ready: bool) -> None:
+        self.service.background(self._set_health(ready))
+
+    def _admit(self) -> None:
+        if self._draining:
+            raise DrainingError("the server is shutting down")
+
+    async def _set_health(self, ready: bool) -> None:
+        if self._draining:
+            return
+        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._names):
+            await self._health.set(name, state)
+
+    def _listen_unix(self, path: str) -> None:
+        _remove_stale_socket(path)
+        # The socket is made with this mask, so that there is no moment in which others could connect.
+        mask = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise SocketInUseError(f"cannot listen on {path}") from error
+        finally:
+            os.umask(mask)
+
+    def _make_server(self) -> Any:
+        wanted = self.settings.server
+        server = grpc.aio.server(
+            interceptors=(self._calls,),
+            options=(
+                ("grpc.max_receive_message_length", int(self.settings.limits.max_message_bytes)),
+                ("grpc.max_send_message_length", int(self.settings.limits.max_message_bytes)),
+                ("grpc.max_concurrent_streams", wanted.max_streams_per_connection),
+                ("grpc.keepalive_time_ms", int(1000 * wanted.keepalive_s)),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.so_reuseport", 0),
+            ),
+        )
+        caches = KeyCacheServicer(self.service, self._identify)
+        searches = SearchServicer(self.service, self._identify)
+        status = ServerServicer(self.service)
+        handlers = (
+            generic_handler(
+                key_cache_pb2.DESCRIPTOR.services_by_name["KeyCacheService"],
+                {
+                    "CreateKeyCache": caches.create,
+                    "GetKeyCache": caches.get,
+                    "ListKeyCaches": caches.list,
+                    "DeleteKeyCache": caches.delete,
+                    "TruncateKeys": caches.truncate,
+                    "ForkKeyCache": caches.fork,
+                    "AppendKeys": caches.append,
+                    "QueryUpload": caches.query_upload,
+                },
+                {"AppendKeys": lenient(framing.parse_append_keys_request)},
+            ),
+            generic_handler(
+                search_pb2.DESCRIPTOR.services_by_name["SearchService"],
+                {"Search": searches.search, "SearchBatch": searches.search_batch},
+                {"Search": lenient(framing.parse_search_request)},
+            ),
+            generic_handler(attention_pb2.DESCRIPTOR.services_by_name["AttentionService"], {}, {}),
+            generic_handler(
+                server_pb2.DESCRIPTOR.services_by_name["ServerService"],
+                {"GetCapabilities": status.get_capabilities, "GetLoad": status.get_load},
+                {},
+            ),
+        )
+        server.add_generic_rpc_handlers(handlers)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+
+async def serve(settings: Settings, on_listening: Callable[[Listening], None] | None = None) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain; a second signal stops at once. Raises SocketInUseError."""
+    logs.configure(settings.log.level)
+    server = Server(settings)
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    listening = await server.start()
+    if on_listening is not None:
+        on_listening(listening)
+    await signals.get()
+    stopping = asyncio.create_task(server.stop(settings.server.drain_s))
+    second = asyncio.create_task(signals.get())
+    await asyncio.wait([stopping, second], return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+        await server.stop(0)
+    second.cancel()
+
+
+def _remove_stale_socket(path: str) -> None:
+    """A socket that a killed server left behind is removed; one that answers is somebody's. Raises SocketInUseError."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise SocketInUseError(f"{path} exists and is no socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            raise SocketInUseError(f"cannot tell whether anybody listens on {path}") from error
+    raise SocketInUseError(f"another server listens on {path}")

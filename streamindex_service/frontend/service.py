@@ -1,0 +1,154 @@
+"""The state of a running service, put together once: caches, uploads, budgets, worker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from streamindex_service.config import Settings
+from streamindex_service.core.caches import CacheStore, KeyCache, Page
+from streamindex_service.core.governor import Governor
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.pages import PagePool
+from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.core.uploads import UploadTable
+from streamindex_service.errors import NotReadyError
+from streamindex_service.frontend.device import DeviceWorker
+from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
+from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
+from streamindex_service.ipc.v1 import worker_pb2 as pb
+
+
+class Service:
+    """Everything that the servicers share. Lives on one event loop."""
+
+    def __init__(self, settings: Settings, log: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self.log = log
+        self.clock = clock
+        self.started_at = clock()
+        self.worker_info: pb.Ready | None = None
+        self.health_changed: Callable[[bool], None] = lambda ready: None
+        memory = settings.memory
+        host_limit = int(memory.host_budget_bytes) or _half_of_memory()
+        self.host = Ledger("host", host_limit)
+        self.ingress = Ledger("ingress", int(memory.ingress_budget_bytes))
+        self.hbm = Ledger("hbm", int(memory.device_budget_bytes))
+        self.device = DeviceWorker(HostExtents(self._segment_dropped), settings.worker.poison_deaths)
+        self.host_extents = self.device.extents
+        host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
+        device_pool = PagePool(self.hbm, int(memory.extent_bytes), self.device.make_extent, self.device.drop_extent)
+        self.caches = CacheStore(host_pool, self._drop_device_page, clock, settings.server.max_caches)
+        self.governor = Governor(
+            self.hbm,
+            device_pool,
+            self.caches.all_layers,
+            self.device.load,
+            clock,
+            settings.limits.max_queued_searches,
+            settings.limits.max_running_searches,
+        )
+        self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
+        self.ingress_budget = IngressBudget(self.ingress)
+        self.blocks = BlockPool(self.ingress_budget, int(memory.search_block_bytes), int(memory.extent_bytes))
+        self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
+        self.supervisor = Supervisor(
+            _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, log.info)
+        )
+        self.device.governor = self.governor
+        self.device.supervisor = self.supervisor
+        self._sweeper: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Start the worker and the sweeper."""
+        self.supervisor.start()
+        self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
+
+    async def stop(self) -> None:
+        """Stop both; the worker may finish what it has been given."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+        await self.supervisor.stop(grace_s=2.0)
+        # With the worker gone nothing of the device can hold these up any more.
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self.ingest_threads.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def formats(self) -> frozenset[KeyFormat]:
+        """Formats that the implementation takes here. Raises NotReadyError before the first worker is ready."""
+        ready = self.require_worker_info()
+        chosen = next(i for i in ready.implementations if i.name == ready.implementation)
+        return frozenset(KeyFormat(number) for number in chosen.key_formats)
+
+    def require_worker_info(self) -> pb.Ready:
+        """What the worker is. Raises NotReadyError before the first one is ready."""
+        if self.worker_info is None:
+            raise NotReadyError("the device process is still starting")
+        return self.worker_info
+
+    def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something to its end, whatever becomes of the call that started it."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    def delete_cache(self, cache: KeyCache) -> None:
+        """Drop a cache with its uploads."""
+        self.caches.delete(cache)
+        self.uploads.drop_cache(cache)
+
+    def _segment_dropped(self, segment_id: int) -> None:
+        self.device.segment_dropped(segment_id)
+
+    def _drop_device_page(self, page: Page) -> None:
+        self.governor.drop_device(page)
+
+    def _ready(self, info: pb.Ready) -> None:
+        if self.worker_info is None:
+            self.hbm.limit_bytes = info.device_budget_bytes
+        self.worker_info = info
+        self.log.info("ready", device=info.device_name, implementation=info.implementation)
+        self.device.on_ready()
+        self.health_changed(True)
+
+    def _down(self) -> None:
+        self.health_changed(False)
+        self.device.on_down()
+
+    def _lost(self, blamed: bool) -> None:
+        self.device.on_lost(blamed)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.server.sweep_s)
+            uploads = self.uploads.expire()
+            caches = self.caches.expire()
+            if uploads or caches:
+                self.log.info("expired", caches=caches, uploads=uploads)
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _worker_options(settings: Settings) -> WorkerOptions:
+    worker = settings.worker
+    return WorkerOptions(
+        device=worker.device,
+        implementation=worker.implementation,
+        device_budget_bytes=int(settings.memory.device_budget_bytes),
+        cpu_threads=worker.cpu_threads,
+        ready_timeout_s=worker.ready_timeout_s,
+        heartbeat_s=worker.heartbeat_s,
+        heartbeat_timeout_s=worker.heartbeat_timeout_s,
+        work_timeout_s=worker.work_timeout_s,
+        restart_backoff_s=worker.restart_backoff_s,
+        max_restart_backoff_s=worker.max_restart_backoff_s,
+    )

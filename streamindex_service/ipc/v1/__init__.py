@@ -1,0 +1,1 @@
+"""Stubs generated from `proto/streamindex_service/ipc/v1` by `make stubs`."""

@@ -1,0 +1,263 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FailureKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAILURE_KIND_UNSPECIFIED: _ClassVar[FailureKind]
+    FAILURE_KIND_CANCELLED: _ClassVar[FailureKind]
+    FAILURE_KIND_OUT_OF_MEMORY: _ClassVar[FailureKind]
+    FAILURE_KIND_DEVICE: _ClassVar[FailureKind]
+    FAILURE_KIND_INTERNAL: _ClassVar[FailureKind]
+FAILURE_KIND_UNSPECIFIED: FailureKind
+FAILURE_KIND_CANCELLED: FailureKind
+FAILURE_KIND_OUT_OF_MEMORY: FailureKind
+FAILURE_KIND_DEVICE: FailureKind
+FAILURE_KIND_INTERNAL: FailureKind
+
+class ToWorker(_message.Message):
+    __slots__ = ("configure", "map_segment", "unmap_segment", "allocate_extent", "free_extent", "load_pages", "define_view", "drop_view", "search_tile", "cancel_tiles", "ping", "shutdown")
+    CONFIGURE_FIELD_NUMBER: _ClassVar[int]
+    MAP_SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    UNMAP_SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATE_EXTENT_FIELD_NUMBER: _ClassVar[int]
+    FREE_EXTENT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DEFINE_VIEW_FIELD_NUMBER: _ClassVar[int]
+    DROP_VIEW_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_TILE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_TILES_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
+    configure: Configure
+    map_segment: MapSegment
+    unmap_segment: UnmapSegment
+    allocate_extent: AllocateExtent
+    free_extent: FreeExtent
+    load_pages: LoadPages
+    define_view: DefineView
+    drop_view: DropView
+    search_tile: SearchTile
+    cancel_tiles: CancelTiles
+    ping: Ping
+    shutdown: Shutdown
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., map_segment: _Optional[_Union[MapSegment, _Mapping]] = ..., unmap_segment: _Optional[_Union[UnmapSegment, _Mapping]] = ..., allocate_extent: _Optional[_Union[AllocateExtent, _Mapping]] = ..., free_extent: _Optional[_Union[FreeExtent, _Mapping]] = ..., load_pages: _Optional[_Union[LoadPages, _Mapping]] = ..., define_view: _Optional[_Union[DefineView, _Mapping]] = ..., drop_view: _Optional[_Union[DropView, _Mapping]] = ..., search_tile: _Optional[_Union[SearchTile, _Mapping]] = ..., cancel_tiles: _Optional[_Union[CancelTiles, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ...) -> None: ...
+
+class FromWorker(_message.Message):
+    __slots__ = ("ready", "operation_done", "tile_done", "failed", "pong")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_DONE_FIELD_NUMBER: _ClassVar[int]
+    TILE_DONE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
+    ready: Ready
+    operation_done: OperationDone
+    tile_done: TileDone
+    failed: Failed
+    pong: Pong
+    def __init__(self, ready: _Optional[_Union[Ready, _Mapping]] = ..., operation_done: _Optional[_Union[OperationDone, _Mapping]] = ..., tile_done: _Optional[_Union[TileDone, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
+
+class Configure(_message.Message):
+    __slots__ = ("device", "implementation", "device_budget_bytes", "cpu_threads")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CPU_THREADS_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    implementation: str
+    device_budget_bytes: int
+    cpu_threads: int
+    def __init__(self, device: _Optional[str] = ..., implementation: _Optional[str] = ..., device_budget_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ...) -> None: ...
+
+class MapSegment(_message.Message):
+    __slots__ = ("segment_id", "segment_bytes", "writable")
+    SEGMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    segment_id: int
+    segment_bytes: int
+    writable: bool
+    def __init__(self, segment_id: _Optional[int] = ..., segment_bytes: _Optional[int] = ..., writable: bool = ...) -> None: ...
+
+class UnmapSegment(_message.Message):
+    __slots__ = ("segment_id",)
+    SEGMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    segment_id: int
+    def __init__(self, segment_id: _Optional[int] = ...) -> None: ...
+
+class AllocateExtent(_message.Message):
+    __slots__ = ("operation_id", "extent_id", "extent_bytes")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_ID_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    operation_id: int
+    extent_id: int
+    extent_bytes: int
+    def __init__(self, operation_id: _Optional[int] = ..., extent_id: _Optional[int] = ..., extent_bytes: _Optional[int] = ...) -> None: ...
+
+class FreeExtent(_message.Message):
+    __slots__ = ("extent_id",)
+    EXTENT_ID_FIELD_NUMBER: _ClassVar[int]
+    extent_id: int
+    def __init__(self, extent_id: _Optional[int] = ...) -> None: ...
+
+class LoadPages(_message.Message):
+    __slots__ = ("operation_id", "page_bytes", "segment_ids", "segment_offsets", "extent_ids", "extent_offsets")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_IDS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    operation_id: int
+    page_bytes: int
+    segment_ids: _containers.RepeatedScalarFieldContainer[int]
+    segment_offsets: _containers.RepeatedScalarFieldContainer[int]
+    extent_ids: _containers.RepeatedScalarFieldContainer[int]
+    extent_offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, operation_id: _Optional[int] = ..., page_bytes: _Optional[int] = ..., segment_ids: _Optional[_Iterable[int]] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., extent_ids: _Optional[_Iterable[int]] = ..., extent_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DefineView(_message.Message):
+    __slots__ = ("view_id", "key_format", "head_dim", "length_keys", "extent_ids", "extent_offsets", "complete")
+    VIEW_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_KEYS_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    view_id: int
+    key_format: int
+    head_dim: int
+    length_keys: int
+    extent_ids: _containers.RepeatedScalarFieldContainer[int]
+    extent_offsets: _containers.RepeatedScalarFieldContainer[int]
+    complete: bool
+    def __init__(self, view_id: _Optional[int] = ..., key_format: _Optional[int] = ..., head_dim: _Optional[int] = ..., length_keys: _Optional[int] = ..., extent_ids: _Optional[_Iterable[int]] = ..., extent_offsets: _Optional[_Iterable[int]] = ..., complete: bool = ...) -> None: ...
+
+class DropView(_message.Message):
+    __slots__ = ("view_id",)
+    VIEW_ID_FIELD_NUMBER: _ClassVar[int]
+    view_id: int
+    def __init__(self, view_id: _Optional[int] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("segment_id", "offset_bytes")
+    SEGMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    segment_id: int
+    offset_bytes: int
+    def __init__(self, segment_id: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
+
+class SearchTile(_message.Message):
+    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores")
+    TILE_ID_FIELD_NUMBER: _ClassVar[int]
+    VIEW_ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    Q_FIELD_NUMBER: _ClassVar[int]
+    W_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    tile_id: int
+    view_id: int
+    rows: int
+    heads: int
+    ratio: int
+    top_k: int
+    order: int
+    workspace_bytes: int
+    q: Span
+    w: Span
+    positions: Span
+    indices: Span
+    scores: Span
+    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ...) -> None: ...
+
+class CancelTiles(_message.Message):
+    __slots__ = ("tile_ids",)
+    TILE_IDS_FIELD_NUMBER: _ClassVar[int]
+    tile_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tile_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ("sequence",)
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+
+class Shutdown(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("device_name", "device_type", "device_bytes", "implementation", "implementations", "device_budget_bytes")
+    DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+    IMPLEMENTATIONS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    device_name: str
+    device_type: str
+    device_bytes: int
+    implementation: str
+    implementations: _containers.RepeatedCompositeFieldContainer[ImplementationSupport]
+    device_budget_bytes: int
+    def __init__(self, device_name: _Optional[str] = ..., device_type: _Optional[str] = ..., device_bytes: _Optional[int] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[ImplementationSupport, _Mapping]]] = ..., device_budget_bytes: _Optional[int] = ...) -> None: ...
+
+class ImplementationSupport(_message.Message):
+    __slots__ = ("name", "key_formats", "repeatable")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KEY_FORMATS_FIELD_NUMBER: _ClassVar[int]
+    REPEATABLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    key_formats: _containers.RepeatedScalarFieldContainer[int]
+    repeatable: bool
+    def __init__(self, name: _Optional[str] = ..., key_formats: _Optional[_Iterable[int]] = ..., repeatable: bool = ...) -> None: ...
+
+class OperationDone(_message.Message):
+    __slots__ = ("operation_id",)
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    operation_id: int
+    def __init__(self, operation_id: _Optional[int] = ...) -> None: ...
+
+class TileDone(_message.Message):
+    __slots__ = ("tile_id", "device_us")
+    TILE_ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_US_FIELD_NUMBER: _ClassVar[int]
+    tile_id: int
+    device_us: int
+    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ...) -> None: ...
+
+class Failed(_message.Message):
+    __slots__ = ("id", "kind", "detail")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    kind: FailureKind
+    detail: str
+    def __init__(self, id: _Optional[int] = ..., kind: _Optional[_Union[FailureKind, str]] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class Pong(_message.Message):
+    __slots__ = ("sequence", "oldest_running_ms", "allocated_bytes", "peak_bytes")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_RUNNING_MS_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    oldest_running_ms: int
+    allocated_bytes: int
+    peak_bytes: int
+    def __init__(self, sequence: _Optional[int] = ..., oldest_running_ms: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,222 @@
+"""`topk`: the lightning indexer's scores and the exact top-k of each row, by an implementation chosen by name."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamindex_service.ops.formats import KeyFormat
+from streamindex_service.ops.paged_keys import PagedKeys
+from streamindex_service.ops.topk import plan as planning
+from streamindex_service.ops.topk.order import Order
+from streamindex_service.ops.topk.plan import Plan, Shape
+from streamindex_service.ops.topk.problem import LIMITS, Limits, Problem, check_inputs, check_output
+from streamindex_service.ops.topk.reference import run_reference
+from streamindex_service.ops.topk.torch_chunked import run_chunked
+
+DEFAULT_WORKSPACE_BYTES = 256 << 20
+
+
+class TopkResult(NamedTuple):
+    """indices: [rows, top_k] int32, −1 where there is no key; scores: [rows, top_k] float32, −inf there, or None."""
+
+    indices: Tensor
+    scores: Tensor | None
+
+
+class UnsupportedImplementationError(ValueError):
+    """No implementation of that name, or not for that device and format; `valid_names` lists those that would do."""
+
+    def __init__(self, name: str, reason: str, valid_names: tuple[str, ...]) -> None:
+        super().__init__(f"implementation {name!r}: {reason}; valid names are {', '.join(valid_names) or 'none'}")
+        self.name = name
+        self.valid_names = valid_names
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the operation, and what it is good for.
+
+    cpu_only_interpreted: on CPU tensors it runs under Triton's interpreter, which is for tests. requires: a package
+    it imports.
+    repeatable: the device types on which chunk, tile, workspace and neighbours cannot change a bit of the answer.
+    plan: (shape, workspace_bytes, device type) -> Plan, or None if nothing is tiled.
+    """
+
+    name: str
+    function: Callable[[Problem, Plan | None], None]
+    devices: frozenset[str]
+    formats: frozenset[KeyFormat]
+    repeatable: frozenset[str]
+    limits: Limits
+    plan: Callable[[Shape, int, str], Plan] | None
+    requires: str | None = None
+    cpu_only_interpreted: bool = False
+
+    def supports(self, device: torch.device | str, key_format: KeyFormat) -> bool:
+        """Whether it runs here on that kind of device, and takes keys of that format."""
+        kind = torch.device(device).type
+        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+            return False
+        if kind == "cpu" and self.cpu_only_interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+            return False
+        return kind in self.devices and key_format in self.formats
+
+
+def _reference(problem: Problem, plan: Plan | None) -> None:
+    run_reference(problem)
+
+
+def _chunked(problem: Problem, plan: Plan | None) -> None:
+    assert plan is not None
+    run_chunked(problem, plan)
+
+
+def _triton(problem: Problem, plan: Plan | None) -> None:
+    # imported here: Triton need not be installed where it is not asked for
+    from streamindex_service.ops.topk.triton import run_triton
+
+    assert plan is not None
+    run_triton(problem, plan)
+
+
+_ALL_FORMATS = frozenset(KeyFormat)
+_ANY_DEVICE = frozenset({"cpu", "cuda"})
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {
+        implementation.name: implementation
+        for implementation in (
+            Implementation("reference", _reference, _ANY_DEVICE, _ALL_FORMATS, _ANY_DEVICE, LIMITS, plan=None),
+            Implementation(
+                "chunked",
+                _chunked,
+                _ANY_DEVICE,
+                _ALL_FORMATS,
+                repeatable=frozenset({"cpu"}),
+                limits=LIMITS,
+                plan=lambda shape, budget, device: planning.plan_chunked(shape, budget, on_cuda=device == "cuda"),
+            ),
+            Implementation(
+                "triton",
+                _triton,
+                _ANY_DEVICE,
+                _ALL_FORMATS,
+                repeatable=_ANY_DEVICE,
+                limits=LIMITS,
+                plan=lambda shape, budget, device: planning.plan_triton(shape, budget),
+                requires="triton",
+                cpu_only_interpreted=True,
+            ),
+        )
+    }
+)
+
+
+def find_implementation(name: str, device: torch.device | str, key_format: KeyFormat) -> Implementation:
+    """The implementation of that name. Raises UnsupportedImplementationError if it is unknown or not for that device
+    and format."""
+    valid = tuple(other.name for other in IMPLEMENTATIONS.values() if other.supports(device, key_format))
+    implementation = IMPLEMENTATIONS.get(name)
+    if implementation is None:
+        raise UnsupportedImplementationError(name, "unknown", valid)
+    if not implementation.supports(device, key_format):
+        raise UnsupportedImplementationError(name, f"not for {key_format.value} keys on {device} here", valid)
+    return implementation
+
+
+def plan_for(
+    implementation: str,
+    device: torch.device | str,
+    key_format: KeyFormat,
+    *,
+    rows: int,
+    heads: int,
+    head_dim: int,
+    keys: int,
+    top_k: int,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Plan | None:
+    """The plan that `topk` would run with, for a scheduler's estimate; None if the implementation has no tiles.
+
+    keys: the most that any row sees. Raises UnsupportedImplementationError and WorkspaceTooSmallError.
+    """
+    found = find_implementation(implementation, device, key_format)
+    if found.plan is None:
+        return None
+    shape = Shape(rows, heads, head_dim, keys, top_k, key_format.value, key_format.element_bytes)
+    return found.plan(shape, workspace_bytes, torch.device(device).type)
+
+
+def topk(
+    q: Tensor,
+    w: Tensor,
+    keys: PagedKeys,
+    positions: int | Tensor,
+    *,
+    ratio: int,
+    top_k: int,
+    order: Order = Order.SCORE,
+    implementation: str,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    want_scores: bool = False,
+    out_indices: Tensor | None = None,
+    out_scores: Tensor | None = None,
+    plan: Plan | None = None,
+) -> TopkResult:
+    """The `top_k` best keys of each query row under (score descending, index ascending), exactly.
+
+    score[t, s] = Σ_h w[t, h] · ReLU(⟨q[t, h], k[s]⟩) (times the key's scale), row t seeing s < min((p + 1) // ratio,
+    length).
+
+    Args:
+        q: [rows, heads, head_dim] in the keys' format, contiguous.
+        w: [rows, heads] float32, any sign, already scaled.
+        keys: one layer's keys.
+        positions: the first row's absolute position, or one per row ([rows] int64). The host needs them: a tensor on
+        the CPU costs
+            nothing, one on the device a synchronising copy.
+        ratio: tokens per key.
+        top_k: results per row.
+        order: arrangement of each row; padding −1 is last in both.
+        implementation: a name in IMPLEMENTATIONS; never replaced by another.
+        workspace_bytes: device memory beside inputs and outputs that the run may take, at least 16 MiB.
+        want_scores: also return scores (implied by `out_scores`).
+        out_indices, out_scores: [rows, top_k] int32 and float32, contiguous, to write into.
+        plan: tiles to use instead of the planned ones, for tests and benchmarks.
+
+    Raises:
+        TopkInputError: an argument disagrees with another or with LIMITS; its `field` names it.
+        UnsupportedImplementationError: unknown name, or not for this device and format.
+        WorkspaceTooSmallError: below the floor. ReferenceTooLargeError: `reference` beyond its bound.
+
+    Source: DeepSeek-V3.2 and V4 (lightning indexer); StreamIndex (chunked selection).
+    """
+    found = find_implementation(implementation, q.device, keys.format)
+    host_positions = positions if isinstance(positions, int) else positions.cpu()
+    check_inputs(q, w, keys, host_positions, ratio, top_k)
+    rows, device = q.shape[0], q.device
+    if out_indices is None:
+        out_indices = torch.empty((rows, top_k), dtype=torch.int32, device=device)
+    if out_scores is None and want_scores:
+        out_scores = torch.empty((rows, top_k), dtype=torch.float32, device=device)
+    check_output("out_indices", out_indices, rows, top_k, torch.int32, device)
+    if out_scores is not None:
+        check_output("out_scores", out_scores, rows, top_k, torch.float32, device)
+    problem = Problem(q, w, keys, host_positions, ratio, top_k, Order(order), out_indices, out_scores)
+    width = problem.max_visible(0, rows) if rows else 0
+    if not width:
+        out_indices.fill_(-1)
+        if out_scores is not None:
+            out_scores.fill_(-torch.inf)
+        return TopkResult(out_indices, out_scores)
+    if plan is None and found.plan is not None:
+        shape = Shape(rows, q.shape[1], q.shape[2], width, top_k, keys.format.value, keys.format.element_bytes)
+        plan = found.plan(shape, workspace_bytes, device.type)
+    found.function(problem, plan)
+    return TopkResult(out_indices, out_scores)

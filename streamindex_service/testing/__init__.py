@@ -1,0 +1,1 @@
+"""Tools for tests of the service and of what is built on it."""

@@ -1,0 +1,170 @@
+"""`python -m streamindex_service.worker FD`: the device process, talking over the socket FD."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import torch
+
+from streamindex_service.ipc import link
+from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops.topk import IMPLEMENTATIONS
+from streamindex_service.telemetry import logs
+from streamindex_service.worker import canary
+from streamindex_service.worker.device import Device, choose_implementation, default_budget_bytes, probe, supported
+from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
+from streamindex_service.worker.key_store import FORMATS
+
+_Command = tuple[pb.ToWorker, int | None]
+
+
+class Worker:
+    """One thread reads packets, one (the main one) executes them in order, one reports what the device has finished."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._send_lock = threading.Lock()
+        self._commands: queue.Queue[_Command | None] = queue.Queue()
+        self._log = logs.get("worker")
+
+    def run(self) -> None:
+        """Serve until the link closes or a Shutdown comes."""
+        data, _ = link.receive(self._sock)
+        device = self._configure(pb.ToWorker.FromString(data).configure)
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        self._announce(device)
+        while (command := self._commands.get()) is not None:
+            self._execute(*command)
+        self._executor.finish()
+
+    def _configure(self, configure: pb.Configure) -> Device:
+        if configure.cpu_threads:
+            torch.set_num_threads(configure.cpu_threads)
+        device = probe(configure.device)
+        self._implementation = choose_implementation(configure.implementation, device)
+        self._budget_bytes = configure.device_budget_bytes or default_budget_bytes(device)
+        if device.is_cuda:
+            torch.cuda.set_device(device.torch_device)
+            # The governor keeps within the budget by itself; the allocator's cap stands behind it, with some room for
+            # what the allocator rounds up.
+            fraction = min(1.0, (self._budget_bytes * 1.05 + (64 << 20)) / device.total_bytes)
+            torch.cuda.set_per_process_memory_fraction(fraction, device.torch_device)
+        self._executor = Executor(device, self._implementation, self._send)
+        canary.run(device, self._implementation)
+        if device.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device.torch_device)
+        return device
+
+    def _announce(self, device: Device) -> None:
+        numbers = {key_format: number for number, key_format in FORMATS.items()}
+        ready = pb.Ready(
+            device_name=device.name,
+            device_type=device.torch_device.type,
+            device_bytes=device.total_bytes,
+            device_budget_bytes=self._budget_bytes,
+            implementation=self._implementation,
+            implementations=[
+                pb.ImplementationSupport(
+                    name=name,
+                    key_formats=[numbers[key_format] for key_format in formats],
+                    repeatable=device.torch_device.type in IMPLEMENTATIONS[name].repeatable,
+                )
+                for name, formats in supported(device).items()
+            ],
+        )
+        self._log.info("worker_ready", device=device.name, implementation=self._implementation)
+        self._send(pb.FromWorker(ready=ready))
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data, fd = link.receive(self._sock)
+            except link.LinkClosedError:
+                os._exit(0)  # the frontend is gone: nobody is left to work for
+            message = pb.ToWorker.FromString(data)
+            kind = message.WhichOneof("message")
+            if kind == "ping":
+                allocated, peak = self._executor.memory()
+                pong = pb.Pong(
+                    sequence=message.ping.sequence,
+                    oldest_running_ms=self._executor.oldest_running_ms(),
+                    allocated_bytes=allocated,
+                    peak_bytes=peak,
+                )
+                self._send(pb.FromWorker(pong=pong))
+            elif kind == "cancel_tiles":
+                self._executor.cancel(list(message.cancel_tiles.tile_ids))
+            elif kind == "shutdown":
+                self._commands.put(None)
+            else:
+                self._commands.put((message, fd))
+
+    def _execute(self, message: pb.ToWorker, fd: int | None) -> None:
+        try:
+            self._dispatch(message, fd)
+        except torch.OutOfMemoryError as error:
+            self._fail(message, pb.FAILURE_KIND_OUT_OF_MEMORY, error)
+        except torch.AcceleratorError as error:
+            self._fail(message, pb.FAILURE_KIND_DEVICE, error)
+            self._log.error("device_failed", detail=repr(error))
+            os._exit(DEVICE_FAILED_EXIT_CODE)
+        except Exception as error:
+            self._log.error("command_failed", command=message.WhichOneof("message"), exc_info=True)
+            self._fail(message, pb.FAILURE_KIND_INTERNAL, error)
+
+    def _dispatch(self, message: pb.ToWorker, fd: int | None) -> None:
+        kind = message.WhichOneof("message")
+        executor = self._executor
+        if kind == "search_tile":
+            executor.search_tile(message.search_tile)
+        elif kind == "load_pages":
+            executor.load_pages(message.load_pages)
+        elif kind == "define_view":
+            executor.store.define_view(message.define_view)
+            if message.define_view.complete:
+                self._send(pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.define_view.view_id)))
+        elif kind == "drop_view":
+            executor.store.drop_view(message.drop_view.view_id)
+        elif kind == "allocate_extent":
+            extent = message.allocate_extent
+            executor.store.allocate(extent.extent_id, extent.extent_bytes)
+            done = pb.OperationDone(operation_id=extent.operation_id)
+            self._send(pb.FromWorker(operation_done=done))
+        elif kind == "free_extent":
+            executor.store.free(message.free_extent.extent_id)
+        elif kind == "map_segment":
+            assert fd is not None
+            executor.segments.add(message.map_segment, fd)
+        elif kind == "unmap_segment":
+            executor.segments.drop(message.unmap_segment.segment_id)
+
+    def _fail(self, message: pb.ToWorker, kind: pb.FailureKind, error: Exception) -> None:
+        inner: Any = getattr(message, message.WhichOneof("message") or "")
+        work_id = getattr(inner, "tile_id", 0) or getattr(inner, "operation_id", 0) or getattr(inner, "view_id", 0)
+        self._send(pb.FromWorker(failed=pb.Failed(id=work_id, kind=kind, detail=repr(error)[:4000])))
+
+    def _send(self, message: pb.FromWorker) -> None:
+        with self._send_lock:
+            try:
+                link.send(self._sock, message)
+            except link.LinkClosedError:
+                os._exit(0)
+
+
+def main() -> None:
+    """Run a worker on the socket whose descriptor is the first argument."""
+    logs.configure()
+    # The frontend decides when this process ends; a Ctrl-C in the terminal reaches both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Worker(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Which device, and what it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from streamindex_service.ops.formats import KeyFormat
+from streamindex_service.ops.topk import IMPLEMENTATIONS
+
+# Of the device's default implementation; first that is supported wins.
+_DEFAULTS = {"cuda": ("triton", "chunked"), "cpu": ("chunked",)}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that exists. `total_bytes` is its memory."""
+
+    torch_device: torch.device
+    name: str
+    total_bytes: int
+
+    @property
+    def is_cuda(self) -> bool:
+        """True on a GPU."""
+        return self.torch_device.type == "cuda"
+
+
+def probe(wanted: str) -> Device:
+    """Find the device: `cpu`, `cuda:N`, or `auto` (the first GPU, else the CPU). Raises RuntimeError saying why not."""
+    if wanted == "auto":
+        wanted = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(wanted)
+    if device.type == "cpu":
+        return Device(device, "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise RuntimeError(f"device {wanted} is not there: torch sees no CUDA device")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise RuntimeError(f"device {wanted} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    properties = torch.cuda.get_device_properties(index)
+    return Device(torch.device("cuda", index), properties.name, properties.total_memory)
+
+
+def default_budget_bytes(device: Device) -> int:
+    """The memory budget when none is set: most of a GPU's memory, a part of a CPU's (which the host's copies share)."""
+    return int(device.total_bytes * (0.85 if device.is_cuda else 0.20))
+
+
+def choose_implementation(wanted: str, device: Device) -> str:
+    """The implementation asked for, or the device's default. Raises RuntimeError listing the valid names."""
+    names = supported(device)
+    if wanted:
+        if not names.get(wanted):
+            raise RuntimeError(
+                f"implementation {wanted!r} does not run on {device.torch_device}; these do: {list(names)}"
+            )
+        return wanted
+    return next(name for name in _DEFAULTS[device.torch_device.type] if names.get(name))
+
+
+def supported(device: Device) -> dict[str, list[KeyFormat]]:
+    """Implementations that run on the device, and the formats that each takes there."""
+    found = {
+        name: [f for f in KeyFormat if implementation.supports(device.torch_device.type, f)]
+        for name, implementation in IMPLEMENTATIONS.items()
+    }
+    return {name: formats for name, formats in found.items() if formats}

@@ -1,0 +1,224 @@
+"""Runs the frontend's commands on the device, in the order in which they came.
+
+On a GPU three streams overlap: rows of the next tile are copied in while the present one is computed and the answers
+of the last one are copied out. Commands are issued by one thread; another waits for the device and reports, so that
+neither a copy nor a message ever holds up the issuing. On a CPU the same code runs without streams.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops.paged_keys import PagedKeys
+from streamindex_service.ops.topk import Order, topk
+from streamindex_service.worker.device import Device
+from streamindex_service.worker.key_store import KeyStore, SegmentMap
+
+# Tiles issued to the device and not finished. Two keep it busy; a third hides the reporting.
+MAX_IN_FLIGHT = 3
+DEVICE_FAILED_EXIT_CODE = 3
+_ORDERS = {0: Order.SCORE, 1: Order.SCORE, 2: Order.INDEX}
+
+
+@dataclass
+class _Issued:
+    """Work that the device has been given."""
+
+    work_id: int
+    started: float
+    reply: Callable[[float], pb.FromWorker]
+    start_event: torch.cuda.Event | None = None
+    end_event: torch.cuda.Event | None = None
+
+
+class Executor:
+    """One device. `send` may be called from several threads."""
+
+    def __init__(self, device: Device, implementation: str, send: Callable[[pb.FromWorker], None]) -> None:
+        self.segments = SegmentMap(device)
+        self.store = KeyStore(device)
+        self._device = device
+        self._implementation = implementation
+        self._send = send
+        self._cancelled: set[int] = set()
+        self._issued: queue.Queue[_Issued | None] = queue.Queue()
+        self._slots = threading.Semaphore(MAX_IN_FLIGHT)
+        self._running: dict[int, float] = {}  # work id -> when it started
+        self._lock = threading.Lock()
+        if device.is_cuda:
+            self._copy_in = _stream(device)
+            self._compute = _stream(device)
+            self._copy_out = _stream(device)
+        self._reporter = threading.Thread(target=self._report, name="reporter", daemon=True)
+        self._reporter.start()
+
+    def oldest_running_ms(self) -> int:
+        """How long the oldest unfinished work has been running."""
+        with self._lock:
+            oldest = min(self._running.values(), default=None)
+        return 0 if oldest is None else int(1000 * (time.monotonic() - oldest))
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes the device's allocator holds now, and the most it has held; 0, 0 on a CPU."""
+        if not self._device.is_cuda:
+            return 0, 0
+        device = self._device.torch_device
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+
+    def cancel(self, tile_ids: list[int]) -> None:
+        """Do not start these tiles. Called from the reading thread."""
+        self._cancelled.update(tile_ids)
+
+    def finish(self) -> None:
+        """Wait until everything issued is reported."""
+        self._issued.put(None)
+        self._reporter.join()
+
+    def load_pages(self, message: pb.LoadPages) -> None:
+        """Copy pages from segments to the device."""
+        work = self._begin(
+            message.operation_id,
+            lambda _: pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.operation_id)),
+        )
+        pairs = [
+            (
+                self.store.page(extent, to, message.page_bytes),
+                self.segments.bytes_at(segment, start, message.page_bytes),
+            )
+            for segment, start, extent, to in zip(
+                message.segment_ids, message.segment_offsets, message.extent_ids, message.extent_offsets, strict=True
+            )
+        ]
+        if self._device.is_cuda:
+            with torch.cuda.stream(self._copy_in):
+                # A slot may have been freed by a search that has finished; one that runs has its pages pinned.
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
+                work.end_event = _event(timing=False)
+                work.end_event.record()
+            self._compute.wait_stream(self._copy_in)
+        else:
+            for target, source in pairs:
+                target.copy_(source)
+        self._issued.put(work)
+
+    def search_tile(self, message: pb.SearchTile) -> None:
+        """Search some rows; the answers are in the message's spans when TileDone is sent."""
+        if message.tile_id in self._cancelled:
+            self._cancelled.discard(message.tile_id)
+            failed = pb.Failed(id=message.tile_id, kind=pb.FAILURE_KIND_CANCELLED)
+            self._send(pb.FromWorker(failed=failed))
+            return
+        keys = self.store.view(message.view_id)
+        work = self._begin(
+            message.tile_id,
+            lambda seconds: pb.FromWorker(tile_done=pb.TileDone(tile_id=message.tile_id, device_us=int(1e6 * seconds))),
+        )
+        try:
+            if self._device.is_cuda:
+                self._search_on_gpu(message, keys, work)
+            else:
+                self._search_on_cpu(message, keys)
+        except BaseException:
+            self._end(work)
+            raise
+        self._issued.put(work)
+
+    def _begin(self, work_id: int, reply: Callable[[float], pb.FromWorker]) -> _Issued:
+        self._slots.acquire()
+        started = time.monotonic()
+        with self._lock:
+            self._running[work_id] = started
+        return _Issued(work_id, started, reply)
+
+    def _end(self, work: _Issued) -> None:
+        with self._lock:
+            self._running.pop(work.work_id, None)
+        self._slots.release()
+
+    def _host_tensors(
+        self, message: pb.SearchTile, keys: PagedKeys
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        at, rows, heads = self.segments.tensor_at, message.rows, message.heads
+        q = at(message.q, keys.format.torch_dtype, (rows, heads, keys.head_dim))
+        w = at(message.w, torch.float32, (rows, heads))
+        positions = at(message.positions, torch.int64, (rows,))
+        indices = at(message.indices, torch.int32, (rows, message.top_k))
+        has_scores = message.HasField("scores")
+        scores = at(message.scores, torch.float32, (rows, message.top_k)) if has_scores else None
+        return q, w, positions, indices, scores
+
+    def _search_on_cpu(self, message: pb.SearchTile, keys: PagedKeys) -> None:
+        q, w, positions, indices, scores = self._host_tensors(message, keys)
+        topk(
+            q, w, keys, positions,
+            ratio=message.ratio, top_k=message.top_k, order=_ORDERS[message.order],
+            implementation=self._implementation, workspace_bytes=message.workspace_bytes,
+            want_scores=scores is not None, out_indices=indices, out_scores=scores,
+        )  # fmt: skip
+
+    def _search_on_gpu(self, message: pb.SearchTile, keys: PagedKeys, work: _Issued) -> None:
+        q_host, w_host, positions, indices_host, scores_host = self._host_tensors(message, keys)
+        device = self._device.torch_device
+        with torch.cuda.stream(self._copy_in):
+            q = q_host.to(device, non_blocking=True)
+            w = w_host.to(device, non_blocking=True)
+        self._compute.wait_stream(self._copy_in)
+        with torch.cuda.stream(self._compute):
+            q.record_stream(self._compute)
+            w.record_stream(self._compute)
+            work.start_event = _event(timing=True)
+            work.start_event.record()
+            result = topk(
+                q, w, keys, positions,
+                ratio=message.ratio, top_k=message.top_k, order=_ORDERS[message.order],
+                implementation=self._implementation, workspace_bytes=message.workspace_bytes,
+                want_scores=scores_host is not None,
+            )  # fmt: skip
+            computed = _event(timing=True)
+            computed.record()
+        self._copy_out.wait_event(computed)
+        with torch.cuda.stream(self._copy_out):
+            result.indices.record_stream(self._copy_out)
+            indices_host.copy_(result.indices, non_blocking=True)
+            if scores_host is not None and result.scores is not None:
+                result.scores.record_stream(self._copy_out)
+                scores_host.copy_(result.scores, non_blocking=True)
+            work.end_event = _event(timing=True)
+            work.end_event.record()
+
+    def _report(self) -> None:
+        while (work := self._issued.get()) is not None:
+            try:
+                seconds = self._wait(work)
+            except Exception as error:  # asynchronous CUDA errors surface here
+                self._end(work)
+                failed = pb.Failed(id=work.work_id, kind=pb.FAILURE_KIND_DEVICE, detail=repr(error))
+                self._send(pb.FromWorker(failed=failed))
+                os._exit(DEVICE_FAILED_EXIT_CODE)  # a CUDA context that has failed once fails for ever
+            self._end(work)
+            self._send(work.reply(seconds))
+
+    def _wait(self, work: _Issued) -> float:
+        if work.end_event is None:
+            return time.monotonic() - work.started
+        work.end_event.synchronize()
+        if work.start_event is None:
+            return time.monotonic() - work.started
+        return float(work.start_event.elapsed_time(work.end_event)) / 1000
+
+
+def _stream(device: Device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device.torch_device)  # type: ignore[no-untyped-call]
+
+
+def _event(*, timing: bool) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]

@@ -1,0 +1,130 @@
+"""Pages of keys on the device.
+
+The frontend decides what lies where; here are the extents (device allocations that pages are cut from), the segments
+(host memory that pages come from) and the views (the pages of a layer, in order, as an operation takes them).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamindex_service.ipc.segments import Segment
+from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops.formats import KeyFormat
+from streamindex_service.ops.paged_keys import PAGE_KEYS, PagedKeys
+from streamindex_service.worker.device import Device
+
+# streamindex.v1.KeyFormat -> the operations' formats
+FORMATS = {1: KeyFormat.BF16, 2: KeyFormat.FP16, 3: KeyFormat.FP32, 4: KeyFormat.FP8_E4M3}
+
+
+@dataclass
+class _MappedSegment:
+    segment: Segment
+    tensor: torch.Tensor  # [bytes] uint8
+
+
+class SegmentMap:
+    """Segments that the frontend passed on, as byte tensors; page-locked on a GPU, so that copies are asynchronous."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._mapped: dict[int, _MappedSegment] = {}
+
+    def add(self, message: pb.MapSegment, fd: int) -> None:
+        """Map a segment. Raises ValueError for one that is not what was announced."""
+        # CUDA page-locks only what is mapped writable; elsewhere the keys of the host stay read-only for this process.
+        writable = message.writable or self._device.is_cuda
+        segment = Segment.receive(fd, message.segment_bytes, writable=writable)
+        tensor = torch.frombuffer(segment.map, dtype=torch.uint8) if writable else _read_only_tensor(segment)
+        if self._device.is_cuda:
+            result = int(_cuda_runtime().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0))
+            if result != 0:
+                raise RuntimeError(f"cudaHostRegister failed with {result}")
+        self._mapped[message.segment_id] = _MappedSegment(segment, tensor)
+
+    def drop(self, segment_id: int) -> None:
+        """Unmap a segment."""
+        mapped = self._mapped.pop(segment_id)
+        if self._device.is_cuda:
+            _cuda_runtime().cudaHostUnregister(mapped.tensor.data_ptr())
+        del mapped.tensor
+        mapped.segment.close()
+
+    def bytes_at(self, segment_id: int, offset_bytes: int, size_bytes: int) -> torch.Tensor:
+        """A part of a segment, [size_bytes] uint8."""
+        tensor = self._mapped[segment_id].tensor
+        assert 0 <= offset_bytes <= offset_bytes + size_bytes <= tensor.numel()
+        return tensor[offset_bytes : offset_bytes + size_bytes]
+
+    def tensor_at(self, span: pb.Span, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor that lies in a segment."""
+        elements = 1
+        for size in shape:
+            elements *= size
+        return self.bytes_at(span.segment_id, span.offset_bytes, elements * dtype.itemsize).view(dtype).view(shape)
+
+
+class KeyStore:
+    """Extents and views."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._extents: dict[int, torch.Tensor] = {}  # [bytes] uint8
+        self._views: dict[int, PagedKeys] = {}
+        self._partial: dict[int, list[torch.Tensor]] = {}
+
+    def allocate(self, extent_id: int, extent_bytes: int) -> None:
+        """Take device memory. Raises torch.OutOfMemoryError."""
+        self._extents[extent_id] = torch.empty(extent_bytes, dtype=torch.uint8, device=self._device.torch_device)
+
+    def free(self, extent_id: int) -> None:
+        """Give it back. An extent whose allocation failed is not there."""
+        self._extents.pop(extent_id, None)
+
+    def page(self, extent_id: int, offset_bytes: int, page_bytes: int) -> torch.Tensor:
+        """A page's bytes, [page_bytes] uint8. Raises KeyError."""
+        return self._extents[extent_id][offset_bytes : offset_bytes + page_bytes]
+
+    def define_view(self, message: pb.DefineView) -> None:
+        """Add pages to a view; the last message makes it usable. Raises KeyError for an extent that is not there."""
+        key_format = FORMATS[message.key_format]
+        values_bytes = PAGE_KEYS * message.head_dim * key_format.torch_dtype.itemsize
+        page_bytes = values_bytes + (4 * PAGE_KEYS if key_format.has_scales else 0)
+        pages = self._partial.setdefault(message.view_id, [])
+        pages += [
+            self.page(extent_id, offset, page_bytes)
+            for extent_id, offset in zip(message.extent_ids, message.extent_offsets, strict=True)
+        ]
+        if not message.complete:
+            return
+        del self._partial[message.view_id]
+        values = tuple(p[:values_bytes].view(key_format.torch_dtype).view(PAGE_KEYS, message.head_dim) for p in pages)
+        scales = tuple(p[values_bytes:].view(torch.float32) for p in pages) if key_format.has_scales else None
+        self._views[message.view_id] = PagedKeys(
+            format=key_format, head_dim=message.head_dim, length=message.length_keys, pages=values, scale_pages=scales
+        )
+
+    def view(self, view_id: int) -> PagedKeys:
+        """A view. Raises KeyError."""
+        return self._views[view_id]
+
+    def drop_view(self, view_id: int) -> None:
+        """Forget a view. One that could not be made is not there."""
+        self._views.pop(view_id, None)
+        self._partial.pop(view_id, None)
+
+
+def _read_only_tensor(segment: Segment) -> torch.Tensor:
+    # torch has no read-only tensors and warns of read-only buffers; the mapping is read-only and stands guard.
+    address = np.frombuffer(segment.map, dtype=np.uint8).ctypes.data
+    return torch.frombuffer((ctypes.c_uint8 * segment.size_bytes).from_address(address), dtype=torch.uint8)
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -1,0 +1,134 @@
+"""The settings tree: who wins, what is refused, and that the documents tell the truth about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from streamindex_service import errors
+from streamindex_service.config import Settings, load
+
+ROOT = Path(__file__).parents[2]
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("STREAMINDEX_")]:
+        monkeypatch.delenv(name)
+
+
+def settings_file(directory: Path, text: str) -> Path:
+    path = directory / "streamindex.toml"
+    path.write_text(text)
+    return path
+
+
+def every_setting() -> set[str]:
+    names = set()
+    for section, field in Settings.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, BaseModel)
+        names |= {f"{section}.{name}" for name in field.annotation.model_fields}
+    return names
+
+
+def configuration_table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("configuration_table", ROOT / "tools" / "configuration_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = settings_file(tmp_path, "[limits]\nmax_layers = 2\nmax_top_k = 20\nmax_batch_items = 200\n")
+    monkeypatch.setenv("STREAMINDEX_LIMITS__MAX_TOP_K", "30")
+    monkeypatch.setenv("STREAMINDEX_LIMITS__MAX_BATCH_ITEMS", "300")
+    limits = load(file, limits={"max_batch_items": 400}).limits
+    assert limits.max_layers == 2
+    assert limits.max_top_k == 30
+    assert limits.max_batch_items == 400
+    assert limits.max_batch_rows == Settings().limits.max_batch_rows
+
+
+def test_a_flag_leaves_the_rest_of_its_section_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMINDEX_SERVER__UNIX_SOCKET", "/run/x.sock")
+    server = load(None, server={"tcp_address": "127.0.0.1:9"}).server
+    assert (server.tcp_address, server.unix_socket) == ("127.0.0.1:9", "/run/x.sock")
+
+
+def test_sizes_may_be_written_with_units() -> None:
+    assert load(None, memory={"device_budget_bytes": "8GiB"}).memory.device_budget_bytes == 8 << 30
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:50051", "[::1]:50051", ""])
+def test_loopback_addresses_are_taken(address: str) -> None:
+    assert load(None, server={"tcp_address": address}).server.tcp_address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:50051", "[::]:50051", "192.0.2.1:50051", "example.org:50051", "127.0.0.1", "127.0.0.1:99999"]
+)
+def test_other_addresses_are_refused(address: str) -> None:
+    with pytest.raises(ValidationError, match="tcp_address"):
+        load(None, server={"tcp_address": address})
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="no_such"):
+        load(settings_file(tmp_path, "[server]\nno_such = 1\n"))
+
+
+def test_a_named_file_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "absent.toml")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        load().server.drain_s = 1.0  # type: ignore[misc]
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for field in Settings.model_fields.values():
+        assert isinstance(field.annotation, type)
+        for name, setting in field.annotation.model_fields.items():
+            assert setting.description, name
+
+
+def test_configuration_document_is_up_to_date() -> None:
+    table = configuration_table()
+    assert table.TARGET.read_text() == table.document(), "run tools/configuration_table.py"
+
+
+def test_operations_document_names_only_settings_that_exist() -> None:
+    sections = "|".join(Settings.model_fields)
+    named = set(re.findall(rf"`((?:{sections})\.\w+)`", OPERATIONS))
+    assert named <= every_setting()
+
+
+def test_every_bound_is_in_the_operations_document() -> None:
+    choices = {"server.tcp_address", "server.unix_socket", "worker.device", "worker.implementation", "log.level"}
+    bounds = OPERATIONS.split("## Bounds")[1]
+    missing = {name for name in every_setting() - choices if f"`{name}`" not in bounds}
+    assert not missing
+
+
+def test_refusals_in_the_operations_document_are_the_error_tree() -> None:
+    def tree(kind: type[errors.ServiceError]) -> list[type[errors.ServiceError]]:
+        return [kind, *(each for below in kind.__subclasses__() for each in tree(below))]
+
+    expected = {
+        (kind.reason, kind.code.name, "no" if kind.default_retry_after_ms is None else "yes")
+        for kind in tree(errors.ServiceError)[1:]
+    }
+    assert set(re.findall(r"^\| `(\w+)` \| (\w+) \| (yes|no) \|", OPERATIONS, re.MULTILINE)) == expected
