@@ -162,7 +162,7 @@ def wrong_rows(prefill: Prefill, indices: Tensor, sample: int = _CHECKED_ROWS) -
     on_device = rows.to(indices.device)
     report = check_topk(
         indices[on_device],
-        prefill.q[on_device],
+        prefill.q.view(torch.uint8)[on_device].view(prefill.q.dtype),  # not every float format can be indexed
         prefill.w[on_device],
         prefill.keys,
         rows,

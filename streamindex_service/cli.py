@@ -126,8 +126,7 @@ def demo(
             implementation=implementation,
             as_json=as_json,
         )
-        with _reported_errors():
-            wrong_rows = run(options)
+        wrong_rows = run(options)
     except DemoError as error:
         raise CommandError(str(error)) from error
     if wrong_rows:

@@ -7,6 +7,7 @@ One refusal has two forms, the in-band `streamindex.v1.Error` and the google.rpc
 from __future__ import annotations
 
 from google.protobuf import any_pb2, duration_pb2, message
+
 from streamindex.v1 import status_pb2, types_pb2
 
 __all__ = ["DOMAIN", "TRAILER", "from_trailer", "to_trailer"]

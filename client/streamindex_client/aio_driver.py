@@ -17,15 +17,17 @@ from streamindex_client.effects import Call, Close, Emit, Notify, Open, Pause, R
 from streamindex_client.errors import UnavailableError, from_rpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from streamindex_client.effects import Duplex, Effect, Operation
+    from streamindex_client.errors import StreamIndexError
 
 __all__ = ["AioDriver"]
 
 _Result = TypeVar("_Result")
 Metadata = tuple[tuple[str, str], ...]
-_CALL_IS_OVER = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError)
+_STATUS_LOST = "Internal error from Core"
+_CALL_IS_OVER = (grpc.RpcError, grpc.aio.InternalError, asyncio.InvalidStateError, grpc.aio.UsageError)
 
 
 class AioDriver:
@@ -99,6 +101,11 @@ class _Run(Generic[_Result]):
         self._pulling: asyncio.Task[Any] | None = None
         self._source_failure: BaseException | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the caller's iterator or tensor has raised."""
+        return self._source_failure is not None
+
     async def events(self) -> AsyncGenerator[Any, None]:
         """Run the operation, giving what it emits; `result` is set at the end."""
         value: Any = None
@@ -157,7 +164,7 @@ class _Run(Generic[_Result]):
         except grpc.RpcError as error:
             if self._source_failure is not None:
                 raise self._source_failure from None
-            raise from_rpc(error, stream.request_id) from None
+            raise stream.explain(error) from None
         except asyncio.CancelledError:
             if self._source_failure is not None and stream.call.cancelled():
                 raise self._source_failure from None
@@ -205,28 +212,58 @@ class _Stream:
         self._duplex = duplex
         self.call = call
         self.request_id = request_id
+        self._write = self._writer()
         self._sender: asyncio.Task[None] = asyncio.ensure_future(self._send())
 
+    def explain(self, error: grpc.RpcError) -> StreamIndexError:
+        """The typed error of a stream that broke."""
+        if isinstance(error, grpc.aio.AioRpcError) and error.details() == _STATUS_LOST:
+            return UnavailableError("the stream broke while sending", reason="BROKEN_STREAM")
+        return from_rpc(error, self.request_id)
+
     async def close(self) -> None:
+        """Cancel the call and end the sender."""
         self._sender.cancel()
         self.call.cancel()
         await asyncio.wait([self._sender])
 
     async def _send(self) -> None:
         try:
+            await self.call.wait_for_connection()
+            while (message := await self._next_message()) is not None:
+                await self._write(message)
+            await self.call.done_writing()
+        except Exception as error:
+            if self._run.failed:
+                self.call.cancel()
+            elif not isinstance(error, _CALL_IS_OVER):
+                raise
+            # otherwise the reader learns why
+
+    async def _next_message(self) -> bytes | None:
+        """The next message to send, when there is one; None at the end."""
+        try:
             while (step := self._duplex.next_step()) is not Pause.HALF_CLOSE:
                 if not isinstance(step, Pause):
-                    await self.call.write(step())
-                elif step is Pause.NEED_INPUT:
+                    return step()
+                if step is Pause.NEED_INPUT:
                     await self._run.pull(self._duplex)
                 else:
                     await self._run.wait()
-            await self.call.done_writing()
-        except _CALL_IS_OVER:
-            return  # the reader learns why
         except Exception as error:
             self._run.fail(error)
-            self.call.cancel()
+            raise
+        return None
+
+    def _writer(self) -> Callable[[bytes], Awaitable[None]]:
+        """How to send a message.
+
+        `call.write` answers a failed send by ending the call with a status of its own making: the refusal that the
+        server sent, in-band and in the trailers, can then no longer be read. What it calls itself does not.
+        """
+        core = getattr(self.call, "_cython_call", None)
+        send: Callable[[bytes], Awaitable[None]] = getattr(core, "send_serialized_message", None) or self.call.write
+        return send
 
 
 _END: Any = object()

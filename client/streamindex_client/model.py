@@ -12,6 +12,8 @@ from streamindex_client.formats import KeyFormat, Priority, member
 from streamindex_client.tensors import unsigned
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from streamindex.v1 import server_pb2
 
 __all__ = [
@@ -179,6 +181,5 @@ class Load:
         )
 
 
-def _formats(numbers: object) -> tuple[KeyFormat, ...]:
-    assert hasattr(numbers, "__iter__"), "a repeated field"
+def _formats(numbers: Iterable[int]) -> tuple[KeyFormat, ...]:
     return tuple(known for number in numbers if (known := KeyFormat.from_wire(number)) is not None)

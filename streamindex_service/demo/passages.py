@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_BEST_KEYS = 64  # of an answer row, that passages are made of
-_GAP_TOKENS = 12  # keys closer than this belong to one passage
+_BEST_KEYS = 128  # of an answer row, that passages are made of
+_GAP_TOKENS = 16  # keys closer than this belong to one passage
 _CONTEXT_CHARACTERS = 40
 _MAX_CHARACTERS = 240
 
@@ -23,7 +23,10 @@ class Passage:
 
 
 def best_passages(indices: Sequence[int], text: str, spans: Sequence[tuple[int, int]], limit: int = 5) -> list[Passage]:
-    """Passages of an answer row (best key first, -1 pads), the one with the best key first."""
+    """Passages of an answer row (best key first, -1 pads).
+
+    A passage weighs what its keys weigh together, each the reciprocal of its rank; the heaviest comes first.
+    """
     ranks = {token: rank for rank, token in enumerate(indices[:_BEST_KEYS]) if token >= 0}
     groups: list[list[int]] = []
     for token in sorted(ranks):
@@ -31,7 +34,7 @@ def best_passages(indices: Sequence[int], text: str, spans: Sequence[tuple[int, 
             groups[-1].append(token)
         else:
             groups.append([token])
-    groups.sort(key=lambda tokens: min(ranks[token] for token in tokens))
+    groups.sort(key=lambda tokens: -sum(1 / (1 + ranks[token]) for token in tokens))
     return [
         Passage(
             excerpt(text, spans[tokens[0]][0], spans[tokens[-1]][1]),

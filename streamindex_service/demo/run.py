@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from streamindex_client.errors import StreamIndexError
 from torch import Tensor
 
 from streamindex_service.demo.options import DemoError, DemoOptions
@@ -52,7 +53,7 @@ class Figures:
 
 
 def run(options: DemoOptions) -> int:
-    """Run the demo and print its findings; gives the number of wrong rows. Raises DemoError, StreamIndexError."""
+    """Run the demo and print its findings; gives the number of wrong rows. Raises DemoError."""
     console = Console(soft_wrap=True)
     workload = load_workload(options)
     source = workload.text.source if workload.text else f"random numbers, seed {options.seed}"
@@ -63,26 +64,39 @@ def run(options: DemoOptions) -> int:
     }
     console.print("Starting the service …", highlight=False)
     try:
-        with RunningService(settings) as service, streamindex_client.connect(service.address) as client:
-            capabilities = client.capabilities()
-            console.print(
-                f"Ready: {capabilities.device}, implementation {capabilities.implementation}", highlight=False
-            )
-            cache = client.create_key_cache(
-                heads=workload.q.shape[1],
-                head_dim=workload.k.shape[1],
-                ratio=workload.ratio,
-                key_format=options.key_format,
-                layers=1,
-            )
-            upload_s = _upload(console, cache, workload)
-            rows, indices, search_s = _search(console, cache, workload, options.top_k)
-            load = client.load()
-            verification = _verify(console, workload, options, rows, indices)
+        with RunningService(settings) as service:
+            try:
+                figures, verification, indices = _measure(console, service.address, options, workload)
+            except StreamIndexError as error:
+                raise DemoError(f"{error}\n{service.log_tail()}".rstrip()) from error
     except ServiceStartError as error:
         raise DemoError(str(error)) from error
     if workload.text is not None:
         _show_passages(console, workload, indices)
+    _show_figures(console, figures, verification, repeats=workload.repeats)
+    if options.as_json:
+        console.print(json.dumps(asdict(figures)), markup=False, highlight=False)
+    return figures.wrong_rows
+
+
+def _measure(
+    console: Console, address: str, options: DemoOptions, workload: Workload
+) -> tuple[Figures, Verification, Tensor]:
+    """Upload, search and check; the figures, how the check went, and the answers."""
+    with streamindex_client.connect(address) as client:
+        capabilities = client.capabilities()
+        console.print(f"Ready: {capabilities.device}, implementation {capabilities.implementation}", highlight=False)
+        cache = client.create_key_cache(
+            heads=workload.q.shape[1],
+            head_dim=workload.k.shape[1],
+            ratio=workload.ratio,
+            key_format=options.key_format,
+            layers=1,
+        )
+        upload_s = _upload(console, cache, workload)
+        rows, indices, search_s = _search(console, cache, workload, options.top_k)
+        load = client.load()
+    verification = _verify(console, workload, options, rows, indices)
     hbm = load.ledgers["hbm"]
     figures = Figures(
         device=capabilities.device,
@@ -97,10 +111,7 @@ def run(options: DemoOptions) -> int:
         peak_device_bytes=load.device_peak_bytes or hbm.peak_bytes,
         budget_bytes=hbm.limit_bytes,
     )
-    _show_figures(console, figures, verification, repeats=workload.repeats)
-    if options.as_json:
-        console.print(json.dumps(asdict(figures)), markup=False, highlight=False)
-    return figures.wrong_rows
+    return figures, verification, indices
 
 
 def _upload(console: Console, cache: KeyCache, workload: Workload) -> float:

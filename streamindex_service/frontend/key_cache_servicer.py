@@ -12,7 +12,7 @@ from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import read_message, to_message
+from streamindex_service.frontend.rpc import MessageWriter, read_message, refuse_in_band, to_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.upload_stream import UploadStream
 
@@ -77,6 +77,7 @@ class KeyCacheServicer:
     async def append(self, request_iterator: Any, context: Any) -> None:
         """AppendKeys."""
         upload: Upload | None = None
+        writer = MessageWriter(context)
         try:
             upload = self._open(await read_message(context), context)
             limits = self._service.settings.limits
@@ -86,11 +87,10 @@ class KeyCacheServicer:
                 max_chunk_bytes=int(limits.max_chunk_bytes),
                 window_bytes=int(limits.upload_window_bytes),
             )
-            await context.write(pb.AppendKeysResponse(accepted=accepted))
-            await UploadStream(self._service, upload, context).run()
+            await writer.write(pb.AppendKeysResponse(accepted=accepted))
+            await UploadStream(self._service, upload, context, writer).run()
         except ServiceError as error:
-            # In-band first: an abort in the middle of a stream may lose its details on the way.
-            await context.write(pb.AppendKeysResponse(refused=to_message(error)))
+            await refuse_in_band(writer, pb.AppendKeysResponse(refused=to_message(error)))
             raise
         finally:
             if upload is not None:

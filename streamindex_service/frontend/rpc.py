@@ -7,6 +7,7 @@ UNIMPLEMENTED. The chunk streams have their own readers and writers (see `stream
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,6 +23,8 @@ from streamindex_service.errors import InternalError, MalformedMessageError, Ser
 REQUEST_ID = "x-request-id"
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+_REFUSAL_TIMEOUT_S = 1.0
 
 Method = Callable[..., Any]
 
@@ -48,6 +51,7 @@ class MessageReader:
 
     def __init__(self, context: Any) -> None:
         self._reading: asyncio.Future[Any] = asyncio.ensure_future(read_message(context))
+        self._reading.add_done_callback(_seen)
 
     async def next(self, beside: asyncio.Task[None] | None, timeout_s: float | None = None) -> Any:
         """The message, None at the end of the stream. May be called again after TimeoutError.
@@ -72,6 +76,47 @@ class MessageReader:
     def cancel(self) -> None:
         """Stop reading; the stream is of no use after this."""
         self._reading.cancel()
+
+
+class MessageWriter:
+    """Writes the messages of one stream, one at a time.
+
+    gRPC cannot take a write back: under back-pressure it neither ends nor sees a cancellation, and a second write
+    beside it is an error. So a write that was begun goes on in a task of its own, whoever stops waiting for it, and the
+    next one comes after it.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._last: asyncio.Future[None] | None = None
+
+    async def write(self, message: Any, timeout_s: float | None = None) -> None:
+        """Hand a message to gRPC. Raises TimeoutError when the peer does not take it, or the one before, in time."""
+        if self._last is not None and not self._last.done():
+            await asyncio.wait([self._last], timeout=timeout_s)
+            if not self._last.done():
+                raise TimeoutError
+        self._last = asyncio.ensure_future(self._context.write(message))
+        self._last.add_done_callback(_seen)
+        await asyncio.wait([self._last], timeout=timeout_s)
+        if not self._last.done():
+            raise TimeoutError
+        self._last.result()
+
+
+async def refuse_in_band(writer: MessageWriter, message: Any) -> None:
+    """Say in a stream why it ends, before the status does: an abort in the middle may lose its details on the way.
+
+    A caller who does not read would not read this either; the call is not held up for it.
+    """
+    with contextlib.suppress(TimeoutError):
+        await writer.write(message, timeout_s=_REFUSAL_TIMEOUT_S)
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """Nobody may be left to look at the outcome."""
+    if not future.cancelled():
+        future.exception()
 
 
 def lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

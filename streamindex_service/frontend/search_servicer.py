@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from typing import Any
 
@@ -13,7 +12,7 @@ from streamindex_service.errors import MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import read_message, to_message
+from streamindex_service.frontend.rpc import MessageWriter, read_message, refuse_in_band, to_message
 from streamindex_service.frontend.search_batch import BatchSearch
 from streamindex_service.frontend.search_stream import SearchStream
 from streamindex_service.frontend.service import Service
@@ -28,6 +27,7 @@ class SearchServicer:
 
     async def search(self, request_iterator: Any, context: Any) -> None:
         """Search."""
+        writer = MessageWriter(context)
         try:
             header = await self._header(context)
             owner = self._identify(context)
@@ -42,18 +42,15 @@ class SearchServicer:
                     queued_ms=int(1000 * admitted.grant.queued_s),
                     max_chunk_bytes=int(self._service.settings.limits.max_chunk_bytes),
                 )
-                await context.write(pb.SearchResponse(accepted=accepted))
+                await writer.write(pb.SearchResponse(accepted=accepted))
                 stream = SearchStream(
-                    self._service, cache.spec, admitted.view, parameters, key, admitted.workspace_bytes, context
+                    self._service, cache.spec, admitted.view, parameters, key, admitted.workspace_bytes, context, writer
                 )
                 admitted.users.append(stream)
                 done = await stream.run()
-            await context.write(pb.SearchResponse(done=done))
+            await writer.write(pb.SearchResponse(done=done))
         except ServiceError as error:
-            # In-band first: an abort in the middle of a stream may lose its details on the way. A caller who does not
-            # read would not read this either, and must not hold the call up.
-            writing = asyncio.ensure_future(context.write(pb.SearchResponse(refused=to_message(error))))
-            await asyncio.wait([writing], timeout=1.0)
+            await refuse_in_band(writer, pb.SearchResponse(refused=to_message(error)))
             raise
 
     async def search_batch(self, request: pb.SearchBatchRequest, context: Any) -> pb.SearchBatchResponse:

@@ -34,7 +34,7 @@ from streamindex_service.frontend.device import TilePlace, TileSpec, View, tile_
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import BlockLayout, fill_rows
 from streamindex_service.frontend.requests import SearchParameters
-from streamindex_service.frontend.rpc import MessageReader
+from streamindex_service.frontend.rpc import MessageReader, MessageWriter
 from streamindex_service.frontend.service import Service
 from streamindex_service.ipc.supervisor import CancelledTileError
 
@@ -87,6 +87,7 @@ class SearchStream:
         blame_key: str,
         workspace_bytes: int,
         context: Any,
+        writer: MessageWriter,
     ) -> None:
         self._service = service
         self._view = view
@@ -96,6 +97,7 @@ class SearchStream:
         self._layout = BlockLayout.of(cache, parameters.top_k, parameters.want_scores, service.blocks.block_bytes)
         self._spec = TileSpec(cache.heads, cache.ratio, parameters.top_k, parameters.order, workspace_bytes)
         self._context = context
+        self._writer = writer
         self._explicit = parameters.start_position is None
         self._at = _Progress()
         self._changed = asyncio.Event()
@@ -300,12 +302,10 @@ class SearchStream:
         return encode_index_chunk(tile.row_offset + first, count, indices.data, scores.data, checksum)
 
     async def _send(self, message: bytes) -> None:
-        writing = asyncio.ensure_future(self._context.write(message))
-        done, _ = await asyncio.wait([writing], timeout=self._service.settings.limits.slow_consumer_s)
-        if not done:
-            writing.cancel()
-            raise SlowConsumerError("answers were not read for too long")
-        writing.result()
+        try:
+            await self._writer.write(message, self._service.settings.limits.slow_consumer_s)
+        except TimeoutError:
+            raise SlowConsumerError("answers were not read for too long") from None
 
     def _deliver(self, tile: _Tile) -> None:
         filling = tile.filling

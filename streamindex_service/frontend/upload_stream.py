@@ -14,7 +14,7 @@ from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, ke
 from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import DigestError, InvalidArgumentError, MalformedMessageError
 from streamindex_service.frontend import tensors
-from streamindex_service.frontend.rpc import MessageReader
+from streamindex_service.frontend.rpc import MessageReader, MessageWriter
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tensors import Bytes, RowRange
 
@@ -25,10 +25,11 @@ _ACKNOWLEDGE_EVERY_S = 0.002
 class UploadStream:
     """Reads chunks, has them checked and copied on the ingest threads, acknowledges, commits."""
 
-    def __init__(self, service: Service, upload: Upload, context: Any) -> None:
+    def __init__(self, service: Service, upload: Upload, context: Any, writer: MessageWriter) -> None:
         self._service = service
         self._upload = upload
         self._context = context
+        self._writer = writer
         spec = upload.cache.spec
         self._format = spec.key_format
         self._row_elements = spec.head_dim
@@ -49,7 +50,6 @@ class UploadStream:
                 elif message.WhichOneof("message") == "finish":
                     await self._settle()
                     acknowledger.cancel()
-                    await asyncio.gather(acknowledger, return_exceptions=True)
                     await self._finish(message.finish)
                     return
                 else:
@@ -135,7 +135,7 @@ class UploadStream:
             await self._progress.wait()
             self._progress.clear()
             acknowledged = pb.UploadAcknowledged(row_offset=self._upload.rows_held)
-            await self._context.write(pb.AppendKeysResponse(acknowledged=acknowledged))
+            await self._writer.write(pb.AppendKeysResponse(acknowledged=acknowledged))
             await asyncio.sleep(_ACKNOWLEDGE_EVERY_S)
 
     async def _finish(self, finish: pb.AppendKeysFinish) -> None:
@@ -151,7 +151,7 @@ class UploadStream:
         if not upload.committed:
             commit_upload(self._service, upload, self._row_bytes)
         committed = pb.UploadCommitted(layer_keys=upload.layer_keys)
-        await self._context.write(pb.AppendKeysResponse(committed=committed))
+        await self._writer.write(pb.AppendKeysResponse(committed=committed))
 
     def _check_digest(self, finish: pb.AppendKeysFinish) -> None:
         wanted = [("keys_crc32c", self._upload.keys_crc32c)]

@@ -128,7 +128,7 @@ def small_plan(inputs: Inputs, query_chunk: int, key_tile: int, **changes: int) 
 
 
 def shrunk(tiles: KernelTiles, **changes: int) -> KernelTiles:
-    return replace(tiles, **{"query_group": 16, "select_block": 256} | changes)
+    return replace(tiles, **{"query_group": 16, "select_block": 256, "filter_keys": 256, "sample_every": 4} | changes)
 
 
 def same(left: TopkResult, right: TopkResult) -> bool:

@@ -41,7 +41,7 @@ def test_chunked_repeats(shape, tiling: tuple[int, int], rows: tuple[int, int]) 
     assert _repeats("chunked", _inputs(*shape, "cpu"), *tiling, rows)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(shape=formats, tiling=tilings, rows=windows)
 def test_triton_repeats(shape, tiling: tuple[int, int], rows: tuple[int, int]) -> None:
     assert _repeats("triton", _inputs(*shape, kernel_device()), *tiling, rows)

@@ -285,9 +285,11 @@ class FakeService:
 
 def answers(q: Any, w: Any, positions: list[int], rows: int, top_k: int) -> tuple[Any, Any]:
     indices = np.full((rows, top_k), -1, np.int32)
+    scores = np.full((rows, top_k), -np.inf, np.float32)
+    if not rows:
+        return indices, scores
     indices[:, 0] = positions
     indices[:, 1] = q.reshape(rows, -1)[:, 0]
-    scores = np.full((rows, top_k), -np.inf, np.float32)
     scores[:, 0] = np.frombuffer(w, "<f4").reshape(rows, -1)[:, 0]
     return indices, scores
 

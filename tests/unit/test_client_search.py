@@ -29,9 +29,8 @@ def tensors(rows: int, start: int = 0):
 
 def source(q, w=None, *, options=None, start_position: int | None = 50, **more):
     env = Environment(options or ClientOptions(chunk_bytes=10 * ROW_BYTES))
-    arguments = dict(
-        layer=1, top_k=2, positions=None, order="score", mode="exact", want_scores=False, priority=None, convention=None
-    )
+    arguments = {"layer": 1, "top_k": 2, "positions": None, "order": "score", "mode": "exact"}
+    arguments |= {"want_scores": False, "priority": None, "convention": None}
     return search_source(env, INFO, q=q, w=w, start_position=start_position, **arguments | more)
 
 

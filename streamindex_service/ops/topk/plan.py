@@ -40,6 +40,8 @@ class KernelTiles:
     score_stages: int
     select_block: int
     select_warps: int
+    filter_keys: int  # tiles of at least so many keys are filtered by a sampled threshold before the selection
+    sample_every: int  # one line of 32 scores in so many is sampled
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def plan_chunked(shape: Shape, workspace_bytes: int, *, on_cuda: bool) -> Plan:
 
 
 def triton_workspace_bytes(shape: Shape, query_chunk: int, key_tile: int) -> int:
-    """Peak bytes of the fused kernels: float32 scores of a chunk × tile, two candidate lists, and the final sort."""
-    per_row = 4 * key_tile + shape.top_k * (2 * _LIST_BYTES_PER_ENTRY + _SORT_BYTES_PER_ENTRY)
+    """Peak bytes of the fused kernels: scores of a chunk × tile, two candidate lists, survivors, and the final sort."""
+    lists = 2 * shape.top_k + survivor_capacity(shape.top_k)
+    per_row = 4 * key_tile + lists * _LIST_BYTES_PER_ENTRY + shape.top_k * _SORT_BYTES_PER_ENTRY + 4
     return query_chunk * per_row + _SLACK_BYTES
 
 
@@ -141,6 +144,11 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
+def survivor_capacity(top_k: int) -> int:
+    """Entries of a row that the filter may leave to the selection; more, and the selection reads the whole row."""
+    return max(1024, 4 * top_k)
+
+
 def kernel_tiles(format_name: str, heads: int, head_dim: int) -> KernelTiles:
     """The static table of kernel shapes, measured on an H200 at 64 × 128; other sizes follow from what fits a
     multiprocessor."""
@@ -163,6 +171,8 @@ def kernel_tiles(format_name: str, heads: int, head_dim: int) -> KernelTiles:
         score_stages=stages,
         select_block=2048,
         select_warps=8,
+        filter_keys=16_384,
+        sample_every=16,
     )
 
 

@@ -20,15 +20,18 @@ from torch import Tensor
 
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.topk.order import Order
-from streamindex_service.ops.topk.plan import KernelTiles, Plan
+from streamindex_service.ops.topk.plan import KernelTiles, Plan, survivor_capacity
 from streamindex_service.ops.topk.problem import Problem
 
 _SCORE_SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride"]
 _SELECT_SCALARS = [
-    "row_start", "tile_start", "tile_keys", "length", "first_position", "ratio", "score_stride", "old_stride",
-    "new_start", "new_stride", "top_k",
+    "row_start", "tile_start", "tile_keys", "length", "first_position", "ratio", "score_stride", "old_stride", "top_k",
+    "capacity",
 ]  # fmt: skip
-_SELECT_POINTERS = ["positions", "scores", "old_scores", "old_indices", "new_scores", "new_indices"]
+_SELECT_POINTERS = [
+    "positions", "scores", "old_scores", "old_indices", "survivor_scores", "survivor_indices", "survivor_counts",
+    "new_scores", "new_indices",
+]  # fmt: skip
 
 
 @triton.jit
@@ -127,12 +130,18 @@ def _ordered_bits(score):
 
 
 @triton.jit
-def _add_digits(histogram, values, count, prefix, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Add to `histogram` [256] the digits at SHIFT of those of `count` floats whose higher digits are `prefix`."""
+def _add_digits(histogram, values, count, prefix, SHIFT: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr):
+    """Add to `histogram` [256] the digits at SHIFT of those of `count` floats whose higher digits are `prefix`.
+
+    EVERY > 1 takes one run of 32 floats (a memory line) in every EVERY runs, `count` floats in all.
+    """
     lane = tl.arange(0, BLOCK)
     for start in range(0, count, BLOCK):
         inside = start + lane < count
-        bits = _ordered_bits(tl.load(values + start + lane, mask=inside, other=0.0))
+        place = start + lane
+        if EVERY > 1:
+            place = place // 32 * (32 * EVERY) + place % 32
+        bits = _ordered_bits(tl.load(values + place, mask=inside, other=0.0))
         if SHIFT < 24:
             inside = inside & ((bits >> (SHIFT + 8)) == prefix)
         digit = ((bits >> SHIFT) & 255).to(tl.int32)
@@ -141,6 +150,16 @@ def _add_digits(histogram, values, count, prefix, SHIFT: tl.constexpr, BLOCK: tl
         outside = BLOCK - tl.sum(inside.to(tl.int32), axis=0)
         histogram += counted - tl.where(tl.arange(0, 256) == 0, outside, 0)
     return histogram
+
+
+@triton.jit
+def _next_digit(histogram, needed, prefix):
+    """The prefix one digit longer that holds the `needed`-th largest, and which of the entries with it that is."""
+    # at_least[b]: entries with digit b or more; the one sought has the largest digit with at_least ≥ needed
+    at_least = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0) + histogram
+    digit = tl.sum((at_least >= needed).to(tl.int32), axis=0) - 1
+    needed -= tl.sum(tl.where(tl.arange(0, 256) > digit, histogram, 0), axis=0)
+    return needed, (prefix << 8) | digit.to(tl.uint32)
 
 
 @triton.jit
@@ -177,17 +196,16 @@ def _keep(
 
 
 @triton.jit(do_not_specialize=_SELECT_SCALARS, do_not_specialize_on_alignment=_SELECT_POINTERS)
-def _select_kernel(
-    scores, old_scores, old_indices, new_scores, new_indices, positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, old_stride,
-    new_start, new_stride, top_k,
-    BLOCK: tl.constexpr, EXPLICIT: tl.constexpr,
+def _filter_kernel(
+    scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, positions,
+    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, old_stride, top_k, capacity,
+    BLOCK: tl.constexpr, EVERY: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
-    """The best top_k of (candidates so far, this tile's scores) of one row, in index order, padded. Grid: (rows of
-    the chunk,).
+    """What of one row can still be among the best, in index order: one pass over the tile. Grid: (rows of the chunk,).
 
-    scores: [rows, score_stride] float32 of keys tile_start to tile_start + tile_keys. Candidates so far have smaller
-    indices than any key of the tile and stand in index order, so "first in order" is "smallest index" across both.
+    A sample of the tile gives a threshold that should leave somewhat more than top_k; every entry not below it
+    survives. If that turns out to be fewer than top_k, or more than `capacity`, the sample misled: the count is
+    stored as −1, and the selection reads the whole row. A right count makes the survivors a superset of the answer.
     """
     row = tl.program_id(0)
     visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
@@ -196,23 +214,94 @@ def _select_kernel(
     scores += row.to(tl.int64) * score_stride
     old_scores += row.to(tl.int64) * old_stride
     old_indices += row.to(tl.int64) * old_stride
-    new_scores += (row.to(tl.int64) + new_start) * new_stride
-    new_indices += (row.to(tl.int64) + new_start) * new_stride
+    survivor_scores += row.to(tl.int64) * capacity
+    survivor_indices += row.to(tl.int64) * capacity
+
+    result = tl.full((), -1, tl.int32)
+    if tile_count >= 8 * top_k:
+        sample = tile_count // (32 * EVERY) * 32
+        # of the best top_k, the sample holds about `mean`; four deviations more make fewer than top_k survivors rare
+        mean = top_k.to(tl.float32) * sample.to(tl.float32) / tile_count.to(tl.float32)
+        needed = tl.minimum((mean + 4.0 * tl.sqrt(mean) + 4.0).to(tl.int32), sample)
+        prefix = tl.full((), 0, tl.uint32)
+        for step in tl.static_range(2):
+            histogram = tl.zeros((256,), tl.int32)
+            histogram = _add_digits(histogram, scores, sample, prefix, 24 - 8 * step, EVERY, BLOCK)
+            needed, prefix = _next_digit(histogram, needed, prefix)
+        threshold = prefix << 16
+        kept = tl.full((), 0, tl.int32)
+        kept = _survive(
+            old_scores, old_indices, 0, old_count, threshold, kept, capacity, survivor_scores, survivor_indices,
+            True, BLOCK,
+        )  # fmt: skip
+        kept = _survive(
+            scores, old_indices, tile_start, tile_count, threshold, kept, capacity, survivor_scores, survivor_indices,
+            False, BLOCK,
+        )  # fmt: skip
+        result = tl.where((kept >= top_k) & (kept <= capacity), kept, -1)
+    tl.store(survivor_counts + row, result)
+
+
+@triton.jit
+def _survive(
+    values, ids, first_id, count, threshold, kept, capacity, to_scores, to_indices,
+    HAS_IDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Append, in order, the entries whose bits are not below `threshold`; what does not fit is counted, not stored."""
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, count, BLOCK):
+        inside = start + lane < count
+        value = tl.load(values + start + lane, mask=inside, other=0.0)
+        take = (inside & (_ordered_bits(value) >= threshold)).to(tl.int32)
+        place = kept + tl.cumsum(take, axis=0) - 1
+        index = tl.load(ids + start + lane, mask=inside, other=0) if HAS_IDS else first_id + start + lane
+        fits = (take != 0) & (place < capacity)
+        tl.store(to_scores + place, value, mask=fits)
+        tl.store(to_indices + place, index, mask=fits)
+        kept += tl.sum(take, axis=0)
+    return kept
+
+
+@triton.jit(do_not_specialize=_SELECT_SCALARS, do_not_specialize_on_alignment=_SELECT_POINTERS)
+def _select_kernel(
+    scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, new_scores, new_indices,
+    positions,
+    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, old_stride, top_k, capacity,
+    BLOCK: tl.constexpr, FILTERED: tl.constexpr, EXPLICIT: tl.constexpr,
+):  # fmt: skip
+    """The best top_k of (candidates so far, this tile's scores) of one row, in index order, padded. Grid: (rows of
+    the chunk,).
+
+    scores: [rows, score_stride] float32 of keys tile_start to tile_start + tile_keys. Candidates so far have smaller
+    indices than any key of the tile and stand in index order, so "first in order" is "smallest index" across both.
+    FILTERED: where the filter found the row's survivors, only they are read.
+    """
+    row = tl.program_id(0)
+    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
+    old_count = tl.minimum(tl.minimum(visible, tile_start), top_k)
+    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
+    scores += row.to(tl.int64) * score_stride
+    old_scores += row.to(tl.int64) * old_stride
+    old_indices += row.to(tl.int64) * old_stride
+    new_scores += row.to(tl.int64) * old_stride
+    new_indices += row.to(tl.int64) * old_stride
+    if FILTERED:
+        survivors = tl.load(survivor_counts + row)
+        if survivors >= 0:  # they stand for candidates and tile alike
+            old_scores = survivor_scores + row.to(tl.int64) * capacity
+            old_indices = survivor_indices + row.to(tl.int64) * capacity
+            old_count = survivors
+            tile_count = survivors * 0
 
     kth = tl.full((), 0, tl.uint32)  # bits of the k-th best score; 0 is below every score
     needed = tl.full((), 0, tl.int32)  # how many equal to it belong to the result
     if old_count + tile_count > top_k:
         needed += top_k
-        bins = tl.arange(0, 256)
         for step in tl.static_range(4):
             histogram = tl.zeros((256,), tl.int32)
-            histogram = _add_digits(histogram, old_scores, old_count, kth, 24 - 8 * step, BLOCK)
-            histogram = _add_digits(histogram, scores, tile_count, kth, 24 - 8 * step, BLOCK)
-            # at_least[b]: entries with digit b or more; the k-th has the largest digit with at_least ≥ needed
-            at_least = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0) + histogram
-            digit = tl.sum((at_least >= needed).to(tl.int32), axis=0) - 1
-            needed -= tl.sum(tl.where(bins > digit, histogram, 0), axis=0)
-            kth = (kth << 8) | digit.to(tl.uint32)
+            histogram = _add_digits(histogram, old_scores, old_count, kth, 24 - 8 * step, 1, BLOCK)
+            histogram = _add_digits(histogram, scores, tile_count, kth, 24 - 8 * step, 1, BLOCK)
+            needed, kth = _next_digit(histogram, needed, kth)
 
     kept = tl.full((), 0, tl.int32)
     needed, kept = _keep(old_scores, old_indices, 0, old_count, kth, needed, kept, new_scores, new_indices, True, BLOCK)
@@ -233,10 +322,23 @@ _INTERPRETED = not isinstance(_score_kernel, triton.JITFunction)
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
     total = 0
-    for kernel in (_score_kernel, _select_kernel):
+    for kernel in (_score_kernel, _filter_kernel, _select_kernel):
         for cache in getattr(kernel, "device_caches", {}).values():
             total += len(cache[0])
     return total
+
+
+def survivor_counts(problem: Problem, plan: Plan) -> Tensor:
+    """Entries the filter left of each row, −1 where the sample misled and the row was read whole: [rows] int32.
+
+    For tests and for reporting how often the fallback is taken. One chunk and one tile: `plan` must hold all of them.
+    """
+    assert plan.tiles is not None
+    assert plan.query_chunk >= problem.rows
+    workspace, width = _Workspace(problem, plan), problem.max_visible(0, problem.rows)
+    assert max(plan.tiles.filter_keys, 8 * problem.top_k) <= width <= plan.key_tile
+    _search_chunk(problem, plan, workspace, 0, problem.rows, width)
+    return workspace.survivors[2]
 
 
 def run_triton(problem: Problem, plan: Plan) -> None:
@@ -270,6 +372,12 @@ class _Workspace:
             )
             for _ in range(2)
         ]
+        self.capacity = survivor_capacity(problem.top_k)
+        self.survivors = (
+            torch.empty((rows, self.capacity), dtype=torch.float32, device=device),
+            torch.empty((rows, self.capacity), dtype=torch.int32, device=device),
+            torch.empty((rows,), dtype=torch.int32, device=device),
+        )
 
 
 @dataclass(frozen=True)
@@ -288,7 +396,7 @@ def _search_chunk(problem: Problem, plan: Plan, workspace: _Workspace, start: in
         tile_keys = min(plan.key_tile, width - tile_start)
         if tile_keys > 0:
             _launch_scores(problem, plan.tiles, workspace.scores, chunk, tile_start, tile_keys)
-        _launch_select(problem, plan.tiles, workspace.scores, chunk, tile_start, tile_keys, old, new)
+        _launch_select(problem, plan.tiles, workspace, chunk, tile_start, tile_keys, old, new)
         old, new = new, old
     scores, indices = old[0][: stop - start], old[1][: stop - start]
     if problem.order is Order.SCORE:
@@ -322,15 +430,25 @@ def _launch_scores(
 
 
 def _launch_select(
-    problem: Problem, tiles: KernelTiles, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int,
+    problem: Problem, tiles: KernelTiles, workspace: _Workspace, chunk: _Chunk, tile_start: int, keys: int,
     old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
-    p, explicit = problem, chunk.positions is not None
-    _select_kernel[(chunk.stop - chunk.start,)](
-        scores, *old, *new, chunk.positions if explicit else p.keys.key_table.offsets,
+    p, explicit, grid = problem, chunk.positions is not None, (chunk.stop - chunk.start,)
+    positions = chunk.positions if explicit else p.keys.key_table.offsets
+    scalars = (
         chunk.start, tile_start, keys, p.keys.length, 0 if explicit else p.positions, p.ratio,
-        scores.stride(0), p.top_k, 0, p.top_k, p.top_k,
-        BLOCK=tiles.select_block, EXPLICIT=explicit, num_warps=tiles.select_warps,
+        workspace.scores.stride(0), p.top_k, p.top_k, workspace.capacity,
+    )  # fmt: skip
+    # short tiles are read faster than sampled; the answer is the same, so this may depend on the length
+    filtered = keys >= max(tiles.filter_keys, 8 * p.top_k)
+    if filtered:
+        _filter_kernel[grid](
+            workspace.scores, *old, *workspace.survivors, positions, *scalars,
+            BLOCK=tiles.select_block, EVERY=tiles.sample_every, EXPLICIT=explicit, num_warps=tiles.select_warps,
+        )  # fmt: skip
+    _select_kernel[grid](
+        workspace.scores, *old, *workspace.survivors, *new, positions, *scalars,
+        BLOCK=tiles.select_block, FILTERED=filtered, EXPLICIT=explicit, num_warps=tiles.select_warps,
     )  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""The commands against a running service, over both sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from streamindex_service.testing.service import RunningService, ServiceStartError
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[RunningService]:
+    with RunningService({"worker": {"device": "cpu"}}, tcp=True, warnings_as_errors=True) as running:
+        yield running
+
+
+def streamindex(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "streamindex_service", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["address", "tcp_address"])
+def test_health(service: RunningService, kind: str) -> None:
+    done = streamindex("health", "--address", getattr(service, kind))
+    assert done.returncode == 0, done.stderr
+    assert "SERVING on cpu" in done.stdout
+
+
+def test_load_for_people(service: RunningService) -> None:
+    done = streamindex("load", "--address", service.address)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("hbm", "host", "ingress", "running_searches"))
+
+
+def test_load_as_json(service: RunningService) -> None:
+    done = streamindex("load", "--address", service.address, "--json")
+    load = json.loads(done.stdout)
+    assert load["ready"] is True
+    assert set(load["ledgers"]) == {"hbm", "host", "ingress"}
+    assert all(ledger["limit_bytes"] > 0 for ledger in load["ledgers"].values())
+
+
+def test_doctor_knows_a_running_service(service: RunningService) -> None:
+    done = streamindex("doctor", "--tcp", service.tcp_address, "--unix", str(service.socket_path), "--json")
+    assert done.returncode == 0, done.stdout
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert "a StreamIndex service answers there" in found["tcp port"]["text"]
+    assert "a StreamIndex service answers there" in found["unix socket"]["text"]
+
+
+def test_a_socket_in_use_is_refused_in_one_line(service: RunningService) -> None:
+    done = streamindex("serve", "--tcp", "", "--unix", str(service.socket_path), "--device", "cpu")
+    assert done.returncode == 1
+    assert "another server listens" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_unix_socket_is_its_owners(service: RunningService) -> None:
+    assert stat.S_IMODE(service.socket_path.stat().st_mode) == 0o600
+
+
+def test_stop_leaves_nothing() -> None:
+    with RunningService({"worker": {"device": "cpu"}}) as running:
+        pids = [running.process.pid, *running.worker_pids()]
+        assert len(pids) == 2
+        directory = running.socket_path.parent
+        assert running.stop() == 0
+    assert not directory.exists()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_killed_frontend_takes_its_worker_along() -> None:
+    with RunningService({"worker": {"device": "cpu"}}) as running:
+        (worker,) = running.worker_pids()
+        watch = os.pidfd_open(worker)
+        os.kill(running.process.pid, signal.SIGKILL)
+        import select
+
+        assert select.select([watch], [], [], 10.0)[0], "the worker outlived its frontend"
+        os.close(watch)
+
+
+def test_a_service_that_cannot_start_shows_its_log() -> None:
+    with pytest.raises(ServiceStartError, match="loopback"), RunningService({"server": {"tcp_address": "0.0.0.0:1"}}):
+        pass

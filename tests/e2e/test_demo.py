@@ -1,0 +1,112 @@
+"""The demo in its own process: the right answer, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FIELDS = {
+    "device": str,
+    "implementation": str,
+    "keys": int,
+    "queries": int,
+    "top_k": int,
+    "wrong_rows": int,
+    "checked_rows": int,
+    "upload_bytes_per_s": float,
+    "search_rows_per_s": float,
+    "peak_device_bytes": int,
+    "budget_bytes": int,
+}
+
+
+def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A demo whose temporary files lie in `directory`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamindex_service", "demo", "--device", "cpu", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(directory), "PYTHONWARNINGS": "error"},
+    )
+
+
+def demo(directory: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """Run it to its end; the JSON object of its last line, and all that it printed."""
+    process = start(directory, *arguments, "--json")
+    shown, errors = process.communicate(timeout=110)
+    assert process.returncode == 0, errors
+    assert not list(directory.iterdir())
+    figures: dict[str, Any] = json.loads(shown.splitlines()[-1])
+    assert {name: type(value) for name, value in figures.items()} == FIELDS
+    return figures, shown
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "--key-format bf16 --ratio 4 --heads 8 --head-dim 64",
+        "--key-format fp16 --ratio 1 --heads 3 --head-dim 16",
+        "--key-format fp32 --ratio 2 --heads 4 --head-dim 48",
+        "--key-format fp8_e4m3 --ratio 4 --heads 8 --head-dim 128",
+    ],
+    ids=lambda shape: shape.split()[1],
+)
+def test_synthetic_data_of_every_format(tmp_path: Path, shape: str) -> None:
+    figures, _ = demo(tmp_path, "--synthetic", "--keys", "1111", "--queries", "77", "--top-k", "65", *shape.split())
+    assert (figures["keys"], figures["queries"], figures["top_k"]) == (1111, 77, 65)
+    assert (figures["wrong_rows"], figures["checked_rows"]) == (0, 77)
+    assert figures["device"] == "cpu"
+    assert 0 < figures["peak_device_bytes"] <= figures["budget_bytes"]
+
+
+def test_real_data(tmp_path: Path) -> None:
+    figures, shown = demo(tmp_path)
+    assert (figures["keys"], figures["queries"], figures["top_k"]) == (16_384, 256, 512)
+    assert (figures["wrong_rows"], figures["checked_rows"]) == (0, 256)
+    assert shown.count("of the best keys") >= 4
+    assert "wrong rows: 0" in shown
+
+
+def test_an_implementation_that_does_not_exist(tmp_path: Path) -> None:
+    process = start(tmp_path, "--synthetic", "--keys", "64", "--queries", "1", "--implementation", "magic")
+    _, errors = process.communicate(timeout=110)
+    assert process.returncode == 1
+    assert "magic" in errors
+    assert "valid" in errors or "chunked" in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    process = start(tmp_path, "--synthetic", "--keys", "262144", "--queries", "100000", "--top-k", "512")
+    assert process.stdout is not None
+    while "Searching" not in (line := process.stdout.readline()) and "Ready" not in line:
+        assert line, process.communicate()[1]
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+    assert not [pid for pid in service_processes() if f"TMPDIR={tmp_path}" in environment(pid)]
+
+
+def service_processes() -> list[int]:
+    """Every process that could be ours."""
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def environment(pid: int) -> list[str]:
+    """A process's environment; empty when it is gone or not ours."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
