@@ -15,6 +15,7 @@ from rich.table import Table
 # name -> whether it needs a GPU
 BENCHMARKS = {"topk_scaling": True, "upload_throughput": False, "search_stream": False}
 _TIMEOUT_S = 3600
+_PLAIN_WIDTH = 160
 
 
 def run_one(name: str, out: Path, quick: bool) -> bool:
@@ -42,7 +43,7 @@ def show(name: str, path: Path) -> None:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} × {row['ratio_to']}"
         wrong = "" if row["wrong_rows"] is None else str(row["wrong_rows"])
         table.add_row(row["case"], row["dtype"], seconds, ratio, wrong, row["note"])
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
 
 
 def main() -> int:

@@ -82,8 +82,9 @@ def search(service: RunningService, cache: streamindex_client.KeyCache, q: Tenso
     """Search, keep a sample of the answers, watch the memory."""
     wanted = [int(each) for each in torch.linspace(0, rows - 1, min(CHECKED_ROWS, rows), dtype=torch.float64)]
     stream = Stream()
-    # a first short search, so that what every search needs once is there before memory is looked at
-    for _ in cache.search(layer=0, q=blocks(q, w, min(rows, 4 * CHUNK_ROWS)), top_k=V4_FLASH.top_k, start_position=0):
+    # a short search of the last rows first, so that the largest tiles were held once before memory is looked at
+    few = min(rows, 4 * CHUNK_ROWS)
+    for _ in cache.search(layer=0, q=blocks(q, w, few), top_k=V4_FLASH.top_k, start_position=rows - few):
         pass
     stream.look(service, "before")
     start = time.perf_counter()
@@ -180,7 +181,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    sizes = (131_072, 1_048_576) if arguments.device != "cpu" else (2048, 4096)
+    sizes = (131_072, 1_048_576) if arguments.device != "cpu" else (4096, 16_384)
     report = Report(arguments.device)
     row = measure(arguments.device, arguments.rows or sizes[0 if arguments.quick else 1])
     report.add(row)

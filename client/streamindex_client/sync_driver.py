@@ -1,9 +1,8 @@
 """Runs operations on a blocking gRPC channel.
 
-Threads. The caller's thread runs the operation and reads the stream. gRPC's own thread for the stream asks for
+Threads. The caller's thread runs the operation and reads the stream; gRPC's own thread for the stream asks for
 messages. Both sides of a session are touched only under `_changed`; building a message (the copy and the checksum)
-and fetching from the caller's iterator happen outside it. An upload's messages are built one ahead of the network by
-a thread of their own.
+and fetching from the caller's iterator happen outside it, in gRPC's thread.
 """
 
 from __future__ import annotations

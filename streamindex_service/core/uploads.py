@@ -50,8 +50,8 @@ class Upload:
         absolute = self.first_row + row
         return absolute // PAGE_KEYS - self.first_row // PAGE_KEYS, absolute % PAGE_KEYS
 
-    def is_repeat(self, row_offset: int, rows: int) -> bool:
-        """True: these rows are held already, compare them. False: they go on where the rows held end.
+    def is_repeat(self, row_offset: int, rows: int, rows_taken: int) -> bool:
+        """True: these rows are among the first `rows_taken`, compare them. False: they go on where those end.
 
         Raises OffsetGapError when they do neither, InvalidArgumentError when they pass the announced row count.
         """
@@ -60,13 +60,13 @@ class Upload:
                 f"rows {row_offset}..{row_offset + rows} are not among the upload's {self.row_count}",
                 field="chunk.row_count",
             )
-        if row_offset + rows <= self.rows_held:
+        if row_offset + rows <= rows_taken:
             return True
-        if row_offset != self.rows_held:
+        if row_offset != rows_taken:
             raise OffsetGapError(
-                f"the chunk starts at row {row_offset}, the upload goes on at row {self.rows_held}",
+                f"the chunk starts at row {row_offset}, the upload goes on at row {rows_taken}",
                 field="chunk.row_offset",
-                metadata={"expected_row_offset": self.rows_held},
+                metadata={"expected_row_offset": rows_taken},
             )
         return False
 
@@ -143,12 +143,12 @@ class UploadTable:
         if upload.cache.deleted and upload.upload_id in self._uploads:
             self.drop(upload)
 
-    def hold(self, upload: Upload, rows: int) -> list[PageSlot]:
-        """Take the pages that rows [rows_held, rows_held + rows) need; return all of the upload's pages.
+    def hold(self, upload: Upload, rows: int) -> None:
+        """Take the pages that the upload's first `rows` rows need.
 
         Memory grows with the rows that arrive, never with the rows announced. Raises HostMemoryError with the figures.
         """
-        last_page, _ = upload.place(upload.rows_held + rows - 1)
+        last_page, _ = upload.place(rows - 1)
         page_bytes = upload.cache.spec.page_bytes
         while len(upload.staged) <= last_page:
             slot = self._store.host.try_allocate(page_bytes)
@@ -163,7 +163,6 @@ class UploadTable:
                     },
                 )
             upload.staged.append(slot)
-        return upload.staged
 
     def commit(self, upload: Upload) -> None:
         """Make a complete upload visible. Raises CacheNotFoundError, LayerChangedError."""

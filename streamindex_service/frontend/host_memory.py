@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
+from streamindex_service.errors import HostMemoryError
 from streamindex_service.frontend.tensors import Bytes, as_bytes
 from streamindex_service.ipc.segments import Segment
 
+_MAX_PIECES = 1024  # of one write; the system's own bound
 _segment_ids = itertools.count(1)
 
 
@@ -53,10 +56,44 @@ class HostExtents:
         """The segment that a page lies in."""
         return self._segments[slot.extent_id]
 
+    def write(self, pieces: Sequence[tuple[PageSlot, int, memoryview]]) -> None:
+        """Write pieces at (page, byte within the page). Lets go of the interpreter lock; raises HostMemoryError.
+
+        Through the descriptor, not the mapping: the first touch of a mapped page costs about twice as much as the
+        write itself. Pieces that lie one after the other are written together.
+        """
+        start = 0
+        for stop in range(1, len(pieces) + 1):
+            if stop == len(pieces) or not _adjacent(pieces[stop - 1], pieces[stop]) or stop - start == _MAX_PIECES:
+                slot, offset, _ = pieces[start]
+                buffers = [piece for _, _, piece in pieces[start:stop]]
+                _write_all(self._segments[slot.extent_id].segment.fd, buffers, slot.offset_bytes + offset)
+                start = stop
+
     def bytes_at(self, slot: PageSlot, start: int, size_bytes: int) -> Bytes:
         """Bytes [start, start + size) of a page."""
         begin = slot.offset_bytes + start
         return self._segments[slot.extent_id].data[begin : begin + size_bytes]
+
+
+def _adjacent(one: tuple[PageSlot, int, memoryview], other: tuple[PageSlot, int, memoryview]) -> bool:
+    (slot, offset, data), (next_slot, next_offset, _) = one, other
+    end = slot.offset_bytes + offset + len(data)
+    return slot.extent_id == next_slot.extent_id and end == next_slot.offset_bytes + next_offset
+
+
+def _write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
+    try:
+        written = os.pwritev(fd, buffers, offset)
+        if written == sum(map(len, buffers)):
+            return
+        # Cut short by a signal, say; rare enough to go on in the simplest way.
+        rest = memoryview(b"".join(buffers))[written:]
+        while rest:
+            written += (count := os.pwrite(fd, rest, offset + written))
+            rest = rest[count:]
+    except OSError as error:
+        raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
 
 
 class IngressBudget:

@@ -10,7 +10,7 @@ from streamindex.framing import Chunk
 from streamindex.v1 import search_pb2 as pb
 
 from streamindex_service.core.caches import CacheSpec, KeyCache
-from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, key_row_bytes
+from streamindex_service.core.sizes import SCALE_BYTES, KeyFormat, key_row_bytes
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch
@@ -19,8 +19,7 @@ from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import INDICES, POSITIONS, SCORES, BlockLayout, Q, W, fill_rows
 from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.service import Service
-from streamindex_service.frontend.tensors import RowRange
-from streamindex_service.frontend.upload_stream import commit_upload, page_rows
+from streamindex_service.frontend.upload_stream import commit_upload, write_rows
 
 # Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
 _ITEMS_AT_ONCE = 16
@@ -176,14 +175,8 @@ def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.Search
     most = service.settings.limits.max_layer_keys
     upload = service.uploads.start(cache, layer, append.first_row, append.row_count, most)
     try:
-        pages = service.uploads.hold(upload, append.row_count)
-        done = 0
-        while done < append.row_count:
-            page, row = upload.place(done)
-            count = min(append.row_count - done, PAGE_KEYS - row)
-            targets = page_rows(service, pages[page], row_bytes, row, count)
-            tensors.copy_rows(chunk, [RowRange(done, count, targets)], row_bytes)
-            done += count
+        service.uploads.hold(upload, append.row_count)
+        write_rows(service, upload, chunk, row_bytes)
         upload.rows_held = append.row_count
         commit_upload(service, upload, row_bytes)
     finally:

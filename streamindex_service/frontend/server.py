@@ -20,6 +20,7 @@ from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2, server_pb2
 
 from streamindex_service.config import Settings
 from streamindex_service.errors import DrainingError
+from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.identity import Identify, anonymous
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
 from streamindex_service.frontend.rpc import CallInterceptor, generic_handler, lenient
@@ -180,6 +181,7 @@ class Server:
 async def serve(settings: Settings, on_listening: Callable[[Listening], None] | None = None) -> None:
     """Run a server until SIGTERM or SIGINT, then drain; a second signal stops at once. Raises SocketInUseError."""
     logs.configure(settings.log.level)
+    keep_message_buffers()
     server = Server(settings)
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from streamindex.checksum import combine, crc32c
+from streamindex.checksum import crc32c
 from streamindex.framing import Chunk
 
 from streamindex_service.core.sizes import KeyFormat
@@ -24,6 +24,14 @@ from streamindex_service.errors import (
 )
 
 Bytes = npt.NDArray[np.uint8]
+
+# Format -> its bits as a signed integer, and the least positive ones that are not finite. e4m3fn has no Inf.
+_FINITE = {
+    KeyFormat.BF16: (np.int16, 0x7F80),
+    KeyFormat.FP16: (np.int16, 0x7C00),
+    KeyFormat.FP32: (np.int32, 0x7F800000),
+    KeyFormat.FP8_E4M3: (np.int8, 0x7F),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,33 +96,18 @@ def compare_rows(chunk: Chunk, ranges: Sequence[RowRange], row_bytes: Sequence[i
 
 def check_finite(data: Any, key_format: KeyFormat, row_elements: int, tensor: str, first_row: int) -> None:
     """Refuse NaN and Inf. Raises NonFiniteError naming the tensor and the row (first_row + the row in `data`)."""
-    bad = _non_finite(data, key_format)
-    if bad is None:
+    signed, least = _FINITE[key_format]
+    positive = np.frombuffer(data, dtype=signed)
+    if positive.size == 0:
         return
+    # NaN and Inf have the largest bits of either sign: the largest signed number finds them among the positive
+    # elements, the largest unsigned one among the negative. Two passes, and no memory taken.
+    width = 8 * positive.itemsize
+    negative = positive.view(f"u{positive.itemsize}")
+    if int(positive.max()) < least and int(negative.max()) < least | 1 << (width - 1):
+        return
+    bad = (negative & (2 ** (width - 1) - 1)) >= least
     row = first_row + int(np.argmax(bad)) // row_elements
     raise NonFiniteError(
         f"{tensor} has a NaN or an Inf in row {row}", field=tensor, metadata={"tensor": tensor, "row": row}
     )
-
-
-def _non_finite(data: Any, key_format: KeyFormat) -> npt.NDArray[np.bool_] | None:
-    # The largest magnitude tells whether there is anything to look for; comparing every element is the slow way.
-    if key_format is KeyFormat.FP32:
-        values = np.frombuffer(data, dtype=np.float32)
-        finite = np.isfinite(values)
-        return None if finite.all() else ~finite
-    if key_format is KeyFormat.FP8_E4M3:  # e4m3fn has no Inf; NaN is all ones below the sign
-        magnitude = np.frombuffer(data, dtype=np.uint8) & np.uint8(0x7F)
-        limit: int = 0x7F
-    else:
-        magnitude = np.frombuffer(data, dtype=np.uint16) & np.uint16(0x7FFF)
-        limit = 0x7F80 if key_format is KeyFormat.BF16 else 0x7C00
-    if magnitude.size == 0 or int(magnitude.max()) < limit:
-        return None
-    bad: npt.NDArray[np.bool_] = np.greater_equal(magnitude, limit)
-    return bad
-
-
-def extend_digest(digest: int, part_crc32c: int, part_bytes: int) -> int:
-    """The CRC-32C of what `digest` covers followed by a part of which only checksum and length are at hand."""
-    return combine(digest, part_crc32c, part_bytes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
-from streamindex.checksum import crc32c
+from streamindex.checksum import combine, crc32c
 from streamindex.framing import Chunk
 from streamindex.v1 import key_cache_pb2 as pb
 
@@ -14,12 +16,12 @@ from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, ke
 from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import DigestError, InvalidArgumentError, MalformedMessageError
 from streamindex_service.frontend import tensors
-from streamindex_service.frontend.rpc import MessageReader, MessageWriter
+from streamindex_service.frontend.rpc import MessageWriter, read_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tensors import Bytes, RowRange
 
-# Acknowledgements are gathered for this long: at full speed one a chunk would cost more than it tells.
-_ACKNOWLEDGE_EVERY_S = 0.002
+_COPIES_AHEAD = 3  # chunks of one upload that are checked and copied at a time, while the next is received
+_ACKNOWLEDGE_AFTER_S = 0.02
 
 
 class UploadStream:
@@ -37,14 +39,19 @@ class UploadStream:
             key_row_bytes(spec.key_format, spec.head_dim),
             SCALE_BYTES if spec.key_format.has_scales else 0,
         )
-        self._copying: asyncio.Task[None] | None = None
-        self._progress = asyncio.Event()
+        self._rows_taken = upload.rows_held
+        self._copies: deque[asyncio.Task[None]] = deque()
+        self._failure: Exception | None = None
+        self._reading: asyncio.Task[Any] | None = None
+        self._to_acknowledge_bytes = 0
+        self._acknowledge_now = asyncio.Event()
+        self._idle_timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Until the commit or the end of the stream. Raises ServiceError; what is held can still be resumed."""
         acknowledger = asyncio.create_task(self._acknowledge())
         try:
-            while (message := await MessageReader(self._context).next(self._copying)) is not None:
+            while (message := await self._next()) is not None:
                 if isinstance(message, Chunk):
                     await self._take(message)
                 elif message.WhichOneof("message") == "finish":
@@ -58,9 +65,26 @@ class UploadStream:
             await self._settle()
         finally:
             acknowledger.cancel()
-            if self._copying is not None:
-                # The copy cannot be stopped; the pages that it writes to must not go before it is done.
-                await asyncio.gather(self._copying, return_exceptions=True)
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
+            # Copies cannot be stopped; the pages that they write to must not go before they are done.
+            await asyncio.gather(*self._copies, return_exceptions=True)
+
+    async def _next(self) -> Any:
+        """The next message. Raises what a copy has failed with, even while no message comes."""
+        self._reading = asyncio.current_task()
+        try:
+            if self._failure is not None:
+                raise self._failure
+            return await read_message(self._context)
+        except asyncio.CancelledError:
+            if self._failure is None:
+                raise
+            assert self._reading is not None
+            self._reading.uncancel()
+            raise self._failure from None
+        finally:
+            self._reading = None
 
     async def _take(self, chunk: Chunk) -> None:
         limit = int(self._service.settings.limits.max_chunk_bytes)
@@ -73,70 +97,84 @@ class UploadStream:
         if chunk.crc32c is None:
             raise InvalidArgumentError("chunk.crc32c is required", field="chunk.crc32c")
         tensors.check_part_sizes(chunk, ("keys", "scales"), self._row_bytes)
-        # One copy at a time, so that rows are held in order; the next chunk is received meanwhile.
-        await self._settle()
-        repeat = self._upload.is_repeat(chunk.row_offset, chunk.row_count)
+        if chunk.row_offset != self._rows_taken:
+            await self._settle()  # what it repeats must be there to be compared
+        repeat = self._upload.is_repeat(chunk.row_offset, chunk.row_count, self._rows_taken)
         if not repeat:
-            self._service.uploads.hold(self._upload, chunk.row_count)
+            self._service.uploads.hold(self._upload, chunk.row_offset + chunk.row_count)
+            self._rows_taken += chunk.row_count
+        while len(self._copies) >= _COPIES_AHEAD:
+            await asyncio.shield(self._copies[0])
+            self._copies.popleft()
         await self._service.ingress_budget.reserve(chunk.payload_bytes)
-        self._copying = asyncio.create_task(self._copy(chunk, repeat))
+        before = self._copies[-1] if self._copies else None
+        self._copies.append(asyncio.create_task(self._copy(chunk, repeat, before)))
 
     async def _settle(self) -> None:
         # Forgotten only when it is done: whoever cleans up must know of a copy that runs.
-        if self._copying is not None:
-            await asyncio.shield(self._copying)
-            self._copying = None
+        while self._copies:
+            await asyncio.shield(self._copies[0])
+            self._copies.popleft()
 
-    async def _copy(self, chunk: Chunk, repeat: bool) -> None:
+    async def _copy(self, chunk: Chunk, repeat: bool, before: asyncio.Task[None] | None) -> None:
         loop = asyncio.get_running_loop()
         try:
-            ranges = self._ranges(chunk.row_offset, chunk.row_count)
-            work = self._compare if repeat else self._store
-            keys_crc32c = await loop.run_in_executor(self._service.ingest_threads, work, chunk, ranges)
-        finally:
-            self._service.ingress_budget.release(chunk.payload_bytes)
+            try:
+                work = self._compare if repeat else self._store
+                keys_crc32c = await loop.run_in_executor(self._service.ingest_threads, work, chunk)
+            finally:
+                self._service.ingress_budget.release(chunk.payload_bytes)
+            if before is not None:  # rows are held in order
+                await asyncio.shield(before)
+        except Exception as error:
+            self._failure = self._failure or error
+            if self._reading is not None:
+                self._reading.cancel()
+            raise
         upload = self._upload
         if not repeat:
             keys, scales = chunk.parts
-            upload.keys_crc32c = tensors.extend_digest(upload.keys_crc32c, keys_crc32c, len(keys))
+            upload.keys_crc32c = combine(upload.keys_crc32c, keys_crc32c, len(keys))
             upload.scales_crc32c = crc32c(scales, upload.scales_crc32c)
             upload.rows_held += chunk.row_count
-        self._progress.set()
+        self._copied(chunk.payload_bytes)
 
-    def _compare(self, chunk: Chunk, ranges: list[RowRange]) -> int:
-        keys_crc32c, _ = tensors.verify_checksum(chunk)
-        tensors.compare_rows(chunk, ranges, self._row_bytes)
-        return keys_crc32c
-
-    def _store(self, chunk: Chunk, ranges: list[RowRange]) -> int:
-        keys_crc32c, _ = tensors.verify_checksum(chunk)
-        keys, scales = chunk.parts
-        first_row = chunk.row_offset
-        tensors.check_finite(keys, self._format, self._row_elements, "keys", first_row)
-        tensors.check_finite(scales, KeyFormat.FP32, 1, "scales", first_row)
-        tensors.copy_rows(chunk, ranges, self._row_bytes)
-        return keys_crc32c
-
-    def _ranges(self, row_offset: int, row_count: int) -> list[RowRange]:
-        """Where rows of the upload lie: one range for each page they touch."""
-        ranges, done = [], 0
-        while done < row_count:
-            page, row = self._upload.place(row_offset + done)
-            count = min(row_count - done, PAGE_KEYS - row)
-            ranges.append(RowRange(done, count, self._targets(page, row, count)))
-            done += count
-        return ranges
-
-    def _targets(self, page: int, row: int, count: int) -> tuple[Bytes, Bytes]:
-        return page_rows(self._service, self._upload.staged[page], self._row_bytes, row, count)
+    def _copied(self, size_bytes: int) -> None:
+        """Acknowledge once a quarter of the window is held, or nothing more has come for a while."""
+        self._to_acknowledge_bytes += size_bytes
+        if self._to_acknowledge_bytes >= int(self._service.settings.limits.upload_window_bytes) // 4:
+            self._acknowledge_now.set()
+        elif self._idle_timer is None:
+            loop = asyncio.get_running_loop()
+            self._idle_timer = loop.call_later(_ACKNOWLEDGE_AFTER_S, self._acknowledge_now.set)
 
     async def _acknowledge(self) -> None:
         while True:
-            await self._progress.wait()
-            self._progress.clear()
+            await self._acknowledge_now.wait()
+            self._acknowledge_now.clear()
+            self._to_acknowledge_bytes = 0
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
+                self._idle_timer = None
             acknowledged = pb.UploadAcknowledged(row_offset=self._upload.rows_held)
             await self._writer.write(pb.AppendKeysResponse(acknowledged=acknowledged))
-            await asyncio.sleep(_ACKNOWLEDGE_EVERY_S)
+
+    def _compare(self, chunk: Chunk) -> int:
+        keys_crc32c, _ = tensors.verify_checksum(chunk)
+        targets = [
+            RowRange(first, count, page_rows(self._service, self._upload.staged[page], self._row_bytes, row, count))
+            for page, row, first, count in page_ranges(self._upload, chunk.row_offset, chunk.row_count)
+        ]
+        tensors.compare_rows(chunk, targets, self._row_bytes)
+        return keys_crc32c
+
+    def _store(self, chunk: Chunk) -> int:
+        keys_crc32c, _ = tensors.verify_checksum(chunk)
+        keys, scales = chunk.parts
+        tensors.check_finite(keys, self._format, self._row_elements, "keys", chunk.row_offset)
+        tensors.check_finite(scales, KeyFormat.FP32, 1, "scales", chunk.row_offset)
+        write_rows(self._service, self._upload, chunk, self._row_bytes)
+        return keys_crc32c
 
     async def _finish(self, finish: pb.AppendKeysFinish) -> None:
         upload = self._upload
@@ -165,6 +203,30 @@ class UploadStream:
                 if not self._upload.committed:
                     self._service.uploads.drop(self._upload)
                 raise DigestError("the rows held do not have the digest of the finish", field=f"finish.{name}")
+
+
+def page_ranges(upload: Upload, row_offset: int, row_count: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where rows of an upload lie, page by page: (staged page, row within it, row of the chunk, rows)."""
+    done = 0
+    while done < row_count:
+        page, row = upload.place(row_offset + done)
+        count = min(row_count - done, PAGE_KEYS - row)
+        yield page, row, done, count
+        done += count
+
+
+def write_rows(service: Service, upload: Upload, chunk: Chunk, row_bytes: tuple[int, int]) -> None:
+    """Write a chunk's rows to the upload's staged pages. Raises HostMemoryError."""
+    keys, scales = (memoryview(part).cast("B") for part in chunk.parts)
+    key_bytes, scale_bytes = row_bytes
+    pieces = []
+    for page, row, first, count in page_ranges(upload, chunk.row_offset, chunk.row_count):
+        slot = upload.staged[page]
+        pieces.append((slot, row * key_bytes, keys[first * key_bytes : (first + count) * key_bytes]))
+        if scale_bytes:
+            offset = PAGE_KEYS * key_bytes + row * scale_bytes
+            pieces.append((slot, offset, scales[first * scale_bytes : (first + count) * scale_bytes]))
+    service.host_extents.write(pieces)
 
 
 def page_rows(service: Service, slot: Any, row_bytes: tuple[int, int], row: int, count: int) -> tuple[Bytes, Bytes]:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +30,26 @@ FIELDS = {
 }
 
 
-def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A demo whose temporary files lie in `directory`."""
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "streamindex_service", "demo", "--device", "cpu", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(directory), "PYTHONWARNINGS": "error"},
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def demo(directory: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """Run it to its end; the JSON object of its last line, and all that it printed."""
-    process = start(directory, *arguments, "--json")
-    shown, errors = process.communicate(timeout=110)
+    with started(directory, *arguments, "--json") as process:
+        shown, errors = process.communicate(timeout=110)
     assert process.returncode == 0, errors
     assert not list(directory.iterdir())
     figures: dict[str, Any] = json.loads(shown.splitlines()[-1])
@@ -76,31 +83,32 @@ def test_real_data(tmp_path: Path) -> None:
     assert "wrong rows: 0" in shown
 
 
-def test_an_implementation_that_does_not_exist(tmp_path: Path) -> None:
-    process = start(tmp_path, "--synthetic", "--keys", "64", "--queries", "1", "--implementation", "magic")
-    _, errors = process.communicate(timeout=110)
+@pytest.mark.parametrize("choice", [["--implementation", "magic"], ["--device", "cuda:63"]], ids=lambda each: each[1])
+def test_what_is_not_there_is_told_at_once(tmp_path: Path, choice: list[str]) -> None:
+    with started(tmp_path, "--synthetic", "--keys", "64", "--queries", "1", *choice) as process:
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "magic" in errors
-    assert "valid" in errors or "chunked" in errors
+    assert choice[1] in errors
+    assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    process = start(tmp_path, "--synthetic", "--keys", "262144", "--queries", "100000", "--top-k", "512")
-    assert process.stdout is not None
-    while "Searching" not in (line := process.stdout.readline()) and "Ready" not in line:
-        assert line, process.communicate()[1]
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with started(tmp_path, "--synthetic", "--keys", "262144", "--queries", "100000") as process:
+        assert process.stdout is not None
+        while "Ready" not in (line := process.stdout.readline()):
+            assert line, process.communicate()[1]
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())
-    assert not [pid for pid in service_processes() if f"TMPDIR={tmp_path}" in environment(pid)]
+    assert not [pid for pid in processes() if f"TMPDIR={tmp_path}" in environment(pid)]
 
 
-def service_processes() -> list[int]:
-    """Every process that could be ours."""
+def processes() -> list[int]:
+    """Every process there is."""
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -151,12 +153,11 @@ def test_input_is_asked_for_only_when_the_window_has_room():
     assert session.kept_rows == 15
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_any_history_answers_every_row_once_and_keeps_no_more_than_the_window(data):
-    blocks = data.draw(st.lists(st.integers(0, 40), max_size=6))
-    window = data.draw(st.integers(1, 60))
-    options = ClientOptions(chunk_bytes=data.draw(st.integers(1, 15)) * ROW_BYTES, search_window_rows=window)
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 60), st.integers(1, 15), st.integers(0, 2**32))
+def test_any_history_answers_every_row_once_and_keeps_no_more_than_the_window(blocks, window, chunk_rows, seed):
+    chance = random.Random(seed)
+    options = ClientOptions(chunk_bytes=chunk_rows * ROW_BYTES, search_window_rows=window)
     session = source(iter(()), options=options).session
     feeds, fed, answered, server = list(blocks), 0, 0, 0
     base = 0
@@ -177,15 +178,15 @@ def test_any_history_answers_every_row_once_and_keeps_no_more_than_the_window(da
             server += chunk.row_count
             assert base + server - answered <= window or server == chunk.row_count
         waiting = base + server - answered
-        if waiting and data.draw(st.booleans()):
-            rows = data.draw(st.integers(1, waiting))
+        if waiting and chance.random() < 0.5:
+            rows = chance.randint(1, waiting)
             part = session.receive(answer(answered - base, rows))
             assert part is not None
             assert part.row_offset == answered
             answered += rows
         elif step is Pause.HALF_CLOSE and not waiting:
             break
-        if data.draw(st.integers(0, 9)) == 0:
+        if chance.random() < 0.1:
             base, server = answered, 0
             assert opened(session).start_position == 50 + base
     session.receive(done(server))

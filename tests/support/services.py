@@ -1,0 +1,51 @@
+"""Settings of the services under test, and waiting for what a service tells only when it is asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+MIB = 1 << 20
+WAIT_S = 20.0
+
+CPU = {"device": "cpu", "cpu_threads": 1}
+ROOMY = {
+    "server": {"sweep_s": 0.1},
+    "memory": {
+        "device_budget_bytes": 256 * MIB,
+        "host_budget_bytes": 256 * MIB,
+        "ingress_budget_bytes": 16 * MIB,
+        "extent_bytes": MIB,
+        "search_block_bytes": MIB // 4,
+        "workspace_bytes": 16 * MIB,
+        "workspace_floor_bytes": 16 * MIB,
+    },
+    "worker": CPU,
+}
+# A search needs 16 MiB of workspace and 1 MiB of staging: 3 MiB are left for pages, and one search runs at a time.
+TIGHT = {
+    "server": {"sweep_s": 0.1, "max_caches": 6, "max_uploads": 3, "upload_ttl_s": 1.0},
+    "limits": {"slow_consumer_s": 1.0, "max_queued_searches": 8, "max_layer_keys": 65_536},
+    "memory": {
+        **ROOMY["memory"],
+        "device_budget_bytes": 20 * MIB,
+        "host_budget_bytes": 8 * MIB,
+        "extent_bytes": MIB // 4,
+    },
+    "worker": CPU,
+}
+
+
+def is_idle(load: Any) -> bool:
+    """No search, and nothing on its way."""
+    ingress = next(ledger for ledger in load.ledgers if ledger.name == "ingress")
+    return load.running_searches == 0 and load.queued_searches == 0 and ingress.reserved_bytes == 0
+
+
+def wait_for(condition: Callable[[], Any], wait_s: float = WAIT_S) -> None:
+    """Ask until it is so: for what the service tells only when it is asked."""
+    end = time.monotonic() + wait_s
+    while not condition():
+        assert time.monotonic() < end, "it did not become so"
+        time.sleep(0.01)
