@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -182,6 +184,9 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
     """Run a server until SIGTERM or SIGINT, then drain; a second signal stops at once. Raises SocketInUseError."""
     logs.configure(settings.log.level)
     keep_message_buffers()
+    # A thread that has checked a chunk would wait up to 5 ms, the default, for a loop that is busy receiving the next
+    # ones (measured: a fifth of an upload's throughput).
+    sys.setswitchinterval(0.0005)
     server = Server(settings)
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -190,6 +195,9 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
     listening = await server.start()
     if on_listening is not None:
         on_listening(listening)
+    # What is there now stays: the collector need not look through it again and again (7 % of an upload's time).
+    gc.collect()
+    gc.freeze()
     await signals.get()
     stopping = asyncio.create_task(server.stop(settings.server.drain_s))
     second = asyncio.create_task(signals.get())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +15,10 @@ from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, ke
 from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import DigestError, InvalidArgumentError, MalformedMessageError
 from streamindex_service.frontend import tensors
+from streamindex_service.frontend.ingest import IngestLane
 from streamindex_service.frontend.rpc import MessageWriter, read_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tensors import Bytes, RowRange
-
-_COPIES_AHEAD = 3  # chunks of one upload that are checked and copied at a time, while the next is received
-_ACKNOWLEDGE_AFTER_S = 0.02
 
 
 class UploadStream:
@@ -40,12 +37,15 @@ class UploadStream:
             SCALE_BYTES if spec.key_format.has_scales else 0,
         )
         self._rows_taken = upload.rows_held
-        self._copies: deque[asyncio.Task[None]] = deque()
-        self._failure: Exception | None = None
         self._reading: asyncio.Task[Any] | None = None
-        self._to_acknowledge_bytes = 0
         self._acknowledge_now = asyncio.Event()
-        self._idle_timer: asyncio.TimerHandle | None = None
+        self._lane = IngestLane(
+            service.ingest_threads,
+            service.ingress_budget,
+            news_bytes=int(service.settings.limits.upload_window_bytes) // 4,
+            news=self._acknowledge_now.set,
+            failed=self._stop_reading,
+        )
 
     async def run(self) -> None:
         """Until the commit or the end of the stream. Raises ServiceError; what is held can still be resumed."""
@@ -55,36 +55,37 @@ class UploadStream:
                 if isinstance(message, Chunk):
                     await self._take(message)
                 elif message.WhichOneof("message") == "finish":
-                    await self._settle()
+                    await self._lane.settle()
                     acknowledger.cancel()
                     await self._finish(message.finish)
                     return
                 else:
                     raise MalformedMessageError("a header comes first and once, then chunks, then finish")
             # The end of the stream alone never commits; what is held stays for a resume.
-            await self._settle()
+            await self._lane.settle()
         finally:
             acknowledger.cancel()
-            if self._idle_timer is not None:
-                self._idle_timer.cancel()
-            # Copies cannot be stopped; the pages that they write to must not go before they are done.
-            await asyncio.gather(*self._copies, return_exceptions=True)
+            # Work on a chunk cannot be stopped; the pages that it writes to must not go before it is done.
+            await asyncio.shield(self._service.background(self._lane.close()))
 
     async def _next(self) -> Any:
-        """The next message. Raises what a copy has failed with, even while no message comes."""
+        """The next message. Raises what the work on a chunk has raised, even while no message comes."""
+        if self._lane.failure is not None:
+            raise self._lane.failure
         self._reading = asyncio.current_task()
         try:
-            if self._failure is not None:
-                raise self._failure
             return await read_message(self._context)
         except asyncio.CancelledError:
-            if self._failure is None:
+            if self._lane.failure is None or self._reading is None:
                 raise
-            assert self._reading is not None
             self._reading.uncancel()
-            raise self._failure from None
+            raise self._lane.failure from None
         finally:
             self._reading = None
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
 
     async def _take(self, chunk: Chunk) -> None:
         limit = int(self._service.settings.limits.max_chunk_bytes)
@@ -97,84 +98,40 @@ class UploadStream:
         if chunk.crc32c is None:
             raise InvalidArgumentError("chunk.crc32c is required", field="chunk.crc32c")
         tensors.check_part_sizes(chunk, ("keys", "scales"), self._row_bytes)
-        if chunk.row_offset != self._rows_taken:
-            await self._settle()  # what it repeats must be there to be compared
-        repeat = self._upload.is_repeat(chunk.row_offset, chunk.row_count, self._rows_taken)
-        if not repeat:
+        if self._upload.is_repeat(chunk.row_offset, chunk.row_count, self._rows_taken):
+            await self._lane.put(lambda: self._compare(chunk), chunk.payload_bytes)
+        else:
             self._service.uploads.hold(self._upload, chunk.row_offset + chunk.row_count)
             self._rows_taken += chunk.row_count
-        while len(self._copies) >= _COPIES_AHEAD:
-            await asyncio.shield(self._copies[0])
-            self._copies.popleft()
-        await self._service.ingress_budget.reserve(chunk.payload_bytes)
-        before = self._copies[-1] if self._copies else None
-        self._copies.append(asyncio.create_task(self._copy(chunk, repeat, before)))
-
-    async def _settle(self) -> None:
-        # Forgotten only when it is done: whoever cleans up must know of a copy that runs.
-        while self._copies:
-            await asyncio.shield(self._copies[0])
-            self._copies.popleft()
-
-    async def _copy(self, chunk: Chunk, repeat: bool, before: asyncio.Task[None] | None) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            try:
-                work = self._compare if repeat else self._store
-                keys_crc32c = await loop.run_in_executor(self._service.ingest_threads, work, chunk)
-            finally:
-                self._service.ingress_budget.release(chunk.payload_bytes)
-            if before is not None:  # rows are held in order
-                await asyncio.shield(before)
-        except Exception as error:
-            self._failure = self._failure or error
-            if self._reading is not None:
-                self._reading.cancel()
-            raise
-        upload = self._upload
-        if not repeat:
-            keys, scales = chunk.parts
-            upload.keys_crc32c = combine(upload.keys_crc32c, keys_crc32c, len(keys))
-            upload.scales_crc32c = crc32c(scales, upload.scales_crc32c)
-            upload.rows_held += chunk.row_count
-        self._copied(chunk.payload_bytes)
-
-    def _copied(self, size_bytes: int) -> None:
-        """Acknowledge once a quarter of the window is held, or nothing more has come for a while."""
-        self._to_acknowledge_bytes += size_bytes
-        if self._to_acknowledge_bytes >= int(self._service.settings.limits.upload_window_bytes) // 4:
-            self._acknowledge_now.set()
-        elif self._idle_timer is None:
-            loop = asyncio.get_running_loop()
-            self._idle_timer = loop.call_later(_ACKNOWLEDGE_AFTER_S, self._acknowledge_now.set)
+            await self._lane.put(lambda: self._store(chunk), chunk.payload_bytes)
 
     async def _acknowledge(self) -> None:
         while True:
             await self._acknowledge_now.wait()
             self._acknowledge_now.clear()
-            self._to_acknowledge_bytes = 0
-            if self._idle_timer is not None:
-                self._idle_timer.cancel()
-                self._idle_timer = None
             acknowledged = pb.UploadAcknowledged(row_offset=self._upload.rows_held)
             await self._writer.write(pb.AppendKeysResponse(acknowledged=acknowledged))
 
-    def _compare(self, chunk: Chunk) -> int:
-        keys_crc32c, _ = tensors.verify_checksum(chunk)
+    # On a thread, one chunk at a time and in order.
+
+    def _compare(self, chunk: Chunk) -> None:
+        tensors.verify_checksum(chunk)
         targets = [
             RowRange(first, count, page_rows(self._service, self._upload.staged[page], self._row_bytes, row, count))
             for page, row, first, count in page_ranges(self._upload, chunk.row_offset, chunk.row_count)
         ]
         tensors.compare_rows(chunk, targets, self._row_bytes)
-        return keys_crc32c
 
-    def _store(self, chunk: Chunk) -> int:
+    def _store(self, chunk: Chunk) -> None:
+        upload = self._upload
         keys_crc32c, _ = tensors.verify_checksum(chunk)
         keys, scales = chunk.parts
         tensors.check_finite(keys, self._format, self._row_elements, "keys", chunk.row_offset)
         tensors.check_finite(scales, KeyFormat.FP32, 1, "scales", chunk.row_offset)
-        write_rows(self._service, self._upload, chunk, self._row_bytes)
-        return keys_crc32c
+        write_rows(self._service, upload, chunk, self._row_bytes)
+        upload.keys_crc32c = combine(upload.keys_crc32c, keys_crc32c, len(keys))
+        upload.scales_crc32c = crc32c(scales, upload.scales_crc32c)
+        upload.rows_held += chunk.row_count
 
     async def _finish(self, finish: pb.AppendKeysFinish) -> None:
         upload = self._upload
