@@ -152,12 +152,9 @@ class CacheStore:
             layer.pages = []
             layer.length_keys = 0
 
-    def expire(self) -> int:
-        """Drop every cache that was idle for its time to live; return how many."""
-        expired = [cache for cache in self._caches.values() if self._expired(cache)]
-        for cache in expired:
-            self.delete(cache)
-        return len(expired)
+    def expired(self) -> list[KeyCache]:
+        """Every cache that was idle for its time to live."""
+        return [cache for cache in self._caches.values() if self._expired(cache)]
 
     def truncate(self, cache: KeyCache, keys: int, layer_index: int | None) -> None:
         """Shorten one layer, or all. Raises InvalidArgumentError for a layer that does not exist."""

@@ -49,7 +49,7 @@ class PagePool:
         self._make_extent = make_extent
         self._drop_extent = drop_extent
         self._extents: dict[int, _Extent] = {}
-        self._with_room: dict[int, list[int]] = {}  # page_bytes -> heap of extent ids; may hold stale ids
+        self._with_room: dict[int, list[int]] = {}  # page_bytes -> heap of extent ids; may hold ids that are gone
         self._next_extent_id = 1
 
     def try_allocate(self, page_bytes: int) -> PageSlot | None:
@@ -59,6 +59,8 @@ class PagePool:
             return None
         extent = self._extents[extent_id]
         slot = heapq.heappop(extent.free)
+        if not extent.free:
+            heapq.heappop(self._with_room[page_bytes])  # the extent itself: pages come from the first of the heap
         self.pages_in_use += 1
         return PageSlot(extent_id, slot * page_bytes)
 

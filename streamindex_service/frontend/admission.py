@@ -8,6 +8,7 @@ from typing import Protocol
 
 from streamindex_service.core.caches import KeyCache
 from streamindex_service.core.governor import Grant
+from streamindex_service.frontend import requests
 from streamindex_service.frontend.device import View
 from streamindex_service.frontend.service import Service
 
@@ -58,10 +59,8 @@ class AdmittedSearch:
 
     async def _admit(self) -> Grant:
         settings = self._service.settings
-        # Query rows and answers of the tiles that are on the device at a time, beside the workspace.
-        staging = settings.memory.search_blocks * int(settings.memory.search_block_bytes)
-        floor = int(settings.memory.workspace_floor_bytes) + staging
-        want = int(settings.memory.workspace_bytes) + staging
+        floor = requests.search_floor_bytes(settings)
+        want = int(settings.memory.workspace_bytes) + requests.staging_bytes(settings)
         governor = self._service.governor
         wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         grants: list[Grant] = []
@@ -85,8 +84,7 @@ class AdmittedSearch:
     @property
     def workspace_bytes(self) -> int:
         """Of the grant, what tiles may use beyond their inputs and outputs."""
-        memory = self._service.settings.memory
-        return self.grant.workspace_bytes - memory.search_blocks * int(memory.search_block_bytes)
+        return self.grant.workspace_bytes - requests.staging_bytes(self._service.settings)
 
     async def _give_back(self) -> None:
         await asyncio.gather(*(user.give_back() for user in self.users))
@@ -96,5 +94,7 @@ class AdmittedSearch:
     def _release(self) -> None:
         self._service.governor.finish(self.grant)
         self._service.caches.release_snapshot(self.snapshot)
+        # Pages that only this search still held are gone with it: somebody may wait for their memory.
+        self._service.governor.pump()
         self._cache.busy -= 1
         self._cache.used_at = self._service.clock()

@@ -177,7 +177,8 @@ class DeviceWorker:
             indices=span(place.indices),
             scores=None if place.scores is None else span(place.scores),
         )
-        self._outstanding[tile_id] = request_key
+        if worker.alive:  # a search may not have learnt yet that its worker is gone
+            self._outstanding[tile_id] = request_key
         future = worker.request(pb.ToWorker(search_tile=message), tile_id)
         future.add_done_callback(lambda done: self._tile_done(tile_id, done))
         return tile_id, future
@@ -210,13 +211,14 @@ class DeviceWorker:
         worker.send(pb.ToWorker(map_segment=message), shared.segment.fd)
 
     def _send_loads(self, worker: WorkerLink) -> None:
-        while self._loads:
-            page_bytes = self._loads[0].page_bytes
+        # A page may have lost its place again since: the search it was for was cancelled, and the page evicted or freed.
+        loads = deque(page for page in self._loads if page.device is not None)
+        self._loads.clear()
+        while loads:
+            page_bytes = loads[0].page_bytes
             message = pb.LoadPages(operation_id=worker.next_id(), page_bytes=page_bytes)
-            while (
-                self._loads and self._loads[0].page_bytes == page_bytes and len(message.extent_ids) < PAGES_PER_MESSAGE
-            ):
-                page = self._loads.popleft()
+            while loads and loads[0].page_bytes == page_bytes and len(message.extent_ids) < PAGES_PER_MESSAGE:
+                page = loads.popleft()
                 assert page.device is not None
                 shared = self.extents.segment(page.host)
                 self._map(worker, shared)

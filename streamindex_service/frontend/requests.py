@@ -16,6 +16,7 @@ MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 16
 MAX_CONVENTION_BYTES = 128
 MAX_REQUEST_KEY_BYTES = 64
+MAX_POSITION = 2**62
 
 
 def _within(field: str, value: int, least: int, most: int) -> int:
@@ -84,10 +85,21 @@ def cache_spec(
     return checked
 
 
+def search_floor_bytes(settings: Settings) -> int:
+    """Device memory that every search needs beside its pages: the smallest workspace, and the rows and answers of the
+    tiles that are on the device at a time."""
+    return int(settings.memory.workspace_floor_bytes) + staging_bytes(settings)
+
+
+def staging_bytes(settings: Settings) -> int:
+    """Of that, the rows and answers."""
+    return settings.memory.search_blocks * int(settings.memory.search_block_bytes)
+
+
 def _refuse_what_never_fits(spec: CacheSpec, settings: Settings, host_limit: int, device_limit: int) -> None:
     layer_bytes = product("spec.expected_keys", pages_of(spec.expected_keys), spec.page_bytes)
     total_bytes = product("spec.layers", layer_bytes, spec.layers)
-    device_bytes = layer_bytes + int(settings.memory.workspace_floor_bytes)
+    device_bytes = layer_bytes + search_floor_bytes(settings)
     for needed, limit, name in ((total_bytes, host_limit, "host"), (device_bytes, device_limit, "device")):
         if spec.expected_keys and needed > limit:
             raise ExceedsBudgetError(
@@ -123,8 +135,8 @@ def search_parameters(header: search_pb2.SearchHeader, spec: CacheSpec, settings
         raise InvalidArgumentError("header needs start_position or explicit_positions", field="header.start_position")
     start = None if position == "explicit_positions" else header.start_position
     if start is not None:
-        _within("header.start_position", start, 0, 2**62)
-    _within("header.row_count", header.row_count, 0, 2**62)
+        _within("header.start_position", start, 0, MAX_POSITION)
+    _within("header.row_count", header.row_count, 0, MAX_POSITION)
     return SearchParameters(header.top_k, header.order, header.want_scores, start, header.row_count, header.request_key)
 
 

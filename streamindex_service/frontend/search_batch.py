@@ -83,8 +83,8 @@ class BatchSearch:
         requests.check_same_kind(item.query_format, item.convention, cache.spec)
         if len(item.positions) != item.row_count:
             raise InvalidArgumentError(f"positions must have {item.row_count} numbers", field="positions")
-        if any(position > 2**62 for position in item.positions):
-            raise InvalidArgumentError("positions must be below 2^62", field="positions")
+        if any(position > requests.MAX_POSITION for position in item.positions):
+            raise InvalidArgumentError("positions must be at most 2^62", field="positions")
         q, w, _, _, _ = self._layout(cache.spec).row_bytes
         for name, data, size in (("q", item.q, q), ("w", item.w, w)):
             if len(data) != item.row_count * size:

@@ -230,6 +230,8 @@ class SearchStream:
 
     def _pump(self) -> None:
         """Give the worker what is ready, up to _TILES_AHEAD tiles."""
+        if self._over:  # a copy that was running still ends; its block is about to be given back
+            return
         for filling in self._at.fillings:
             while len(self._outstanding) < _TILES_AHEAD and filling.submitted < filling.ready:
                 first, rows = filling.submitted, filling.ready - filling.submitted
@@ -251,8 +253,6 @@ class SearchStream:
 
     def _tile_done(self, tile_id: int) -> None:
         del self._outstanding[tile_id]
-        if self._over:
-            return
         self._pump()
         self._changed.set()
 

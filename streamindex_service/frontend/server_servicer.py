@@ -63,7 +63,7 @@ class ServerServicer:
             key_caches=len(service.caches),
             open_uploads=service.uploads.open_uploads,
             worker_restarts=service.supervisor.restarts,
-            ready=service.worker_info is not None and link is not None and link.alive,
+            ready=not service.governor.paused,
             device_allocated_bytes=link.pong.allocated_bytes if link else 0,
             device_peak_bytes=link.pong.peak_bytes if link else 0,
             uptime_ms=int(1000 * (service.clock() - service.started_at)),

@@ -129,9 +129,11 @@ class Service:
         while True:
             await asyncio.sleep(self.settings.server.sweep_s)
             uploads = self.uploads.expire()
-            caches = self.caches.expire()
+            caches = self.caches.expired()
+            for cache in caches:
+                self.delete_cache(cache)
             if uploads or caches:
-                self.log.info("expired", caches=caches, uploads=uploads)
+                self.log.info("expired", caches=len(caches), uploads=uploads)
 
 
 def _half_of_memory() -> int:

@@ -291,11 +291,11 @@ def resume_message(upload_id: str) -> key_cache_pb2.AppendKeysRequest:
     return key_cache_pb2.AppendKeysRequest(header=key_cache_pb2.AppendKeysHeader(resume_upload_id=upload_id))
 
 
-def key_chunk(kind: Kind, rows: Keys, row_offset: int, **wrong: Any) -> key_cache_pb2.AppendKeysRequest:
+def key_chunk(kind: Kind, rows: Keys, at: int, **wrong: Any) -> key_cache_pb2.AppendKeysRequest:
     """One chunk; `wrong` replaces fields."""
     keys, scales = rows.key_bytes(kind), rows.scale_bytes(kind)
     fields = {
-        "row_offset": row_offset,
+        "row_offset": at,
         "row_count": len(rows),
         "keys": keys,
         "scales": scales,
