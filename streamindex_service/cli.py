@@ -89,7 +89,7 @@ def serve(
 
     try:
         asyncio.run(server.serve(settings, on_listening=_say_listening))
-    except server.SocketInUseError as error:
+    except server.ServeError as error:
         raise CommandError(f"{error}; `streamindex doctor` tells more") from error
 
 

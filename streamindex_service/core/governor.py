@@ -79,6 +79,11 @@ class Governor:
         """Searches that wait."""
         return len(self._queue)
 
+    @property
+    def paused(self) -> bool:
+        """True: nobody is admitted, for there is no device."""
+        return self._paused
+
     def submit(
         self,
         snapshot: Snapshot,
@@ -162,6 +167,15 @@ class Governor:
             raise DeadlineUnreachableError("the wait would be longer than the deadline", metadata=figures)
 
     def _try_admit(self, waiter: Waiter) -> Grant | None:
+        grant = self._place(waiter)
+        if grant is None and not self._grants:
+            # Nothing runs, so all of it fits an empty device. What is in the way is pages that no layer has any more,
+            # held by searches in the queue, or the search's own, scattered over extents that are empty otherwise.
+            self._evict_all()
+            grant = self._place(waiter)
+        return grant
+
+    def _place(self, waiter: Waiter) -> Grant | None:
         # Pinned first: pages may be shared with a layer that is about to be evicted for this very search.
         _pin(waiter.snapshot)
         if not self._reserve(waiter.floor_bytes, waiter.snapshot):
@@ -211,6 +225,14 @@ class Governor:
         """Layers that may leave the device, the least recently used last."""
         candidates = [layer for layer in self._layers() if layer is not spared.layer]
         return sorted(candidates, key=lambda layer: layer.used_at, reverse=True)
+
+    def _evict_all(self) -> None:
+        held = [waiter.snapshot.pages for waiter in self._queue]
+        for pages in (*(layer.pages for layer in self._layers()), *held):
+            for page in pages:
+                if page.device is not None and page.pins == 0:
+                    self.drop_device(page)
+                    self.evicted_pages += 1
 
     def _evict_one(self, victims: list[Layer]) -> bool:
         while victims:

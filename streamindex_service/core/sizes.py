@@ -13,6 +13,7 @@ from streamindex_service.errors import InvalidArgumentError
 PAGE_KEYS = 256  # keys of a page, in host memory and on the device
 MAX_BYTES = (1 << 63) - 1
 SCALE_BYTES = 4
+MAX_POSITION = 1 << 62  # of a query; the number of keys it sees is computed in 64 bits
 GATE_BYTES = 4
 POSITION_BYTES = 8
 INDEX_BYTES = 4

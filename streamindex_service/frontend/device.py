@@ -211,7 +211,7 @@ class DeviceWorker:
         worker.send(pb.ToWorker(map_segment=message), shared.segment.fd)
 
     def _send_loads(self, worker: WorkerLink) -> None:
-        # A page may have lost its place again since: the search it was for was cancelled, and the page evicted or freed.
+        # A page may have lost its place since: its search was cancelled, and then the page was evicted or freed.
         loads = deque(page for page in self._loads if page.device is not None)
         self._loads.clear()
         while loads:

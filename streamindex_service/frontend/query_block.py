@@ -11,6 +11,7 @@ from streamindex_service.core.caches import CacheSpec
 from streamindex_service.core.sizes import (
     GATE_BYTES,
     INDEX_BYTES,
+    MAX_POSITION,
     POSITION_BYTES,
     SCORE_BYTES,
     KeyFormat,
@@ -87,7 +88,11 @@ def fill_rows(
     positions = positions_bytes.view(np.int64)
     if start_position is not None:
         start = start_position + row_offset
+        if start + count - 1 > MAX_POSITION:
+            raise InvalidArgumentError("positions pass 2^62, counted from the start", field="header.start_position")
         positions[:] = np.arange(start, start + count, dtype=np.int64)
-    elif int(positions.min()) < 0:
-        row = row_offset + int(np.argmin(positions))
-        raise InvalidArgumentError(f"positions has a negative number in row {row}", field="chunk.positions")
+        return
+    bad = (positions < 0) | (positions > MAX_POSITION)
+    if bad.any():
+        row = row_offset + int(np.argmax(bad))
+        raise InvalidArgumentError(f"the position of row {row} is not from 0 to 2^62", field="chunk.positions")

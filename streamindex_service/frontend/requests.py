@@ -8,7 +8,7 @@ from streamindex.v1 import key_cache_pb2, search_pb2, types_pb2
 
 from streamindex_service.config import Settings
 from streamindex_service.core.caches import CacheSpec
-from streamindex_service.core.sizes import KeyFormat, pages_of, product
+from streamindex_service.core.sizes import MAX_POSITION, KeyFormat, pages_of, product
 from streamindex_service.errors import ConventionMismatchError, ExceedsBudgetError, InvalidArgumentError
 
 MAX_HEADS = 128
@@ -16,7 +16,6 @@ MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 16
 MAX_CONVENTION_BYTES = 128
 MAX_REQUEST_KEY_BYTES = 64
-MAX_POSITION = 2**62
 
 
 def _within(field: str, value: int, least: int, most: int) -> int:

@@ -11,10 +11,11 @@ import contextlib
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from streamindex import framing, status
 from streamindex.v1 import types_pb2
 
@@ -42,8 +43,13 @@ async def read_message(context: Any) -> Any:
     if message is grpc.aio.EOF:
         return None
     if isinstance(message, Malformed):
-        raise MalformedMessageError("the message is not of the expected type") from message.error
+        raise_malformed(message)
     return message
+
+
+def raise_malformed(message: Malformed) -> NoReturn:
+    """Always raises MalformedMessageError."""
+    raise MalformedMessageError("the message is not of the expected type") from message.error
 
 
 class MessageReader:
@@ -125,7 +131,7 @@ def lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def read(data: bytes) -> Any:
         try:
             return parse(data)
-        except framing.FramingError as error:
+        except (framing.FramingError, DecodeError) as error:
             return Malformed(error)
 
     return read
@@ -156,7 +162,7 @@ def generic_handler(
     handlers = {}
     for descriptor in service.methods:
         method = methods.pop(descriptor.name, None) or _unimplemented(descriptor.server_streaming)
-        reader = readers.get(descriptor.name) or descriptor.input_type._concrete_class.FromString
+        reader = lenient(readers.get(descriptor.name) or descriptor.input_type._concrete_class.FromString)
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
@@ -227,6 +233,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
             self._admit()
+            if isinstance(request, Malformed):
+                raise_malformed(request)
             result = behaviour(request, context)
             if hasattr(result, "__aiter__"):
                 async for message in result:

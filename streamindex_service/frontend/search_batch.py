@@ -10,7 +10,7 @@ from streamindex.framing import Chunk
 from streamindex.v1 import search_pb2 as pb
 
 from streamindex_service.core.caches import CacheSpec, KeyCache
-from streamindex_service.core.sizes import SCALE_BYTES, KeyFormat, key_row_bytes
+from streamindex_service.core.sizes import MAX_POSITION, SCALE_BYTES, KeyFormat, answer_row_bytes, key_row_bytes
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch
@@ -21,6 +21,7 @@ from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.upload_stream import commit_upload, write_rows
 
+_ITEM_OVERHEAD_BYTES = 1024  # of the answer message: lengths, or an error with its figures
 # Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
 _ITEMS_AT_ONCE = 16
 
@@ -49,6 +50,14 @@ class BatchSearch:
                     field=field,
                     metadata={"limit": most},
                 )
+        answer_bytes = rows * answer_row_bytes(request.top_k, request.want_scores)
+        most_bytes = int(limits.max_message_bytes) - _ITEM_OVERHEAD_BYTES * len(request.items)
+        if answer_bytes > most_bytes:
+            raise InvalidArgumentError(
+                f"the answers would have {answer_bytes} bytes, more than the {most_bytes} that one message may have",
+                field="items.row_count",
+                metadata={"needed_bytes": answer_bytes, "limit_bytes": most_bytes},
+            )
         # All appends before any search: an item may search the rows that another has appended.
         results = [pb.SearchBatchResult() for _ in request.items]
         for item, result in zip(request.items, results, strict=True):
@@ -83,7 +92,7 @@ class BatchSearch:
         requests.check_same_kind(item.query_format, item.convention, cache.spec)
         if len(item.positions) != item.row_count:
             raise InvalidArgumentError(f"positions must have {item.row_count} numbers", field="positions")
-        if any(position > requests.MAX_POSITION for position in item.positions):
+        if any(position > MAX_POSITION for position in item.positions):
             raise InvalidArgumentError("positions must be at most 2^62", field="positions")
         q, w, _, _, _ = self._layout(cache.spec).row_bytes
         for name, data, size in (("q", item.q, q), ("w", item.w, w)):

@@ -25,7 +25,7 @@ from streamindex_service.errors import DrainingError
 from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.identity import Identify, anonymous
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
-from streamindex_service.frontend.rpc import CallInterceptor, generic_handler, lenient
+from streamindex_service.frontend.rpc import CallInterceptor, generic_handler
 from streamindex_service.frontend.search_servicer import SearchServicer
 from streamindex_service.frontend.server_servicer import ServerServicer
 from streamindex_service.frontend.service import Service
@@ -40,8 +40,16 @@ class Listening:
     unix_socket: str | None
 
 
-class SocketInUseError(RuntimeError):
+class ServeError(RuntimeError):
+    """The server cannot run with these settings, for a reason that whoever started it can do something about."""
+
+
+class SocketInUseError(ServeError):
     """Another server listens there."""
+
+
+class UnusableDeviceError(ServeError):
+    """The settings ask for a device or an implementation that is not here."""
 
 
 class Server:
@@ -160,12 +168,12 @@ class Server:
                     "AppendKeys": caches.append,
                     "QueryUpload": caches.query_upload,
                 },
-                {"AppendKeys": lenient(framing.parse_append_keys_request)},
+                {"AppendKeys": framing.parse_append_keys_request},
             ),
             generic_handler(
                 search_pb2.DESCRIPTOR.services_by_name["SearchService"],
                 {"Search": searches.search, "SearchBatch": searches.search_batch},
-                {"Search": lenient(framing.parse_search_request)},
+                {"Search": framing.parse_search_request},
             ),
             generic_handler(attention_pb2.DESCRIPTOR.services_by_name["AttentionService"], {}, {}),
             generic_handler(
@@ -181,7 +189,10 @@ class Server:
 
 
 async def serve(settings: Settings, on_listening: Callable[[Listening], None] | None = None) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain; a second signal stops at once. Raises SocketInUseError."""
+    """Run a server until SIGTERM or SIGINT, then drain; a second signal stops at once.
+
+    Raises SocketInUseError; UnusableDeviceError when no worker can ever be ready.
+    """
     logs.configure(settings.log.level)
     keep_message_buffers()
     # A thread that has checked a chunk would wait up to 5 ms, the default, for a loop that is busy receiving the next
@@ -198,7 +209,13 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
     # What is there now stays: the collector need not look through it again and again (7 % of an upload's time).
     gc.collect()
     gc.freeze()
-    await signals.get()
+    signalled = asyncio.create_task(signals.get())
+    ends: list[asyncio.Future[Any]] = [signalled, server.service.unusable]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if not signalled.done():
+        signalled.cancel()
+        await server.stop(0)
+        raise UnusableDeviceError(server.service.unusable.result())
     stopping = asyncio.create_task(server.stop(settings.server.drain_s))
     second = asyncio.create_task(signals.get())
     await asyncio.wait([stopping, second], return_when=asyncio.FIRST_COMPLETED)

@@ -32,6 +32,7 @@ class Service:
         self.clock = clock
         self.started_at = clock()
         self.worker_info: pb.Ready | None = None
+        self.unusable: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.health_changed: Callable[[bool], None] = lambda ready: None
         memory = settings.memory
         host_limit = int(memory.host_budget_bytes) or _half_of_memory()
@@ -57,7 +58,7 @@ class Service:
         self.blocks = BlockPool(self.ingress_budget, int(memory.search_block_bytes), int(memory.extent_bytes))
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
-            _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, log.info)
+            _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, self._unusable, log.info)
         )
         self.device.governor = self.governor
         self.device.supervisor = self.supervisor
@@ -121,6 +122,11 @@ class Service:
     def _down(self) -> None:
         self.health_changed(False)
         self.device.on_down()
+
+    def _unusable(self, why: str) -> None:
+        self.log.error("unusable", detail=why)
+        if not self.unusable.done():
+            self.unusable.set_result(why)
 
     def _lost(self, blamed: bool) -> None:
         self.device.on_lost(blamed)

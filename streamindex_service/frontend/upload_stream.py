@@ -97,6 +97,8 @@ class UploadStream:
             )
         if chunk.crc32c is None:
             raise InvalidArgumentError("chunk.crc32c is required", field="chunk.crc32c")
+        if self._upload.committed:  # its rows are the layer's now; there is nothing to compare a chunk with
+            raise InvalidArgumentError("the upload is committed; only finish can be sent again", field="chunk")
         tensors.check_part_sizes(chunk, ("keys", "scales"), self._row_bytes)
         if self._upload.is_repeat(chunk.row_offset, chunk.row_count, self._rows_taken):
             await self._lane.put(lambda: self._compare(chunk), chunk.payload_bytes)

@@ -45,12 +45,14 @@ class WorkerEvents:
     """What the supervisor tells.
 
     `ready(capabilities)`: work may come. `down()`: the worker's memory is gone, from this moment on. `lost(blamed)`:
-    why is known now; `blamed` says whether the work it was given may have killed it.
+    why is known now; `blamed` says whether the work it was given may have killed it. `unusable(why)`: the settings ask
+    for a device or an implementation that is not here, and no worker will ever be ready.
     """
 
     ready: Callable[[pb.Ready], None]
     down: Callable[[], None]
     lost: Callable[[bool], None]
+    unusable: Callable[[str], None]
     log: Callable[..., None]
 
 
@@ -66,6 +68,7 @@ class WorkerLink:
         self.pong = pb.Pong()
         self.alive = True
         self.device_failed = False
+        self.unusable = ""  # why no worker can ever be ready, if so
         self._sock = sock
         self._events = events
         self._loop = asyncio.get_running_loop()
@@ -202,6 +205,9 @@ class WorkerLink:
 
     def _fail(self, failed: pb.Failed) -> None:
         error: Exception
+        if failed.kind == pb.FAILURE_KIND_UNUSABLE:
+            self.unusable = failed.detail
+            return
         if failed.kind == pb.FAILURE_KIND_CANCELLED:
             error = CancelledTileError()
         elif failed.kind == pb.FAILURE_KIND_OUT_OF_MEMORY:
@@ -257,6 +263,9 @@ class Supervisor:
             except (TimeoutError, WorkerLostError):
                 self._events.log("worker_not_ready", backoff_s=backoff_s)
                 await self._end(worker)
+                if worker.unusable:
+                    self._events.unusable(worker.unusable)
+                    return
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, self._options.max_restart_backoff_s)
                 continue

@@ -17,7 +17,14 @@ from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops.topk import IMPLEMENTATIONS
 from streamindex_service.telemetry import logs
 from streamindex_service.worker import canary
-from streamindex_service.worker.device import Device, choose_implementation, default_budget_bytes, probe, supported
+from streamindex_service.worker.device import (
+    Device,
+    UnusableDeviceError,
+    choose_implementation,
+    default_budget_bytes,
+    probe,
+    supported,
+)
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
 from streamindex_service.worker.key_store import FORMATS
 
@@ -36,7 +43,12 @@ class Worker:
     def run(self) -> None:
         """Serve until the link closes or a Shutdown comes."""
         data, _ = link.receive(self._sock)
-        device = self._configure(pb.ToWorker.FromString(data).configure)
+        try:
+            device = self._configure(pb.ToWorker.FromString(data).configure)
+        except UnusableDeviceError as error:
+            failed = pb.Failed(kind=pb.FAILURE_KIND_UNUSABLE, detail=str(error))
+            self._send(pb.FromWorker(failed=failed))
+            return
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._announce(device)
         while (command := self._commands.get()) is not None:

@@ -14,6 +14,10 @@ from streamindex_service.ops.topk import IMPLEMENTATIONS
 _DEFAULTS = {"cuda": ("triton", "chunked"), "cpu": ("chunked",)}
 
 
+class UnusableDeviceError(RuntimeError):
+    """The settings ask for a device or an implementation that is not here: starting again would not help."""
+
+
 @dataclass(frozen=True)
 class Device:
     """A device that exists. `total_bytes` is its memory."""
@@ -29,17 +33,17 @@ class Device:
 
 
 def probe(wanted: str) -> Device:
-    """Find the device: `cpu`, `cuda:N`, or `auto` (the first GPU, else the CPU). Raises RuntimeError saying why not."""
+    """Find the device: `cpu`, `cuda:N`, or `auto` (the first GPU, else the CPU). Raises UnusableDeviceError."""
     if wanted == "auto":
         wanted = "cuda:0" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted)
     if device.type == "cpu":
         return Device(device, "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise RuntimeError(f"device {wanted} is not there: torch sees no CUDA device")
+        raise UnusableDeviceError(f"device {wanted} is not there: torch sees no CUDA device")
     index = device.index or 0
     if index >= torch.cuda.device_count():
-        raise RuntimeError(f"device {wanted} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise UnusableDeviceError(f"device {wanted} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     properties = torch.cuda.get_device_properties(index)
     return Device(torch.device("cuda", index), properties.name, properties.total_memory)
 
@@ -50,11 +54,11 @@ def default_budget_bytes(device: Device) -> int:
 
 
 def choose_implementation(wanted: str, device: Device) -> str:
-    """The implementation asked for, or the device's default. Raises RuntimeError listing the valid names."""
+    """The implementation asked for, or the device's default. Raises UnusableDeviceError listing the valid names."""
     names = supported(device)
     if wanted:
         if not names.get(wanted):
-            raise RuntimeError(
+            raise UnusableDeviceError(
                 f"implementation {wanted!r} does not run on {device.torch_device}; these do: {list(names)}"
             )
         return wanted

@@ -48,7 +48,8 @@ class Executor:
         self._device = device
         self._implementation = implementation
         self._send = send
-        self._cancelled: set[int] = set()
+        self._cancelled: set[int] = set()  # tiles that have not come yet, and a few that have
+        self._latest_tile_id = 0
         self._issued: queue.Queue[_Issued | None] = queue.Queue()
         self._slots = threading.Semaphore(MAX_IN_FLIGHT)
         self._running: dict[int, float] = {}  # work id -> when it started
@@ -75,7 +76,8 @@ class Executor:
 
     def cancel(self, tile_ids: list[int]) -> None:
         """Do not start these tiles. Called from the reading thread."""
-        self._cancelled.update(tile_ids)
+        latest = self._latest_tile_id  # tiles come in the order of their numbers: these have started
+        self._cancelled = {tile_id for tile_id in (*self._cancelled, *tile_ids) if tile_id > latest}
 
     def finish(self) -> None:
         """Wait until everything issued is reported."""
@@ -88,6 +90,14 @@ class Executor:
             message.operation_id,
             lambda _: pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.operation_id)),
         )
+        try:
+            self._copy_pages(message, work)
+        except BaseException:
+            self._end(work)
+            raise
+        self._issued.put(work)
+
+    def _copy_pages(self, message: pb.LoadPages, work: _Issued) -> None:
         pairs = [
             (
                 self.store.page(extent, to, message.page_bytes),
@@ -108,12 +118,11 @@ class Executor:
         else:
             for target, source in pairs:
                 target.copy_(source)
-        self._issued.put(work)
 
     def search_tile(self, message: pb.SearchTile) -> None:
         """Search some rows; the answers are in the message's spans when TileDone is sent."""
+        self._latest_tile_id = message.tile_id
         if message.tile_id in self._cancelled:
-            self._cancelled.discard(message.tile_id)
             failed = pb.Failed(id=message.tile_id, kind=pb.FAILURE_KIND_CANCELLED)
             self._send(pb.FromWorker(failed=failed))
             return

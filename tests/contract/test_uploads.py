@@ -188,7 +188,7 @@ def test_a_gap_is_refused_with_the_offset_to_go_on_at(calls, row_offset):
     with calls.cache(KIND) as cache:
         call, accepted = calls.start_upload(cache.id, ROWS)
         with call:
-            call.send(key_chunk(KIND, keys[:300], 0), key_chunk(KIND, keys[301:310], row_offset))
+            call.send(*key_chunks(KIND, keys[:300], 50), key_chunk(KIND, keys[301:310], row_offset))
             refusal = call.refusal()
         if row_offset < ROWS:
             assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.OUT_OF_RANGE, "OFFSET_GAP")

@@ -14,11 +14,13 @@ class FailureKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_KIND_OUT_OF_MEMORY: _ClassVar[FailureKind]
     FAILURE_KIND_DEVICE: _ClassVar[FailureKind]
     FAILURE_KIND_INTERNAL: _ClassVar[FailureKind]
+    FAILURE_KIND_UNUSABLE: _ClassVar[FailureKind]
 FAILURE_KIND_UNSPECIFIED: FailureKind
 FAILURE_KIND_CANCELLED: FailureKind
 FAILURE_KIND_OUT_OF_MEMORY: FailureKind
 FAILURE_KIND_DEVICE: FailureKind
 FAILURE_KIND_INTERNAL: FailureKind
+FAILURE_KIND_UNUSABLE: FailureKind
 
 class ToWorker(_message.Message):
     __slots__ = ("configure", "map_segment", "unmap_segment", "allocate_extent", "free_extent", "load_pages", "define_view", "drop_view", "search_tile", "cancel_tiles", "ping", "shutdown")
