@@ -43,8 +43,11 @@ class HostExtents:
         self._segments: dict[int, SharedSegment] = {}
 
     def make(self, extent_id: int, extent_bytes: int) -> None:
-        """Make the segment of an extent."""
-        self._segments[extent_id] = SharedSegment.create(extent_bytes, writable_by_worker=False)
+        """Make the segment of an extent. Raises HostMemoryError when the system has no memory or no descriptors left."""
+        try:
+            self._segments[extent_id] = SharedSegment.create(extent_bytes, writable_by_worker=False)
+        except OSError as error:
+            raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
 
     def drop(self, extent_id: int) -> None:
         """Let go of it."""

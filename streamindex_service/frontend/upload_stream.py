@@ -13,7 +13,7 @@ from streamindex.v1 import key_cache_pb2 as pb
 from streamindex_service.core.caches import edges
 from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, key_row_bytes
 from streamindex_service.core.uploads import Upload
-from streamindex_service.errors import DigestError, InvalidArgumentError, MalformedMessageError
+from streamindex_service.errors import DigestError, InvalidArgumentError, MalformedMessageError, ServiceError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.ingest import IngestLane
 from streamindex_service.frontend.rpc import MessageWriter, read_message
@@ -63,6 +63,10 @@ class UploadStream:
                     raise MalformedMessageError("a header comes first and once, then chunks, then finish")
             # The end of the stream alone never commits; what is held stays for a resume.
             await self._lane.settle()
+        except ServiceError:
+            # Chunks before the refused one are held; if one of them is to be refused, that comes first.
+            await self._lane.settle()
+            raise
         finally:
             acknowledger.cancel()
             # Work on a chunk cannot be stopped; the pages that it writes to must not go before it is done.

@@ -155,7 +155,7 @@ class Worker:
             assert fd is not None
             executor.segments.add(message.map_segment, fd)
         elif kind == "unmap_segment":
-            executor.segments.drop(message.unmap_segment.segment_id)
+            executor.unmap_segment(message.unmap_segment.segment_id)
 
     def _fail(self, message: pb.ToWorker, kind: pb.FailureKind, error: Exception) -> None:
         inner: Any = getattr(message, message.WhichOneof("message") or "")

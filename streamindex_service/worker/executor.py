@@ -84,6 +84,12 @@ class Executor:
         self._issued.put(None)
         self._reporter.join()
 
+    def unmap_segment(self, segment_id: int) -> None:
+        """Let go of a segment, once no copy reads it any more."""
+        if self._device.is_cuda:
+            self._copy_in.synchronize()
+        self.segments.drop(segment_id)
+
     def load_pages(self, message: pb.LoadPages) -> None:
         """Copy pages from segments to the device."""
         work = self._begin(

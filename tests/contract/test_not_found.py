@@ -101,14 +101,15 @@ def test_a_cache_in_use_does_not_expire(mine):
         call.half_close()
         assert call.rest()[-1].done.row_count == 20
     assert mine.get(cache.id).layer_keys[0] == 300
+    mine.delete(cache.id)
 
 
 def test_an_expired_cache_gives_its_memory_back(inside, mine):
     before = mine.ledger("host").reserved_bytes
     cache = mine.create(KIND, idle_ttl_s=1)
-    call, _ = mine.start_upload(cache.id, 600)
+    call, _ = mine.start_upload(cache.id, 20_001)
     with call:
-        call.send(key_chunk(KIND, Draw(4).keys(KIND, 500), 0))
+        call.send(key_chunk(KIND, Draw(4).keys(KIND, 20_000), 0))  # more than the extents in use have room for
         call.receive("acknowledged")
         assert mine.ledger("host").reserved_bytes > before
         call.half_close()
