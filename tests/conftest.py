@@ -9,7 +9,6 @@ import pytest
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import Calls
 from tests.support.inprocess import InProcessServer, caller_in_metadata
-
 from tests.support.services import ROOMY, TIGHT, is_idle, wait_for
 
 

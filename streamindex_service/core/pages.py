@@ -25,7 +25,7 @@ class PageSlot(NamedTuple):
 class _Extent:
     page_bytes: int
     slots: int
-    free: list[int] = field(default_factory=list)
+    free: list[int] = field(default_factory=list)  # a stack
 
 
 class PagePool:
@@ -54,22 +54,28 @@ class PagePool:
 
     def try_allocate(self, page_bytes: int) -> PageSlot | None:
         """Take a page, or answer None when the budget does not allow it."""
+        pages = self.try_allocate_some(page_bytes, 1)
+        return pages[0] if pages else None
+
+    def try_allocate_some(self, page_bytes: int, most: int) -> list[PageSlot]:
+        """Take up to `most` pages of one extent, fewer if it has fewer; none when the budget does not allow any."""
         extent_id = self._extent_with_room(page_bytes) or self._add_extent(page_bytes)
         if extent_id is None:
-            return None
-        extent = self._extents[extent_id]
-        slot = heapq.heappop(extent.free)
-        if not extent.free:
+            return []
+        free = self._extents[extent_id].free
+        taken = free[: -most - 1 : -1]
+        del free[-len(taken) :]
+        if not free:
             heapq.heappop(self._with_room[page_bytes])  # the extent itself: pages come from the first of the heap
-        self.pages_in_use += 1
-        return PageSlot(extent_id, slot * page_bytes)
+        self.pages_in_use += len(taken)
+        return [PageSlot(extent_id, slot * page_bytes) for slot in taken]
 
     def free(self, page: PageSlot) -> None:
         """Give a page back."""
         extent = self._extents[page.extent_id]
         if not extent.free:
             heapq.heappush(self._with_room[extent.page_bytes], page.extent_id)
-        heapq.heappush(extent.free, page.offset_bytes // extent.page_bytes)
+        extent.free.append(page.offset_bytes // extent.page_bytes)
         self.pages_in_use -= 1
         assert len(extent.free) <= extent.slots, "a page was freed twice"
         if len(extent.free) == extent.slots:
@@ -110,6 +116,6 @@ class PagePool:
             self.ledger.release(slots * page_bytes)
             raise
         self._next_extent_id += 1
-        self._extents[extent_id] = _Extent(page_bytes, slots, list(range(slots)))
+        self._extents[extent_id] = _Extent(page_bytes, slots, list(range(slots - 1, -1, -1)))
         heapq.heappush(self._with_room.setdefault(page_bytes, []), extent_id)
         return extent_id

@@ -150,9 +150,9 @@ class UploadTable:
         """
         last_page, _ = upload.place(rows - 1)
         page_bytes = upload.cache.spec.page_bytes
-        while len(upload.staged) <= last_page:
-            slot = self._store.host.try_allocate(page_bytes)
-            if slot is None:
+        while (missing := last_page + 1 - len(upload.staged)) > 0:
+            slots = self._store.host.try_allocate_some(page_bytes, missing)
+            if not slots:
                 ledger = self._store.host.ledger
                 raise HostMemoryError(
                     "the host memory budget is used up",
@@ -162,7 +162,7 @@ class UploadTable:
                         "budget_bytes": ledger.limit_bytes,
                     },
                 )
-            upload.staged.append(slot)
+            upload.staged += slots
 
     def commit(self, upload: Upload) -> None:
         """Make a complete upload visible. Raises CacheNotFoundError, LayerChangedError."""

@@ -43,7 +43,7 @@ class HostExtents:
         self._segments: dict[int, SharedSegment] = {}
 
     def make(self, extent_id: int, extent_bytes: int) -> None:
-        """Make the segment of an extent. Raises HostMemoryError when the system has no memory or no descriptors left."""
+        """Make the segment of an extent. Raises HostMemoryError when the system has no memory or descriptors left."""
         try:
             self._segments[extent_id] = SharedSegment.create(extent_bytes, writable_by_worker=False)
         except OSError as error:
@@ -59,8 +59,8 @@ class HostExtents:
         """The segment that a page lies in."""
         return self._segments[slot.extent_id]
 
-    def write(self, pieces: Sequence[tuple[PageSlot, int, memoryview]]) -> None:
-        """Write pieces at (page, byte within the page). Lets go of the interpreter lock; raises HostMemoryError.
+    def write(self, pieces: Sequence[tuple[int, int, memoryview]]) -> None:
+        """Write pieces at (extent, byte within the extent). Lets go of the interpreter lock; raises HostMemoryError.
 
         Through the descriptor, not the mapping: the first touch of a mapped page costs about twice as much as the
         write itself. Pieces that lie one after the other are written together.
@@ -68,9 +68,9 @@ class HostExtents:
         start = 0
         for stop in range(1, len(pieces) + 1):
             if stop == len(pieces) or not _adjacent(pieces[stop - 1], pieces[stop]) or stop - start == _MAX_PIECES:
-                slot, offset, _ = pieces[start]
+                extent_id, offset, _ = pieces[start]
                 buffers = [piece for _, _, piece in pieces[start:stop]]
-                _write_all(self._segments[slot.extent_id].segment.fd, buffers, slot.offset_bytes + offset)
+                _write_all(self._segments[extent_id].segment.fd, buffers, offset)
                 start = stop
 
     def bytes_at(self, slot: PageSlot, start: int, size_bytes: int) -> Bytes:
@@ -79,10 +79,9 @@ class HostExtents:
         return self._segments[slot.extent_id].data[begin : begin + size_bytes]
 
 
-def _adjacent(one: tuple[PageSlot, int, memoryview], other: tuple[PageSlot, int, memoryview]) -> bool:
-    (slot, offset, data), (next_slot, next_offset, _) = one, other
-    end = slot.offset_bytes + offset + len(data)
-    return slot.extent_id == next_slot.extent_id and end == next_slot.offset_bytes + next_offset
+def _adjacent(one: tuple[int, int, memoryview], other: tuple[int, int, memoryview]) -> bool:
+    (extent_id, offset, data), (next_extent_id, next_offset, _) = one, other
+    return extent_id == next_extent_id and offset + len(data) == next_offset
 
 
 def _write_all(fd: int, buffers: list[memoryview], offset: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from streamindex.framing import Chunk
@@ -76,10 +77,11 @@ class KeyCacheServicer:
 
     async def append(self, request_iterator: Any, context: Any) -> None:
         """AppendKeys."""
-        upload: Upload | None = None
+        stream: UploadStream | None = None
         writer = MessageWriter(context)
         try:
             upload = self._open(await read_message(context), context)
+            stream = UploadStream(self._service, upload, context, writer)
             limits = self._service.settings.limits
             accepted = pb.UploadAccepted(
                 upload_id=upload.upload_id,
@@ -88,13 +90,13 @@ class KeyCacheServicer:
                 window_bytes=int(limits.upload_window_bytes),
             )
             await writer.write(pb.AppendKeysResponse(accepted=accepted))
-            await UploadStream(self._service, upload, context, writer).run()
+            await stream.run()
         except ServiceError as error:
             await refuse_in_band(writer, pb.AppendKeysResponse(refused=to_message(error)))
             raise
         finally:
-            if upload is not None:
-                self._service.uploads.detach(upload)
+            if stream is not None:  # to its end, even when the call is cancelled in the middle of it
+                await asyncio.shield(self._service.background(stream.close()))
 
     def _open(self, message: Any, context: Any) -> Upload:
         if message is None or isinstance(message, Chunk) or message.WhichOneof("message") != "header":

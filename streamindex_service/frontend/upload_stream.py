@@ -48,7 +48,10 @@ class UploadStream:
         )
 
     async def run(self) -> None:
-        """Until the commit or the end of the stream. Raises ServiceError; what is held can still be resumed."""
+        """Until the commit or the end of the stream. `close` must follow, whatever happens.
+
+        Raises ServiceError; what is held can still be resumed.
+        """
         acknowledger = asyncio.create_task(self._acknowledge())
         try:
             while (message := await self._next()) is not None:
@@ -69,8 +72,14 @@ class UploadStream:
             raise
         finally:
             acknowledger.cancel()
-            # Work on a chunk cannot be stopped; the pages that it writes to must not go before it is done.
-            await asyncio.shield(self._service.background(self._lane.close()))
+
+    async def close(self) -> None:
+        """Let go of the upload.
+
+        Work on a chunk cannot be stopped; the pages that it writes to must not go before it is done.
+        """
+        await self._lane.close()
+        self._service.uploads.detach(self._upload)
 
     async def _next(self) -> Any:
         """The next message. Raises what the work on a chunk has raised, even while no message comes."""
@@ -180,16 +189,32 @@ def page_ranges(upload: Upload, row_offset: int, row_count: int) -> Iterator[tup
 
 def write_rows(service: Service, upload: Upload, chunk: Chunk, row_bytes: tuple[int, int]) -> None:
     """Write a chunk's rows to the upload's staged pages. Raises HostMemoryError."""
-    keys, scales = (memoryview(part).cast("B") for part in chunk.parts)
+    keys, scales = chunk.parts
     key_bytes, scale_bytes = row_bytes
+    page_bytes = upload.cache.spec.page_bytes
     pieces = []
+    run = None  # pages without scales that lie one after the other take one piece
     for page, row, first, count in page_ranges(upload, chunk.row_offset, chunk.row_count):
-        slot = upload.staged[page]
-        pieces.append((slot, row * key_bytes, keys[first * key_bytes : (first + count) * key_bytes]))
+        extent, offset = upload.staged[page]
+        if run is not None and (extent, offset) == run[:2] and not row:
+            run = (extent, offset + page_bytes, *run[2:4], first + count)
+            continue
+        if run is not None:
+            pieces.append(_piece(run, keys, key_bytes))
+        run = (extent, offset + page_bytes, offset + row * key_bytes, first, first + count)
         if scale_bytes:
-            offset = PAGE_KEYS * key_bytes + row * scale_bytes
-            pieces.append((slot, offset, scales[first * scale_bytes : (first + count) * scale_bytes]))
+            pieces.append(_piece(run, keys, key_bytes))
+            run = None
+            part = scales[first * scale_bytes : (first + count) * scale_bytes]
+            pieces.append((extent, offset + PAGE_KEYS * key_bytes + row * scale_bytes, part))
+    if run is not None:
+        pieces.append(_piece(run, keys, key_bytes))
     service.host_extents.write(pieces)
+
+
+def _piece(run: tuple[int, int, int, int, int], keys: memoryview, key_bytes: int) -> tuple[int, int, memoryview]:
+    extent, _, offset, first, stop = run
+    return extent, offset, keys[first * key_bytes : stop * key_bytes]
 
 
 def page_rows(service: Service, slot: Any, row_bytes: tuple[int, int], row: int, count: int) -> tuple[Bytes, Bytes]:

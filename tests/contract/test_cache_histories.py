@@ -6,8 +6,10 @@ import contextlib
 
 import numpy as np
 import pytest
+from streamindex.checksum import crc32c
+from streamindex.v1 import key_cache_pb2
 
-from tests.support.calls import finish_message, key_chunk, key_chunks
+from tests.support.calls import answers, finish_message, key_chunk, key_chunks, query_chunks
 from tests.support.services import wait_for
 from tests.support.tensors import BF16, FP8, FP16, FP32, Draw, Kind, ModelCache, expected
 
@@ -143,8 +145,6 @@ def test_a_search_keeps_the_rows_it_started_with(calls, kind):
     draw = Draw(3)
     keys, other = draw.keys(kind, 600), draw.keys(kind, 900)
     queries = draw.queries(kind, 40, start_position=1000)
-    from tests.support.calls import answers, query_chunks
-
     for change in ("rewrite", "truncate", "delete"):
         cache = calls.create(kind)
         calls.upload(kind, cache.id, keys)
@@ -180,9 +180,6 @@ def test_what_lay_in_a_page_before_is_never_seen(calls, key_format):
     filler = {BF16: b"\x7f\x7f", FP16: b"\xff\x7b", FP8: b"\x7e"}[former.key_format]
     keys = filler * (former.row_bytes * 256 // len(filler))
     scales = np.full(256, 3e38 if former.has_scales else 0, "<f4").tobytes() if former.has_scales else b""
-    from streamindex.checksum import crc32c
-    from streamindex.v1 import key_cache_pb2
-
     with calls.cache(former) as cache:
         call, _ = calls.start_upload(cache.id, 256)
         with call:
@@ -251,9 +248,12 @@ def test_everything_is_given_back(calls):
     assert hbm.reserved_bytes % (1 << 20) == 0  # whole extents of pages, no workspace
     for name in (cache.id, fork.id):
         calls.delete(name)
-    wait_for(lambda: [ledger.reserved_bytes for ledger in calls.load().ledgers] == [
-        ledger.reserved_bytes for ledger in before.ledgers
-    ])
+    wait_for(
+        lambda: (
+            [ledger.reserved_bytes for ledger in calls.load().ledgers]
+            == [ledger.reserved_bytes for ledger in before.ledgers]
+        )
+    )
     assert calls.load().key_caches == before.key_caches
     assert calls.load().open_uploads == before.open_uploads
 

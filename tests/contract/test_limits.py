@@ -8,6 +8,8 @@ import pytest
 from streamindex.v1 import key_cache_pb2, search_pb2, types_pb2
 
 from tests.support.calls import (
+    Calls,
+    StreamCall,
     finish_message,
     key_chunk,
     query_chunk,
@@ -172,8 +174,6 @@ def test_a_key_chunk_longer_than_the_limit(calls):
 
 @pytest.fixture(scope="module")
 def cache(roomy_service):
-    from tests.support.calls import Calls
-
     keys = Draw(3).keys(KIND, 300)
     with Calls(roomy_service.address) as calls, calls.cache(KIND, keys) as made:
         yield made.id, keys
@@ -374,8 +374,6 @@ ORDERS = [
 
 @pytest.mark.parametrize(("order", "reason"), [o[1:] for o in ORDERS], ids=[o[0] for o in ORDERS])
 def test_upload_messages_out_of_order(calls, order, reason):
-    from tests.support.calls import StreamCall
-
     keys = Draw(13).keys(KIND, 10)
     raw = calls.channel.stream_stream(
         "/streamindex.v1.KeyCacheService/AppendKeys",
@@ -404,8 +402,6 @@ SEARCH_ORDERS = [o for o in ORDERS if "finish" not in o[1] and "resume" not in o
 
 @pytest.mark.parametrize(("order", "reason"), [o[1:] for o in SEARCH_ORDERS], ids=[o[0] for o in SEARCH_ORDERS])
 def test_search_messages_out_of_order(calls, cache, order, reason):
-    from tests.support.calls import StreamCall
-
     queries = Draw(14).queries(KIND, 20)
     raw = calls.channel.stream_stream(
         "/streamindex.v1.SearchService/Search",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from streamindex.v1 import key_cache_pb2
 
-from tests.support.calls import Calls, key_chunk, refused, resume_message, search_header, start_message
+from tests.support.calls import Calls, key_chunk, query_chunks, refused, resume_message, search_header, start_message
 from tests.support.services import wait_for
 from tests.support.tensors import Draw, Kind
 
@@ -91,8 +91,6 @@ def test_a_cache_in_use_does_not_expire(mine):
     """Its time to live starts when the last call on it is over."""
     cache = mine.create(KIND, idle_ttl_s=1)
     mine.upload(KIND, cache.id, Draw(2).keys(KIND, 300))
-    from tests.support.calls import query_chunks
-
     queries = Draw(3).queries(KIND, 20)
     other = mine.create(KIND, idle_ttl_s=1)
     with mine.start_search(KIND, cache.id, 5) as call:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import grpc
 import numpy as np
@@ -11,31 +10,12 @@ import pytest
 from streamindex.v1 import search_pb2, types_pb2
 
 from tests.support.calls import TIMEOUT_S, refused
+from tests.support.calls import batch_item as item
 from tests.support.services import is_idle, wait_for
-from tests.support.tensors import FP8, FP16, Draw, Kind, Queries, encode, expected
+from tests.support.tensors import FP8, FP16, Draw, Kind, expected
 
 KIND = Kind(heads=3, head_dim=32)
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
-
-
-def item(kind: Kind, cache_id: str, queries: Queries | None = None, append: Any = None, **others):
-    """An item; `append` is (first row, keys), or the message."""
-    fields = {"key_cache_id": cache_id, "query_format": kind.key_format, "convention": kind.convention}
-    if queries is not None:
-        fields |= {
-            "row_count": len(queries),
-            "q": encode(queries.q, kind.key_format),
-            "w": queries.w.astype("<f4").tobytes(),
-            "positions": [int(position) for position in queries.positions],
-        }
-    if isinstance(append, search_pb2.SearchBatchItem.Append):
-        fields["append"] = append
-    elif append is not None:
-        first_row, rows = append
-        fields["append"] = search_pb2.SearchBatchItem.Append(
-            first_row=first_row, row_count=len(rows), keys=rows.key_bytes(kind), scales=rows.scale_bytes(kind)
-        )
-    return search_pb2.SearchBatchItem(**{**fields, **others})
 
 
 def batch(calls, items, top_k, **fields):

@@ -8,7 +8,7 @@ import pytest
 from streamindex.checksum import crc32c
 from streamindex.v1 import key_cache_pb2
 
-from tests.support.calls import finish_message, key_chunk, key_chunks, refused
+from tests.support.calls import Calls, finish_message, key_chunk, key_chunks, refused, start_message
 from tests.support.services import wait_for
 from tests.support.tensors import BF16, FP8, FP16, FP32, Draw, Keys, Kind, expected
 
@@ -56,8 +56,6 @@ def test_nothing_is_visible_before_the_commit(calls):
 
 @pytest.mark.parametrize("end", ["half-close", "cancel", "connection lost"])
 def test_the_end_of_the_stream_never_commits_and_the_upload_goes_on(roomy_service, calls, end):
-    from tests.support.calls import Calls
-
     keys = Draw(3).keys(KIND, ROWS)
     with calls.cache(KIND) as cache, Calls(roomy_service.address) as other:
         call, accepted = other.start_upload(cache.id, ROWS)
@@ -202,8 +200,6 @@ def test_a_first_row_beyond_the_layer_is_a_gap(calls):
     with calls.cache(KIND, Draw(8).keys(KIND, 10)) as cache:
         call = calls.append_call()
         with call:
-            from tests.support.calls import start_message
-
             call.send(start_message(cache.id, 5, first_row=11))
             refusal = call.refusal()
     assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.OUT_OF_RANGE, "OFFSET_GAP")

@@ -103,15 +103,22 @@ class StreamCall:
 
     def refusal(self) -> Refusal:
         """Read to the end, which must be a refusal, in-band and as the status."""
-        last = None
+        messages, error = self.to_the_end()
+        last = messages[-1] if messages else None
+        assert error is not None, f"the call succeeded; last message: {last}"
+        assert last is not None, f"nothing in-band before {error.code()}: {error.details()}"
+        assert last.WhichOneof("message") == "refused", last
+        return refusal_of(error, last.refused)
+
+    def to_the_end(self) -> tuple[list[Any], grpc.RpcError | None]:
+        """All messages that still come, and the error that ends the call, if one does."""
+        messages = []
         try:
             for message in self.rpc:
-                last = message
+                messages.append(message)  # noqa: PERF402 (what came before an error counts)
         except grpc.RpcError as error:
-            assert last is not None, f"nothing in-band before {error.code()}: {error.details()}"
-            assert last.WhichOneof("message") == "refused", last
-            return refusal_of(error, last.refused)
-        raise AssertionError(f"the call succeeded; last message: {last}")
+            return messages, error
+        return messages, None
 
     def cancel(self) -> None:
         self.rpc.cancel()
@@ -278,9 +285,7 @@ def refused(method: Any, *arguments: Any, **others: Any) -> Refusal:
     raise AssertionError(f"the call succeeded: {answer}")
 
 
-def start_message(
-    cache_id: str, row_count: int, first_row: int = 0, layer: int = 0
-) -> key_cache_pb2.AppendKeysRequest:
+def start_message(cache_id: str, row_count: int, first_row: int = 0, layer: int = 0) -> key_cache_pb2.AppendKeysRequest:
     start = key_cache_pb2.AppendKeysHeader.Start(
         key_cache_id=cache_id, layer=layer, first_row=first_row, row_count=row_count
     )
@@ -353,6 +358,26 @@ def query_chunks(
     return [
         query_chunk(kind, queries, at, chunk_rows, explicit=explicit) for at in range(first, len(queries), chunk_rows)
     ]
+
+
+def batch_item(kind: Kind, cache_id: str, queries: Queries | None = None, append: Any = None, **others):
+    """An item; `append` is (first row, keys), or the message."""
+    fields = {"key_cache_id": cache_id, "query_format": kind.key_format, "convention": kind.convention}
+    if queries is not None:
+        fields |= {
+            "row_count": len(queries),
+            "q": encode(queries.q, kind.key_format),
+            "w": queries.w.astype("<f4").tobytes(),
+            "positions": [int(position) for position in queries.positions],
+        }
+    if isinstance(append, search_pb2.SearchBatchItem.Append):
+        fields["append"] = append
+    elif append is not None:
+        first_row, rows = append
+        fields["append"] = search_pb2.SearchBatchItem.Append(
+            first_row=first_row, row_count=len(rows), keys=rows.key_bytes(kind), scales=rows.scale_bytes(kind)
+        )
+    return search_pb2.SearchBatchItem(**{**fields, **others})
 
 
 def answers(chunks: list[search_pb2.IndexChunk], top_k: int) -> tuple[np.ndarray, np.ndarray]:

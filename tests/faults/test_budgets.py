@@ -1,0 +1,243 @@
+"""Little of everything: what can never fit, what does not fit now, and caches that take turns on the device."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+from streamindex.v1 import key_cache_pb2, search_pb2
+
+from tests.support.calls import (
+    Calls,
+    batch_item,
+    finish_message,
+    key_chunk,
+    key_chunks,
+    query_chunk,
+    refused,
+    search_header,
+    start_message,
+)
+from tests.support.services import is_idle, wait_for
+from tests.support.tensors import BF16, FP8, Draw, Kind, expected
+
+# Of the tight service: 20 MiB on the device, of which a search needs 17; 8 MiB in the host.
+MIB = 1 << 20
+KIND = Kind(heads=2, head_dim=64)  # a page has 32 KiB
+KEYS_OF_A_MIB = 32 * 256
+INVALID, EXHAUSTED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_layer_that_fits_with_the_smallest_workspace_exactly(tight):
+    draw = Draw(1)
+    keys = draw.keys(KIND, 3 * KEYS_OF_A_MIB)
+    queries = draw.queries(KIND, 3, start_position=len(keys))
+    with tight.cache(KIND, keys) as cache:
+        found, _ = tight.search(KIND, cache.id, queries, 50)
+        assert np.array_equal(found, expected(KIND, keys, queries, 50)[0])
+        assert tight.ledger("hbm").peak_bytes == tight.ledger("hbm").limit_bytes == 20 * MIB
+
+
+def test_a_layer_that_can_never_fit(tight):
+    draw = Draw(2)
+    keys = draw.keys(KIND, 3 * KEYS_OF_A_MIB + 1)
+    with tight.cache(KIND, keys) as cache:
+        with tight.search_call() as call:
+            call.send(search_header(KIND, cache.id, 5))
+            refusal = call.refusal()
+        assert (refusal.code, refusal.error.reason) == (INVALID, "EXCEEDS_BUDGET")
+        figures = {"needed_bytes": str(20 * MIB + 32_768), "budget_bytes": str(20 * MIB)}
+        assert dict(refusal.error.metadata) == figures
+        item = batch_item(KIND, cache.id, draw.queries(KIND, 1))
+        request = search_pb2.SearchBatchRequest(items=[item], top_k=5)
+        error = tight.searches.SearchBatch(request, timeout=30).results[0].error
+        assert (error.reason, dict(error.metadata)) == ("EXCEEDS_BUDGET", figures)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers", "budget"),
+    [(3 * KEYS_OF_A_MIB, 1, None), (3 * KEYS_OF_A_MIB + 1, 1, "device"), (65_536, 2, "host"), (65_536, 256, "host")],
+)
+def test_what_is_expected_to_outgrow_the_budget_is_refused_at_once(tight, keys, layers, budget):
+    kind = Kind(heads=2, head_dim=64, layers=layers)
+    request = key_cache_pb2.CreateKeyCacheRequest(spec=kind.spec(expected_keys=keys))
+    if budget is None:
+        tight.delete(tight.key_caches.CreateKeyCache(request).key_cache.id)
+        return
+    refusal = refused(tight.key_caches.CreateKeyCache, request)
+    assert (refusal.code, refusal.error.reason) == (INVALID, "EXCEEDS_BUDGET")
+    assert refusal.error.metadata["budget"] == budget
+    assert int(refusal.error.metadata["needed_bytes"]) > int(refusal.error.metadata["budget_bytes"])
+
+
+def test_host_memory_that_is_used_up(tight):
+    """8 MiB: an upload of 9 is refused on the way, in-band; what it held stays, and goes on once there is room."""
+    draw = Draw(3)
+    keys = draw.keys(KIND, 6 * KEYS_OF_A_MIB)
+    with tight.cache(KIND) as cache, tight.cache(KIND, draw.keys(KIND, 3 * KEYS_OF_A_MIB)) as other:
+        call, accepted = tight.start_upload(cache.id, len(keys))
+        with call:
+            call.send(*key_chunks(KIND, keys, KEYS_OF_A_MIB // 2))
+            refusal = call.refusal()
+        assert (refusal.code, refusal.error.reason) == (EXHAUSTED, "HOST_MEMORY")
+        figures = {name: int(value) for name, value in refusal.error.metadata.items()}
+        assert figures["budget_bytes"] == 8 * MIB
+        assert figures["reserved_bytes"] + figures["needed_bytes"] > 8 * MIB
+        held = tight.query_upload(accepted.upload_id).row_offset
+        assert held == 5 * KEYS_OF_A_MIB
+        tight.delete(other.id)
+        call, state = tight.resume_upload(accepted.upload_id)
+        with call:
+            assert state.row_offset == held
+            call.send(*key_chunks(KIND, keys, KEYS_OF_A_MIB // 2, first=held), finish_message(KIND, keys))
+            assert call.receive_until("committed").layer_keys == len(keys)
+        assert tight.ledger("host").peak_bytes <= 8 * MIB
+
+
+def test_a_batch_that_appends_beyond_the_host_memory(tight):
+    draw = Draw(4)
+    kind = Kind(heads=2, head_dim=256)
+    with tight.cache(kind) as cache:
+        append = search_pb2.SearchBatchItem.Append(row_count=20_000, keys=draw.keys(kind, 20_000).key_bytes(kind))
+        request = search_pb2.SearchBatchRequest(items=[batch_item(kind, cache.id, append=append)], top_k=1)
+        error = tight.searches.SearchBatch(request, timeout=30).results[0].error
+        assert error.reason == "HOST_MEMORY"
+        assert error.HasField("retry_after_ms")
+        assert tight.ledger("host").reserved_bytes == 0
+        assert tight.load().open_uploads == 0
+
+
+def test_too_many_caches(tight):
+    made = [tight.create(KIND) for _ in range(6)]
+    request = key_cache_pb2.CreateKeyCacheRequest(spec=KIND.spec())
+    refusal = refused(tight.key_caches.CreateKeyCache, request)
+    assert (refusal.code, refusal.error.reason) == (EXHAUSTED, "TOO_MANY")
+    assert refusal.error.metadata["limit"] == "6"
+    fork = key_cache_pb2.ForkKeyCacheRequest(key_cache_id=made[0].id)
+    assert refused(tight.key_caches.ForkKeyCache, fork).error.reason == "TOO_MANY"
+    tight.delete(made.pop().id)
+    made.append(tight.create(KIND))
+    for cache in made:
+        tight.delete(cache.id)
+
+
+def test_too_many_uploads(tight):
+    with tight.cache(KIND) as cache:
+        open_ones = [tight.start_upload(cache.id, 10)[0] for _ in range(3)]
+        with tight.append_call() as call:
+            call.send(start_message(cache.id, 10))
+            refusal = call.refusal()
+        assert (refusal.code, refusal.error.reason) == (EXHAUSTED, "TOO_MANY")
+        keys = Draw(5).keys(KIND, 10)
+        for call in open_ones:
+            call.send(key_chunk(KIND, keys, 0), finish_message(KIND, keys))
+            call.receive_until("committed")
+        tight.start_upload(cache.id, 10)[0].cancel()
+
+
+def test_a_queue_that_is_full(tight):
+    draw = Draw(6)
+    keys = draw.keys(KIND, 300)
+    with tight.cache(KIND, keys) as cache:
+        with tight.start_search(KIND, cache.id, 5):
+            queries = draw.queries(KIND, 1, start_position=299)
+            waiting = [tight.search_call() for _ in range(8)]
+            for call in waiting:
+                call.send(search_header(KIND, cache.id, 5, start_position=299), query_chunk(KIND, queries, 0, 1))
+                call.half_close()
+            wait_for(lambda: tight.load().queued_searches == 8)
+            with tight.search_call() as call:
+                call.send(search_header(KIND, cache.id, 5))
+                refusal = call.refusal()
+            assert (refusal.code, refusal.error.reason) == (EXHAUSTED, "QUEUE_FULL")
+            assert refusal.error.metadata["limit"] == refusal.error.metadata["queued"] == "8"
+        for call in waiting:  # nobody is forgotten
+            assert call.rest()[-1].done.row_count == 1
+
+
+def test_a_deadline_that_the_queue_makes_unreachable(tight):
+    keys = Draw(7).keys(KIND, 300)
+    with tight.cache(KIND, keys) as cache:
+        with tight.start_search(KIND, cache.id, 5) as slow:
+            refusal = slow.refusal()  # nothing is sent for a second: searches take about so long, the server learns
+        assert refusal.error.reason == "SLOW_CONSUMER"
+        with tight.start_search(KIND, cache.id, 5), tight.search_call() as waiting:
+            waiting.send(search_header(KIND, cache.id, 5))
+            wait_for(lambda: tight.load().queued_searches == 1)
+            with tight.search_call(timeout_s=0.05) as call:
+                call.send(search_header(KIND, cache.id, 5))
+                messages, error = call.to_the_end()
+    assert error is not None
+    # the refusal and the deadline race when a machine is slow; without the refusal it is the deadline's own status
+    assert error.code() in (EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+    if messages:
+        assert messages[-1].refused.reason == "DEADLINE_UNREACHABLE"
+
+
+@pytest.mark.parametrize("key_format", [BF16, FP8], ids=["bf16", "fp8"])
+def test_caches_that_do_not_fit_together_take_turns(tight, key_format):
+    draw = Draw(8)
+    kind = Kind(heads=2, head_dim=64, key_format=key_format)
+    made = []
+    for _ in range(5):
+        keys = draw.keys(kind, int(KEYS_OF_A_MIB * 1.4))
+        made.append((tight.create(kind).id, keys))
+        tight.upload(kind, made[-1][0], keys, chunk_rows=5000)
+    for cache_id, keys in made * 2:
+        queries = draw.queries(kind, 5, start_position=len(keys))
+        found, _ = tight.search(kind, cache_id, queries, 40)
+        assert np.array_equal(found, expected(kind, keys, queries, 40)[0])
+    assert sum(tight.get(cache_id).resident_bytes for cache_id, _ in made) <= 3 * MIB
+    for cache_id, _ in made:
+        tight.delete(cache_id)
+    wait_for(lambda: tight.ledger("hbm").reserved_bytes == 0)
+    assert tight.ledger("host").reserved_bytes == 0
+
+
+def test_caches_that_do_not_fit_together_searched_at_once(tight, tight_service):
+    """Each waits for its turn; whatever is evicted for it comes back as it was, grown in the meantime."""
+    draw = Draw(9)
+    made = [(tight.create(KIND).id, draw.keys(KIND, 10_000)) for _ in range(5)]
+    for cache_id, keys in made:
+        tight.upload(KIND, cache_id, keys[:9_000], chunk_rows=5000)
+
+    def work(number: int) -> None:
+        cache_id, keys = made[number]
+        mine = Draw(200 + number)
+        with Calls(tight_service.address) as calls:
+            for held in (9_000, 9_500, 10_000):
+                if held > 9_000:
+                    calls.upload(KIND, cache_id, keys[held - 500 : held], first_row=held - 500)
+                queries = mine.queries(KIND, 5, start_position=10_000)
+                found, _ = calls.search(KIND, cache_id, queries, 40)
+                assert np.array_equal(found, expected(KIND, keys[:held], queries, 40)[0])
+
+    with ThreadPoolExecutor(5) as pool:
+        for done in [pool.submit(work, number) for number in range(5)]:
+            done.result()
+    for cache_id, _ in made:
+        tight.delete(cache_id)
+    wait_for(lambda: is_idle(tight.load()))
+
+
+def test_a_cache_deleted_under_its_search_makes_room_for_who_waits(tight):
+    """Its pages go with the search that held them, and then somebody else must be let in."""
+    draw = Draw(10)
+    first, second = draw.keys(KIND, 2 * KEYS_OF_A_MIB), draw.keys(KIND, 2 * KEYS_OF_A_MIB)
+    with tight.cache(KIND, second) as other:
+        cache = tight.create(KIND)
+        tight.upload(KIND, cache.id, first, chunk_rows=5000)
+        with tight.start_search(KIND, cache.id, 5) as running, tight.search_call() as waiting:
+            waiting.send(search_header(KIND, other.id, 5, start_position=len(second)))
+            wait_for(lambda: tight.load().queued_searches == 1)
+            tight.delete(cache.id)
+            running.half_close()
+            running.rest()
+            waiting.receive("accepted")
+            queries = draw.queries(KIND, 2, start_position=len(second))
+            waiting.send(query_chunk(KIND, queries, 0, 2))
+            waiting.half_close()
+            indices = np.frombuffer(waiting.rest()[0].chunk.indices, np.int32).reshape(2, 5)
+        assert np.array_equal(indices, expected(KIND, second, queries, 5)[0])

@@ -1,0 +1,111 @@
+"""The end of a service, asked for or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import grpc
+import numpy as np
+import pytest
+from streamindex.v1 import key_cache_pb2
+
+from streamindex_service.testing.service import RunningService
+from tests.support.calls import Calls, answers, query_chunks, refused, search_header
+from tests.support.services import ROOMY, wait_for
+from tests.support.tensors import Draw, Kind, expected
+
+KIND = Kind(heads=3, head_dim=32)
+NOT_SERVING = 2
+
+
+@pytest.fixture
+def service():
+    running = RunningService(ROOMY)
+    running.start()
+    yield running
+    running.stop(grace_s=2.0)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_sigterm_lets_running_calls_end_and_refuses_new_ones(service):
+    draw = Draw(1)
+    keys, queries = draw.keys(KIND, 700), draw.queries(KIND, 90, start_position=600)
+    with Calls(service.address) as calls:
+        cache = calls.create(KIND)
+        calls.upload(KIND, cache.id, keys)
+        workers = service.worker_pids()
+        chunks = query_chunks(KIND, queries, 30)
+        call = calls.start_search(KIND, cache.id, 40, start_position=600)
+        call.send(chunks[0])
+        received = [call.receive("chunk")]
+        service.process.send_signal(signal.SIGTERM)
+        calls.wait_health(NOT_SERVING)
+        request = key_cache_pb2.GetKeyCacheRequest(key_cache_id=cache.id)
+        refusal = refused(calls.key_caches.GetKeyCache, request)
+        assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        with calls.search_call() as late:
+            late.send(search_header(KIND, cache.id, 5))
+            refusal = late.refusal()
+        assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        for chunk in chunks[1:]:
+            call.send(chunk)
+            received.append(call.receive("chunk"))
+        call.half_close()
+        assert call.receive("done").row_count == 90
+        assert not call.rest()
+        assert np.array_equal(answers(received, 40)[0], expected(KIND, keys, queries, 40)[0])
+    assert service.process.wait(20) == 0
+    assert not service.socket_path.exists()
+    assert all(is_gone(pid) for pid in workers)
+
+
+def test_a_second_signal_stops_at_once(service):
+    with Calls(service.address) as calls:
+        cache = calls.create(KIND)
+        call = calls.start_search(KIND, cache.id, 5)
+        service.process.send_signal(signal.SIGTERM)
+        calls.wait_health(NOT_SERVING)
+        service.process.send_signal(signal.SIGTERM)
+        _, error = call.to_the_end()
+        assert error is not None
+    assert service.process.wait(10) == 0  # well below the 25 s of a drain
+    assert not service.socket_path.exists()
+
+
+def test_a_killed_frontend_leaves_no_process_and_its_socket_can_be_taken_over(service):
+    draw = Draw(2)
+    keys = draw.keys(KIND, 300)
+    with Calls(service.address) as calls:
+        cache = calls.create(KIND)
+        calls.upload(KIND, cache.id, keys)
+        call = calls.start_search(KIND, cache.id, 5)
+        workers = service.worker_pids()
+        assert len(workers) == 1
+        os.kill(service.process.pid, signal.SIGKILL)
+        _, error = call.to_the_end()
+        assert error is not None
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+    service.process.wait(10)
+    wait_for(lambda: all(is_gone(pid) for pid in workers))
+    assert service.socket_path.exists()  # nobody was left to remove it
+    service.start()
+    with Calls(service.address) as calls:
+        # its caches are lost, which is told as for any id that is not there
+        request = key_cache_pb2.GetKeyCacheRequest(key_cache_id=cache.id)
+        assert refused(calls.key_caches.GetKeyCache, request).error.reason == "CACHE_NOT_FOUND"
+
+
+def test_sigterm_before_the_worker_is_ready(service):
+    """Another service on another socket, told to stop while its worker still starts."""
+    other = RunningService({**ROOMY, "worker": {**ROOMY["worker"], "device": "cuda:7"}}, start_timeout_s=0.5)
+    with pytest.raises(Exception, match="was not ready"):
+        other.start()
+    assert other.process.poll() == 0

@@ -1,0 +1,178 @@
+"""The device process dies or hangs: callers learn it at once, another one starts, and no key is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import grpc
+import numpy as np
+import pytest
+from streamindex.v1 import search_pb2
+
+from streamindex_service.testing.service import RunningService
+from tests.support.calls import (
+    Calls,
+    answers,
+    batch_item,
+    finish_message,
+    key_chunk,
+    query_chunk,
+    query_chunks,
+    search_header,
+)
+from tests.support.services import ROOMY, is_idle, wait_for
+from tests.support.tensors import FP8, Draw, Kind, expected
+
+KIND = Kind(heads=3, head_dim=32)
+SERVING, NOT_SERVING = 1, 2
+SOON_S = 5.0  # the promise is one second; a busy machine is given more
+
+
+@pytest.fixture(scope="module")
+def service():
+    settings = {**ROOMY, "worker": {**ROOMY["worker"], "heartbeat_s": 0.2, "heartbeat_timeout_s": 1.5}}
+    with RunningService(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def calls(service):
+    with Calls(service.address) as connection:
+        connection.wait_health(SERVING)
+        yield connection
+
+
+def kill(service, number=signal.SIGKILL):
+    (worker,) = service.worker_pids()
+    os.kill(worker, number)
+    return worker
+
+
+def test_killed_in_the_middle_of_a_search(service, calls):
+    draw = Draw(1)
+    keys, queries = draw.keys(KIND, 3000), draw.queries(KIND, 2000, start_position=3000)
+    wanted, _ = expected(KIND, keys, queries, 64)
+    with calls.cache(KIND, keys) as cache:
+        restarts = calls.load().worker_restarts
+        host = calls.ledger("host").reserved_bytes
+        call = calls.start_search(KIND, cache.id, 64, start_position=3000)
+        call.send(query_chunk(KIND, queries, 0, 100))
+        first = call.receive("chunk")
+        worker = kill(service, signal.SIGSTOP)
+        call.send(*query_chunks(KIND, queries, 100)[1:])
+        # tiles are with the worker, which never answers them
+        wait_for(lambda: calls.ledger("ingress").reserved_bytes == 4 << 18)
+        os.kill(worker, signal.SIGKILL)
+        killed = time.monotonic()
+        refusal = call.refusal()
+        assert time.monotonic() - killed < SOON_S
+        assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+        found, _ = answers([first], 64)
+        assert np.array_equal(found, wanted[: len(found)])  # what was answered is valid
+        calls.wait_health(NOT_SERVING)
+        assert not calls.load().ready
+        # asked again it waits for the new worker; nothing is uploaded
+        found, _ = calls.search(KIND, cache.id, queries, 64)
+        assert np.array_equal(found, wanted)
+        calls.wait_health(SERVING)
+        load = calls.load()
+        assert (load.ready, load.worker_restarts) == (True, restarts + 1)
+        assert calls.ledger("host").reserved_bytes == host
+        assert calls.get(cache.id).layer_keys[0] == 3000
+        wait_for(lambda: is_idle(calls.load()))
+        assert worker not in service.worker_pids()
+
+
+def test_every_caller_hears_of_it_and_every_key_survives(service, calls):
+    draw = Draw(2)
+    kinds = [KIND, Kind(heads=2, head_dim=64, key_format=FP8), Kind(heads=2, head_dim=32, layers=2)]
+    made = []
+    for kind in kinds:
+        keys = draw.keys(kind, 900)
+        made.append((kind, calls.create(kind).id, keys))
+        calls.upload(kind, made[-1][1], keys)
+    fork = calls.fork(made[0][1])
+    upload, accepted = calls.start_upload(made[0][1], 600)
+    rows = draw.keys(KIND, 600)
+    upload.send(key_chunk(KIND, rows[:300], 0))
+    upload.receive("acknowledged")
+    searches = []
+    for kind, cache_id, _ in made:
+        call = calls.start_search(kind, cache_id, 32, start_position=900)
+        call.send(query_chunk(kind, draw.queries(kind, 10), 0, 10))
+        call.receive("chunk")
+        searches.append((kind, call))
+    worker = kill(service, signal.SIGSTOP)
+    for kind, call in searches:
+        call.send(query_chunk(kind, draw.queries(kind, 20), 10, 10))
+    items = [batch_item(kind, cache_id, draw.queries(kind, 1)) for kind, cache_id, _ in made]
+    batch = calls.searches.SearchBatch.future(search_pb2.SearchBatchRequest(items=items, top_k=5), timeout=60)
+    wait_for(lambda: calls.load().running_searches == 6)
+    os.kill(worker, signal.SIGKILL)
+    for _, call in searches:
+        assert call.refusal().error.reason == "WORKER_LOST"
+    for result in batch.result().results:
+        assert result.error.reason == "WORKER_LOST"
+        assert result.error.HasField("retry_after_ms")
+    # an upload has nothing to do with the device: it goes on
+    upload.send(key_chunk(KIND, rows[300:], 300), finish_message(KIND, rows))
+    assert upload.receive_until("committed").layer_keys == 900
+    assert calls.query_upload(accepted.upload_id).committed
+    source_keys = rows + made[0][2][600:]
+    everything = [(kind, cache_id, keys) for kind, cache_id, keys in made[1:]]
+    everything += [(KIND, made[0][1], source_keys), (KIND, fork.id, made[0][2])]
+    for kind, cache_id, keys in everything:
+        queries = draw.queries(kind, 5, start_position=895)
+        found, scores = calls.search(kind, cache_id, queries, 900, want_scores=True)
+        wanted = expected(kind, keys, queries, 900)
+        assert np.array_equal(found, wanted[0])
+        assert np.array_equal(scores, wanted[1])
+    for _, cache_id, _ in everything:
+        calls.delete(cache_id)
+    wait_for(lambda: [ledger.reserved_bytes for ledger in calls.load().ledgers] == [0, 0, 0])
+
+
+def test_a_search_that_waits_is_served_by_the_next_worker(service, calls):
+    draw = Draw(3)
+    keys, queries = draw.keys(KIND, 500), draw.queries(KIND, 20, start_position=490)
+    with calls.cache(KIND, keys) as cache:
+        kill(service)
+        calls.wait_health(NOT_SERVING)
+        with calls.search_call() as call:
+            call.send(search_header(KIND, cache.id, 30, start_position=490), *query_chunks(KIND, queries, 20))
+            call.half_close()
+            wait_for(lambda: calls.load().queued_searches == 1)
+            assert calls.load().running_searches == 0
+            found, _ = answers([m.chunk for m in call.rest() if m.WhichOneof("message") == "chunk"], 30)
+        assert np.array_equal(found, expected(KIND, keys, queries, 30)[0])
+
+
+def test_a_worker_that_hangs_is_replaced(service, calls):
+    draw = Draw(4)
+    keys, queries = draw.keys(KIND, 500), draw.queries(KIND, 20, start_position=490)
+    with calls.cache(KIND, keys) as cache:
+        call = calls.start_search(KIND, cache.id, 30, start_position=490)
+        worker = kill(service, signal.SIGSTOP)
+        call.send(query_chunk(KIND, queries, 0, 20))
+        refusal = call.refusal()
+        assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+        found, _ = calls.search(KIND, cache.id, queries, 30)
+        assert np.array_equal(found, expected(KIND, keys, queries, 30)[0])
+        assert worker not in service.worker_pids()
+
+
+def test_descriptors_do_not_add_up(service, calls):
+    """Three workers later the frontend holds no more than before."""
+    keys = Draw(5).keys(KIND, 500)
+    queries = Draw(5).queries(KIND, 3)
+    with calls.cache(KIND, keys) as cache:
+        calls.search(KIND, cache.id, queries, 3)
+        before = len(os.listdir(f"/proc/{service.process.pid}/fd"))
+        for _ in range(2):
+            kill(service)
+            calls.wait_health(NOT_SERVING)
+            calls.search(KIND, cache.id, queries, 3)
+        wait_for(lambda: len(os.listdir(f"/proc/{service.process.pid}/fd")) <= before)
+        assert len(service.worker_pids()) == 1
