@@ -1,8 +1,9 @@
-"""The work that a stream's chunks make (checksums, checks, copies), in order, off the event loop.
+"""The work that a stream's chunks make (checksums, checks, copies), off the event loop and counted in order.
 
 The event loop of an asyncio server is what bounds its throughput, so it hears of this work rarely: a lane hands chunks
-to a thread through a queue and takes word of many at a time. A future and a wake-up for each chunk would cost the loop
-a quarter of the time in which it receives one.
+to threads through a queue and takes word of many at a time. A future and a wake-up for each chunk would cost the loop a
+quarter of the time in which it receives one. A thread spends much of its time waiting for the interpreter lock, which
+the loop holds; so several chunks of a stream are worked on at once.
 """
 
 from __future__ import annotations
@@ -12,18 +13,29 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from streamindex_service.frontend.host_memory import IngressBudget
 
-_AHEAD = 4  # chunks of one stream that wait for the thread or are worked on
+_AHEAD = 6  # chunks of one stream that wait for a thread or are worked on
+_AT_ONCE = 3  # of which are worked on at a time
 _NEWS_AFTER_S = 0.02  # when little happens, the loop looks after so long
 
 
-class IngestLane:
-    """One stream's chunks. All methods are for the event loop; the work runs on the executor's threads, one at a time.
+@dataclass(slots=True, eq=False)
+class _Piece:
+    work: Callable[[], Callable[[], None]]
+    size_bytes: int
+    count: Callable[[], None] | None = None  # what the work has returned
+    error: Exception | None = None
 
-    `news` is called on the loop after some work was done, `failed` when a piece of it raised: nothing queued behind it
-    runs then, and `put` and `settle` raise the same.
+
+class IngestLane:
+    """One stream's chunks. All methods are for the event loop; the work runs on the executor's threads.
+
+    The work on a chunk returns what counts the chunk as done; that is called (on some thread) once all chunks before it
+    are counted. `news` is called on the loop after some were, `failed` when a piece of work raised: no chunk behind it
+    is counted then, and `put` and `settle` raise the same.
     """
 
     def __init__(
@@ -35,7 +47,7 @@ class IngestLane:
         failed: Callable[[], None],
     ) -> None:
         self.failure: Exception | None = None
-        self._threads = threads
+        self._executor = threads
         self._budget = budget
         self._news_bytes = news_bytes
         self._news = news
@@ -45,43 +57,60 @@ class IngestLane:
         self._timer: asyncio.TimerHandle | None = None
         self._reserved_bytes = 0  # of the ingress budget; all of it is for chunks that are not done
         self._pending = 0
-        # Shared with the thread, under the lock.
+        # Shared with the threads, under the lock.
         self._lock = threading.Lock()
-        self._queue: deque[tuple[Callable[[], None], int]] = deque()
-        self._running = False
+        self._waiting: deque[_Piece] = deque()
+        self._uncounted: deque[_Piece] = deque()  # in order; those that wait or are worked on, and a few that are done
+        self._threads = 0
         self._awaited = False
         self._done = 0
         self._done_bytes = 0
         self._error: Exception | None = None
 
-    async def put(self, work: Callable[[], None], size_bytes: int) -> None:
+    async def put(self, work: Callable[[], Callable[[], None]], size_bytes: int) -> None:
         """Queue work on a chunk of so many bytes, after waiting for room. Raises what earlier work has raised."""
         await self._until(_AHEAD - 1)
         await self._budget.reserve(size_bytes)
         self._reserved_bytes += size_bytes
         self._pending += 1
+        piece = _Piece(work, size_bytes)
         with self._lock:
-            self._queue.append((work, size_bytes))
-            start, self._running = not self._running, True
+            self._waiting.append(piece)
+            self._uncounted.append(piece)
+            start = self._threads < _AT_ONCE
+            self._threads += start
         if start:
-            self._threads.submit(self._work)
+            self._executor.submit(self._work)
         if self._timer is None:
             self._timer = self._loop.call_later(_NEWS_AFTER_S, self._hear)
 
     async def settle(self) -> None:
-        """Wait until nothing is queued. Raises what the work has raised."""
+        """Wait until all chunks are counted. Raises what the work has raised."""
         await self._until(0)
 
     async def close(self) -> None:
-        """Wait until the thread touches nothing any more. Raises nothing of the work's; survives a cancellation."""
+        """Wait until no thread touches anything any more; what waits for one is dropped."""
         with self._lock:
-            for _ in range(len(self._queue) - 1):  # the first may be running
-                self._done_bytes += self._queue.pop()[1]
-                self._done += 1
-        while self._pending and self.failure is None:
-            await self._news_of_work()
+            while self._waiting:
+                self._drop(self._waiting.pop())
+        while self._still_working():
+            await self._changed.wait()
+        self._hear()
+        assert self._pending == 0
         if self._timer is not None:
             self._timer.cancel()
+
+    def _still_working(self) -> bool:
+        """Whether a thread has work; then `_changed` will be set."""
+        self._changed.clear()
+        with self._lock:
+            self._awaited = self._threads > 0
+            return self._awaited
+
+    def _drop(self, piece: _Piece) -> None:
+        self._uncounted.remove(piece)
+        self._done += 1
+        self._done_bytes += piece.size_bytes
 
     async def _until(self, pending: int) -> None:
         while True:
@@ -89,20 +118,20 @@ class IngestLane:
                 raise self.failure
             if self._pending <= pending:
                 return
-            await self._news_of_work()
+            await self._hear_or_wait()
 
-    async def _news_of_work(self) -> None:
+    async def _hear_or_wait(self) -> None:
         self._changed.clear()
         with self._lock:
             self._awaited = True
-            something = self._done or self._error
+            something = self._done or self._error is not None
         if something:
             self._hear()
         else:
             await self._changed.wait()
 
     def _hear(self) -> None:
-        """Take word of what the thread has done."""
+        """Take word of what the threads have done."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -127,29 +156,37 @@ class IngestLane:
             self._timer = self._loop.call_later(_NEWS_AFTER_S, self._hear)
 
     def _work(self) -> None:
-        """On a thread: until the queue is empty."""
+        """On a thread: until nothing waits."""
         while True:
             with self._lock:
-                if not self._queue:
-                    self._running = False
+                if not self._waiting:
+                    self._threads -= 1
+                    if self._awaited:
+                        self._loop.call_soon_threadsafe(self._hear)
                     return
-                work, size_bytes = self._queue[0]
+                piece = self._waiting.popleft()
             try:
-                work()
+                piece.count = piece.work()
             except Exception as error:  # handed to the stream, which raises it
-                self._finish_with(error)
-                return
+                piece.error = error
             with self._lock:
-                self._queue.popleft()
-                self._done += 1
-                self._done_bytes += size_bytes
-                tell = self._awaited or self._done_bytes >= self._news_bytes
+                tell = self._count()
             if tell:
                 self._loop.call_soon_threadsafe(self._hear)
 
-    def _finish_with(self, error: Exception) -> None:
-        with self._lock:
-            self._queue.clear()
-            self._running = False
-            self._error = error
-        self._loop.call_soon_threadsafe(self._hear)
+    def _count(self) -> bool:
+        """Count what is done and has nothing undone before it; True when the loop is to hear of it at once."""
+        while self._uncounted:
+            first = self._uncounted[0]
+            if first.error is not None:
+                self._error = first.error
+                self._waiting.clear()
+                self._uncounted.clear()
+                return True
+            if first.count is None:
+                break
+            first.count()
+            self._uncounted.popleft()
+            self._done += 1
+            self._done_bytes += first.size_bytes
+        return bool(self._done) and (self._awaited or self._done_bytes >= self._news_bytes)

@@ -80,6 +80,7 @@ class KeyCacheServicer:
         stream: UploadStream | None = None
         writer = MessageWriter(context)
         try:
+            self._service.admit()
             upload = self._open(await read_message(context), context)
             stream = UploadStream(self._service, upload, context, writer)
             limits = self._service.settings.limits

@@ -219,20 +219,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             make = grpc.unary_unary_rpc_method_handler
 
         async def call(request: Any, context: Any) -> Any:
-            return await self._call(behaviour, details.method, request_id, request, context)
+            # A stream's servicer asks by itself, so that it can say in-band what it refuses with.
+            admit = None if handler.request_streaming else self._admit
+            return await self._call(behaviour, admit, details.method, request_id, request, context)
 
         return make(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
 
-    async def _call(self, behaviour: Method, method: str, request_id: str, request: Any, context: Any) -> Any:
+    async def _call(
+        self,
+        behaviour: Method,
+        admit: Callable[[], None] | None,
+        method: str,
+        request_id: str,
+        request: Any,
+        context: Any,
+    ) -> Any:
         task = asyncio.current_task()
         assert task is not None
         self.running.add(task)
         structlog.contextvars.bind_contextvars(request_id=request_id, method=method)
         try:
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
-            self._admit()
+            if admit is not None:
+                admit()
             if isinstance(request, Malformed):
                 raise_malformed(request)
             result = behaviour(request, context)

@@ -29,6 +29,7 @@ class SearchServicer:
         """Search."""
         writer = MessageWriter(context)
         try:
+            self._service.admit()
             header = await self._header(context)
             owner = self._identify(context)
             cache = self._service.caches.get(owner, header.key_cache_id)

@@ -61,6 +61,7 @@ class Server:
         self._log = self.service.log
         self._identify = identify
         self._draining = False
+        self.service.admit = self._admit
         self._calls = CallInterceptor(self._log, self._admit)
         self._health = health.aio.HealthServicer()
         self._names = [

@@ -34,6 +34,7 @@ class Service:
         self.worker_info: pb.Ready | None = None
         self.unusable: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.health_changed: Callable[[bool], None] = lambda ready: None
+        self.admit: Callable[[], None] = lambda: None  # raises what a call is refused with before it starts
         memory = settings.memory
         host_limit = int(memory.host_budget_bytes) or _half_of_memory()
         self.host = Ledger("host", host_limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from streamindex.checksum import combine, crc32c
@@ -114,6 +114,7 @@ class UploadStream:
             raise InvalidArgumentError("the upload is committed; only finish can be sent again", field="chunk")
         tensors.check_part_sizes(chunk, ("keys", "scales"), self._row_bytes)
         if self._upload.is_repeat(chunk.row_offset, chunk.row_count, self._rows_taken):
+            await self._lane.settle()  # what it repeats must be there to be compared
             await self._lane.put(lambda: self._compare(chunk), chunk.payload_bytes)
         else:
             self._service.uploads.hold(self._upload, chunk.row_offset + chunk.row_count)
@@ -127,26 +128,31 @@ class UploadStream:
             acknowledged = pb.UploadAcknowledged(row_offset=self._upload.rows_held)
             await self._writer.write(pb.AppendKeysResponse(acknowledged=acknowledged))
 
-    # On a thread, one chunk at a time and in order.
+    # On threads; what is returned counts the chunk, in order.
 
-    def _compare(self, chunk: Chunk) -> None:
+    def _compare(self, chunk: Chunk) -> Callable[[], None]:
         tensors.verify_checksum(chunk)
         targets = [
             RowRange(first, count, page_rows(self._service, self._upload.staged[page], self._row_bytes, row, count))
             for page, row, first, count in page_ranges(self._upload, chunk.row_offset, chunk.row_count)
         ]
         tensors.compare_rows(chunk, targets, self._row_bytes)
+        return lambda: None
 
-    def _store(self, chunk: Chunk) -> None:
+    def _store(self, chunk: Chunk) -> Callable[[], None]:
         upload = self._upload
         keys_crc32c, _ = tensors.verify_checksum(chunk)
         keys, scales = chunk.parts
         tensors.check_finite(keys, self._format, self._row_elements, "keys", chunk.row_offset)
         tensors.check_finite(scales, KeyFormat.FP32, 1, "scales", chunk.row_offset)
         write_rows(self._service, upload, chunk, self._row_bytes)
-        upload.keys_crc32c = combine(upload.keys_crc32c, keys_crc32c, len(keys))
-        upload.scales_crc32c = crc32c(scales, upload.scales_crc32c)
-        upload.rows_held += chunk.row_count
+
+        def count() -> None:
+            upload.keys_crc32c = combine(upload.keys_crc32c, keys_crc32c, len(keys))
+            upload.scales_crc32c = crc32c(scales, upload.scales_crc32c)
+            upload.rows_held += chunk.row_count
+
+        return count
 
     async def _finish(self, finish: pb.AppendKeysFinish) -> None:
         upload = self._upload

@@ -1,0 +1,310 @@
+"""Seeded histories of the core: a seed replays a failure exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.errors import ServiceError
+from tests.support.core_world import OWNER, World, choose, spec
+
+SPECS = [
+    spec(KeyFormat.BF16, 16),
+    spec(KeyFormat.FP8_E4M3, 16),
+    spec(KeyFormat.BF16, 32, layers=1, ttl_s=5.0),
+    spec(KeyFormat.FP32, 16, layers=3),
+]
+
+
+class History:
+    """One seed's history."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.world = World(
+            hbm_bytes=int(self.random.integers(100_000, 500_000)),
+            host_bytes=int(self.random.integers(300_000, 1_500_000)),
+            max_running=int(self.random.integers(1, 6)),
+        )
+        self.world.governor.device_ready()
+        self.uploads = []
+        self.counts: dict[str, int] = {}
+
+    @property
+    def caches(self):
+        return list(self.world.store._caches.values())
+
+    def run(self, steps: int) -> None:
+        weights = {
+            "create": 2, "append": 8, "rewrite": 3, "decode": 8, "truncate": 2, "fork": 2, "delete": 1,
+            "search": 14, "end": 12, "start": 3, "feed": 12, "close": 3, "lose": 0.4, "ready": 1, "wait": 2,
+        }  # fmt: skip
+        names, odds = list(weights), np.array(list(weights.values()))
+        for _ in range(steps):
+            step = str(self.random.choice(names, p=odds / odds.sum()))
+            try:
+                if getattr(self, step)():
+                    self.counts[step] = self.counts.get(step, 0) + 1
+            except ServiceError as error:
+                self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
+            self.world.clock.advance(float(self.random.random()) / 10)
+            self.world.check()
+        self.wind_down()
+
+    def create(self):
+        self.world.store.create(OWNER, choose(self.random, SPECS))
+        return True
+
+    def pick(self):
+        if not self.caches:
+            return None, 0
+        cache = choose(self.random, self.caches)
+        return cache, int(self.random.integers(len(cache.layers)))
+
+    def write(self, rows, back):
+        cache, layer = self.pick()
+        if cache is None:
+            return False
+        length = cache.layers[layer].length_keys
+        first = max(0, length - int(self.random.integers(back + 1)))
+        self.world.write(cache, layer, first, rows)
+        assert cache.layers[layer].length_keys == max(length, first + rows)
+        return True
+
+    def append(self):
+        return self.write(int(self.random.integers(1, 1500)), 0)
+
+    def rewrite(self):
+        return self.write(int(self.random.integers(1, 700)), 900)
+
+    def decode(self):
+        return self.write(1, 1)
+
+    def truncate(self):
+        cache, layer = self.pick()
+        if cache is not None:
+            keys = int(self.random.integers(cache.layers[layer].length_keys + 2))
+            self.world.store.truncate(cache, keys, layer if self.random.integers(2) else None)
+        return cache is not None
+
+    def fork(self):
+        cache, layer = self.pick()
+        if cache is not None:
+            keys = int(self.random.integers(cache.layers[layer].length_keys + 2))
+            twin = self.world.store.fork(cache, keys if self.random.integers(2) else None)
+            for source, target in zip(cache.layers, twin.layers, strict=True):
+                assert target.pages == source.pages[: len(target.pages)]
+        return cache is not None
+
+    def delete(self):
+        cache, _ = self.pick()
+        if cache is not None:
+            self.world.delete(cache)
+        return cache is not None
+
+    def search(self):
+        cache, layer = self.pick()
+        if cache is None:
+            return False
+        floor = int(self.random.integers(1, 60_000))
+        deadline = float(self.random.random()) if self.random.integers(2) else None
+        return self.world.search(cache, layer, floor, floor + int(self.random.integers(90_000)), deadline) is not None
+
+    def end(self):
+        if self.world.searches:
+            self.world.end(choose(self.random, self.world.searches))
+            return True
+        return False
+
+    def start(self):
+        cache, layer = self.pick()
+        if cache is None:
+            return False
+        length = cache.layers[layer].length_keys
+        first, rows = int(self.random.integers(length + 1)), int(self.random.integers(1, 2000))
+        upload = self.world.uploads.start(cache, layer, first, rows, 1 << 20)
+        self.world.uploads.attach(upload)
+        self.uploads.append(upload)
+        return True
+
+    def feed(self):
+        if not self.uploads:
+            return False
+        upload = choose(self.random, self.uploads)
+        rows = min(upload.row_count - upload.rows_held, int(self.random.integers(1, 700)))
+        if rows:
+            self.world.hold(upload, rows)
+        elif not upload.committed:
+            self.world.uploads.commit(upload)
+        return True
+
+    def close(self):
+        if self.uploads:
+            upload = self.uploads.pop(int(self.random.integers(len(self.uploads))))
+            self.world.uploads.detach(upload)
+            if upload.upload_id in self.world.uploads._uploads and self.random.integers(2):
+                self.world.uploads.attach(upload)  # resumed
+                self.uploads.append(upload)
+            return True
+        return False
+
+    def lose(self):
+        self.world.device_lost()
+        return True
+
+    def ready(self):
+        self.world.governor.device_ready()
+        return True
+
+    def wait(self):
+        self.world.clock.advance(float(self.random.random()) * 8)
+        self.world.uploads.expire()
+        for cache in self.world.store.expired():
+            assert not cache.busy
+            self.world.delete(cache)
+        return True
+
+    def wind_down(self):
+        world = self.world
+        if world.governor.paused:
+            world.governor.device_ready()
+        while world.searches:  # everybody gets a turn
+            running = [search for search in world.searches if search.grant is not None]
+            assert running
+            world.end(running[0])
+            world.check()
+        for upload in self.uploads:
+            world.uploads.detach(upload)
+        for cache in self.caches:
+            world.delete(cache)
+        world.clock.advance(100)
+        world.uploads.expire()
+        assert (world.hbm.reserved_bytes, world.host.reserved_bytes) == (0, 0)
+        assert (world.device_memory.extents, world.host_memory.extents) == ({}, {})
+        assert world.uploads.open_uploads == 0
+        assert not world.uploads._uploads
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_any_history(seed):
+    History(seed).run(600)
+
+
+def test_the_histories_reach_what_they_are_about():
+    """Refusals, evictions, reloads and losses all come up, or the test above shows nothing."""
+    seen: dict[str, int] = {}
+    evicted = loads = 0
+    for seed in range(12):
+        history = History(seed)
+        history.run(600)
+        evicted += history.world.governor.evicted_pages
+        loads += history.world.loads
+        for name, count in history.counts.items():
+            seen[name] = seen.get(name, 0) + count
+    assert evicted > 100
+    assert loads > evicted
+    for name in ("search", "end", "fork", "lose", "close", "delete", "HOST_MEMORY", "LAYER_CHANGED", "TOO_MANY"):
+        assert seen.get(name, 0) > 0, f"no {name} in {seen}"
+
+
+def test_a_layer_scattered_over_extents_is_still_let_in():
+    """Caches that grow in turn share extents; the one that needs the workspace must not wait for ever."""
+    world = World(hbm_bytes=2 * 65_536 + 8_192, host_bytes=10_000_000)
+    world.governor.device_ready()
+    kind = spec(KeyFormat.BF16, 16, layers=1)  # pages of 8 KiB, eight an extent
+    caches = [world.store.create(OWNER, kind) for _ in range(4)]
+    for _ in range(4):
+        for cache in caches:
+            world.write(cache, 0, cache.layers[0].length_keys, 256)
+            search = world.search(cache, 0, 1, 1)
+            assert search.grant is not None
+            world.end(search)
+    # four pages of it lie among others' in both extents; its floor needs more than what is left beside two extents
+    search = world.search(caches[0], 0, 2 * 65_536 + 8_192 - 4 * 8_192, 10**9)
+    world.check()
+    assert search.grant is not None
+
+
+def test_pages_that_only_the_queue_holds_do_not_block_its_head():
+    world = World(hbm_bytes=100_000, host_bytes=10_000_000)
+    world.governor.device_ready()
+    kind = spec(KeyFormat.BF16, 16, layers=1)
+    first, second = (world.store.create(OWNER, kind) for _ in range(2))
+    for cache in (first, second):
+        world.write(cache, 0, 0, 5 * 256)  # 40 KiB
+    running = world.search(second, 0, 1, 1)
+    head = world.search(first, 0, 59_000, 59_000)  # waits for the one that runs
+    behind = world.search(second, 0, 1, 1)  # will hold pages on the device that no layer has any more
+    world.delete(second)
+    assert (head.grant, behind.grant) == (None, None)
+    world.end(running)
+    world.check()
+    assert head.grant is not None
+    world.end(head)
+    assert behind.grant is not None
+
+
+def test_the_workspace_grows_to_what_is_free_and_evicts_nothing_for_it():
+    world = World(hbm_bytes=100_000, host_bytes=10_000_000)
+    world.governor.device_ready()
+    kind = spec(KeyFormat.BF16, 16, layers=1)
+    first, second = (world.store.create(OWNER, kind) for _ in range(2))
+    for cache in (first, second):
+        world.write(cache, 0, 0, 4 * 256)
+    world.end(world.search(first, 0, 1, 1))
+    free = world.hbm.free_bytes
+    search = world.search(second, 0, 1_000, 10**9)
+    assert search.grant.workspace_bytes >= 1_000
+    assert world.hbm.free_bytes == 0
+    assert world.governor.evicted_pages == 0
+    assert free > 0
+
+
+def test_what_can_never_fit_is_refused_with_the_figures():
+    world = World(hbm_bytes=100_000)
+    world.governor.device_ready()
+    cache = world.store.create(OWNER, spec(KeyFormat.BF16, 16, layers=1))
+    world.write(cache, 0, 0, 10 * 256)
+    snapshot = world.store.snapshot(cache, 0)
+    with pytest.raises(ServiceError) as caught:
+        world.governor.submit(snapshot, 18_081, 18_081, None, lambda grant: None)
+    assert (caught.value.reason, caught.value.retry_after_ms) == ("EXCEEDS_BUDGET", None)
+    assert caught.value.metadata == {"needed_bytes": "100001", "budget_bytes": "100000"}
+    world.store.release_snapshot(snapshot)
+
+
+def test_a_queue_that_is_full_and_a_deadline_that_cannot_be_met():
+    world = World(max_running=1)
+    world.governor.device_ready()
+    cache = world.store.create(OWNER, spec(layers=1))
+    world.write(cache, 0, 0, 10)
+    slow = world.search(cache, 0, 1, 1)
+    world.clock.advance(10.0)
+    world.end(slow)
+    running = world.search(cache, 0, 1, 1, deadline_s=0.001)  # nobody is ahead of it
+    assert running.grant is not None
+    assert world.search(cache, 0, 1, 1, deadline_s=5.0) is None  # about ten seconds to wait
+    patient = [world.search(cache, 0, 1, 1, deadline_s=None) for _ in range(16)]
+    assert None not in patient
+    snapshot = world.store.snapshot(cache, 0)
+    for deadline, reason in ((None, "QUEUE_FULL"), (10**9, "QUEUE_FULL")):
+        with pytest.raises(ServiceError) as caught:
+            world.governor.submit(snapshot, 1, 1, deadline, lambda grant: None)
+        assert caught.value.reason == reason
+        assert caught.value.retry_after_ms
+    world.store.release_snapshot(snapshot)
+    for search in (running, *patient):
+        assert search.grant is not None
+        world.end(search)
+    world.check()
+
+
+def test_the_wall_clock_means_nothing():
+    """All times come from the clock that was given."""
+    world = World()
+    cache = world.store.create(OWNER, spec(ttl_s=60))
+    world.clock.advance(59.9)
+    assert world.store.expired() == []
+    world.clock.advance(0.2)
+    assert world.store.expired() == [cache]

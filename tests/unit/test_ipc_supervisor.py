@@ -1,0 +1,281 @@
+"""The supervisor and the frontend's side of a worker, with processes that stand in for one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+import pytest
+
+from streamindex_service.core.caches import Page
+from streamindex_service.core.pages import PageSlot
+from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
+from streamindex_service.frontend.device import DeviceWorker, TilePlace, TileSpec, View
+from streamindex_service.frontend.host_memory import Block, HostExtents, SharedSegment
+from streamindex_service.ipc import supervisor as module
+from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
+
+# What stands in for a worker: says that it is ready, answers pings, and does what a tile's id says.
+STAND_IN = """
+import os, socket, sys, time
+from streamindex_service.ipc import link
+from streamindex_service.ipc.v1 import worker_pb2 as pb
+sock = socket.socket(fileno=int(sys.argv[1]))
+link.receive(sock)
+link.send(sock, pb.FromWorker(ready=pb.Ready(device_name="stand-in")))
+while True:
+    try:
+        message = pb.ToWorker.FromString(link.receive(sock)[0])
+    except link.LinkClosedError:
+        sys.exit(0)
+    kind = message.WhichOneof("message")
+    if kind == "ping":
+        link.send(sock, pb.FromWorker(pong=pb.Pong(sequence=message.ping.sequence)))
+    elif kind == "shutdown":
+        sys.exit(0)
+    elif kind == "search_tile":
+        what, tile = message.search_tile.rows, message.search_tile.tile_id
+        if what == 1:
+            link.send(sock, pb.FromWorker(tile_done=pb.TileDone(tile_id=tile, device_us=5)))
+        elif what == 2:
+            os._exit(3)
+        elif what == 3:
+            failure = pb.FAILURE_KIND_INTERNAL
+            link.send(sock, pb.FromWorker(failed=pb.Failed(id=tile, kind=failure, detail="/secret/path")))
+        elif what == 4:
+            time.sleep(1000)
+"""
+
+
+class Events:
+    """What a supervisor tells, as a queue."""
+
+    def __init__(self):
+        self.queue = asyncio.Queue()
+
+    def put(self, name, value=None):
+        self.queue.put_nowait((name, value))
+
+    async def wait(self, name):
+        while True:
+            found, value = await asyncio.wait_for(self.queue.get(), 20)
+            if found == name:
+                return value
+
+
+@pytest.fixture
+async def stand_in(tmp_path, monkeypatch):
+    """A running supervisor over stand-ins, the device in front of it, and its events."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    popen = module.subprocess.Popen
+    monkeypatch.setattr(
+        module.subprocess,
+        "Popen",
+        lambda command, **others: popen([sys.executable, str(script), command[-1]], **others),
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    options = WorkerOptions("cpu", "", 0, 1, 20.0, 0.05, 0.4, 100.0, 0.05, 0.2, environment)
+    events = Events()
+    device = DeviceWorker(HostExtents(lambda segment_id: None), poison_deaths=2)
+
+    class Governor:
+        def device_ready(self):
+            events.put("governor ready")
+
+        def device_lost(self):
+            events.put("governor lost")
+
+    device.governor = Governor()
+
+    def ready(info):
+        device.on_ready()
+        events.put("ready", info)
+
+    def down():
+        device.on_down()
+        events.put("down")
+
+    def lost(blamed):
+        device.on_lost(blamed)
+        events.put("lost", blamed)
+
+    told = WorkerEvents(ready, down, lost, unusable=lambda why: None, log=lambda *args, **figures: None)
+    running = Supervisor(options, told)
+    device.supervisor = running
+    running.start()
+    await events.wait("ready")
+    shared = SharedSegment.create(4096, writable_by_worker=True)
+    block = Block(shared, 0, shared.data)
+
+    def tile(what, key="request"):
+        link = running.link
+        view = View(link.next_id(), link, asyncio.get_running_loop().create_future())
+        place = TilePlace(what, 0, 0, 0, 0, None)
+        return device.submit(view, TileSpec(1, 1, 1, 0, 0), block, place, key)[1]
+
+    yield running, device, events, tile
+    await running.stop(grace_s=2.0)
+    shared.segment.close()
+
+
+async def test_a_tile_is_answered(stand_in):
+    running, _, _, tile = stand_in
+    assert (await tile(1)).tile_done.device_us == 5
+    assert running.restarts == 0
+
+
+async def test_a_defect_of_the_worker_tells_the_caller_nothing(stand_in):
+    _, _, _, tile = stand_in
+    with pytest.raises(ServiceError) as caught:
+        await tile(3)
+    assert (caught.value.reason, str(caught.value)) == ("INTERNAL", "internal error")
+    assert "/secret/path" in caught.value.detail
+    assert (await tile(1)).tile_done.device_us == 5  # the worker lives
+
+
+async def test_a_worker_that_exits_loses_its_tiles_and_is_replaced(stand_in):
+    running, _, events, tile = stand_in
+    old = running.link
+    tiles = [tile(2), tile(1), tile(1)]
+    for future in tiles:
+        with pytest.raises(WorkerLostError):
+            await future
+    assert await events.wait("lost") is True
+    await events.wait("ready")
+    assert running.link is not old
+    assert running.restarts == 1
+    assert (await tile(1)).tile_done.device_us == 5
+    assert old.process.poll() == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_worker_killed_from_outside_is_nobodys_fault(stand_in, number):
+    running, device, events, tile = stand_in
+    for _ in range(3):
+        waiting = tile(0, key="unlucky")
+        running.link.process.send_signal(number)
+        with pytest.raises(WorkerLostError):
+            await waiting
+        assert await events.wait("lost") is False
+        await events.wait("ready")
+    device.refuse_poison("unlucky")
+
+
+async def test_a_worker_that_hangs_is_killed(stand_in):
+    running, _, events, tile = stand_in
+    waiting = tile(4)
+    with pytest.raises(WorkerLostError):
+        await waiting
+    assert await events.wait("lost") is True
+    await events.wait("ready")
+    assert (await tile(1)).tile_done.device_us == 5
+    assert running.restarts == 1
+
+
+async def test_the_request_that_kills_twice_is_poison_and_its_neighbours_are_not(stand_in):
+    _, device, events, tile = stand_in
+    for death in range(2):
+        device.refuse_poison("killer")
+        tiles = [tile(2, "killer"), tile(1, "neighbour")]
+        for future in tiles:
+            with pytest.raises(WorkerLostError):
+                await future
+        assert await events.wait("lost") is True, death
+        await events.wait("ready")
+    with pytest.raises(PoisonError) as caught:
+        device.refuse_poison("killer")
+    assert caught.value.metadata == {"workers_lost": "2"}
+    assert caught.value.retry_after_ms is None
+    device.refuse_poison("neighbour")
+
+
+async def test_who_has_not_learnt_that_the_worker_is_gone_is_not_accused_of_the_next_death(stand_in):
+    running, device, events, tile = stand_in
+    for _ in range(2):
+        dead = running.link
+        running.link.process.kill()
+        assert await events.wait("lost") is False
+        # a search that still has the old worker's view sends another tile
+        view = View(1, dead, asyncio.get_running_loop().create_future())
+        segment = SharedSegment.create(4096, writable_by_worker=True)
+        place = TilePlace(1, 0, 0, 0, 0, None)
+        _, late = device.submit(view, TileSpec(1, 1, 1, 0, 0), Block(segment, 0, segment.data), place, "late")
+        with pytest.raises(WorkerLostError):
+            await late
+        segment.segment.close()
+        await events.wait("ready")
+        running.link.next_id()
+        with pytest.raises(WorkerLostError):
+            await tile(2, "killer")
+        assert await events.wait("lost") is True
+        await events.wait("ready")
+    device.refuse_poison("late")
+    with pytest.raises(PoisonError):
+        device.refuse_poison("killer")
+
+
+async def test_stop_leaves_no_process(stand_in):
+    running, _, _, tile = stand_in
+    process = running.link.process
+    waiting = tile(0)
+    await running.stop(grace_s=2.0)
+    assert process.poll() is not None
+    with pytest.raises(WorkerLostError):
+        await waiting
+
+
+class Link:
+    """Takes down what is sent."""
+
+    alive = True
+
+    def __init__(self):
+        self.sent = []
+        self._ids = iter(range(1, 1000))
+
+    def next_id(self):
+        return next(self._ids)
+
+    def send(self, message, fd=None):
+        self.sent.append(message)
+
+    def request(self, message, work_id):
+        self.send(message)
+        return asyncio.get_running_loop().create_future()
+
+
+class OneLink:
+    def __init__(self):
+        self.link = Link()
+
+
+async def test_pages_that_lost_their_place_before_they_were_copied():
+    """A search is let in, cancelled before it says what it reads, and its pages are evicted and freed."""
+    extents = HostExtents(lambda segment_id: None)
+    extents.make(1, 8192)
+    device = DeviceWorker(extents, poison_deaths=2)
+    device.supervisor = OneLink()
+    gone, moved, kept = (Page(PageSlot(1, offset), 1024, device=PageSlot(9, offset)) for offset in (0, 1024, 2048))
+    freed = Page(PageSlot(2, 0), 1024, device=PageSlot(9, 4096))  # its extent in the host is gone as well
+    for page in (gone, moved, freed, kept):
+        device.load(page)
+    gone.device = freed.device = None
+    moved.device = PageSlot(9, 0)
+
+    class Snapshot:
+        pages = (moved, kept)
+        length_keys = 1
+
+        class spec:  # noqa: N801
+            key_format, head_dim = 1, 16
+
+    device.define_view(Snapshot)
+    loads = [message.load_pages for message in device.supervisor.link.sent if message.HasField("load_pages")]
+    copied = [
+        (start, to) for load in loads for start, to in zip(load.segment_offsets, load.extent_offsets, strict=True)
+    ]
+    assert copied == [(1024, 0), (2048, 2048)]
+    extents.drop(1)
