@@ -42,7 +42,9 @@ def _finish_tile(
             score *= scale
         score = gl.where(score == 0.0, 0.0, score)
         gl.store(
-            scores + row.to(gl.int64) * score_stride + column + key, score, mask=(key >= 0) & (row >= rows_seen) & (row < rows)
+            scores + row.to(gl.int64) * score_stride + column + key,
+            score,
+            mask=(key >= 0) & (row >= rows_seen) & (row < rows),
         )
     else:
         # a query's heads are neighbours: their sum stays within a few threads
@@ -90,13 +92,14 @@ def _load_keys(
     scale = gl.full((KEYS,), 1.0, gl.float32, layout=gl.SliceLayout(1, mma))
     if HAS_SCALES:
         row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, mma))
-        scale = gl.load(
-            scales + gl.load(scale_offsets + page) + inside + row, mask=key_start + row < length, other=0.0
-        )
+        scale = gl.load(scales + gl.load(scale_offsets + page) + inside + row, mask=key_start + row < length, other=0.0)
     return k, scale
 
 
-@gluon.jit
+_SCORE_SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride"]
+
+
+@gluon.jit(do_not_specialize=_SCORE_SCALARS, do_not_specialize_on_alignment=["w"])
 def gluon_score_kernel(
     q_desc, w, keys, key_offsets, scales, scale_offsets, scores,
     row_start, rows, tile_start, length, first_position, ratio, score_stride,
@@ -140,7 +143,7 @@ def gluon_score_kernel(
 
         zero = gl.zeros((BLOCK_KEYS, HEADS), gl.float32, layout=mma)
         odd = zero
-        for pair in range(0, pairs):
+        for pair in range(pairs):
             slot = pair % STAGES
             now = row + 2 * pair
             gl.thread_barrier()  # everyone's products of the stage before are done
@@ -151,7 +154,13 @@ def gluon_score_kernel(
             )
             # past the last pair the copies only fill slots, which the end waits for
             _ask(
-                q_desc, row_start + now + 2 * (STAGES - 1), (pair + STAGES - 1) % STAGES, q_smem, full, HEADS, PAIR_BYTES
+                q_desc,
+                row_start + now + 2 * (STAGES - 1),
+                (pair + STAGES - 1) % STAGES,
+                q_smem,
+                full,
+                HEADS,
+                PAIR_BYTES,
             )
             gate = _gates(w, row_start, now - 1, rows, HEADS, 1, gl.SliceLayout(0, mma))
             _finish_tile(
@@ -181,13 +190,17 @@ def gluon_score_kernel(
 
 
 @gluon.jit
-def _feed(q_desc, w, row_start, row, rows, steps, q_smem, w_smem, full, empty, QUERIES: gl.constexpr, HEADS: gl.constexpr,
-          STAGES: gl.constexpr, BYTES: gl.constexpr):  # fmt: skip
+def _feed(
+    q_desc, w, row_start, row, rows, steps, q_smem, w_smem, full, empty,
+    QUERIES: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
     """The copying warp: keep the ring of query stages full."""
-    for step in range(0, steps):
+    for step in range(steps):
         slot = step % STAGES
         now = row + step * QUERIES
-        gate = _gates(w, row_start, now, rows, HEADS, QUERIES, gl.BlockedLayout([QUERIES * HEADS // 32], [32], [1], [0]))
+        gate = _gates(
+            w, row_start, now, rows, HEADS, QUERIES, gl.BlockedLayout([QUERIES * HEADS // 32], [32], [1], [0])
+        )
         hopper.mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
         _ask(q_desc, row_start + now, slot, q_smem, full, HEADS, BYTES)
         w_smem.index(slot).store(gate)
@@ -218,7 +231,7 @@ def _consume(
         place = scales + gl.load(scale_offsets + key_start // PAGE) + key_start % PAGE + key
         scale = gl.load(place, mask=key_start + key < length, other=0.0)
     zero = gl.zeros((KEYS, QUERIES * HEADS), gl.float32, layout=mma)
-    for step in range(0, steps):
+    for step in range(steps):
         slot = step % STAGES
         hopper.mbarrier.wait(full.index(slot), (step // STAGES) & 1)
         products = hopper.warpgroup_mma(operand, q_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -231,7 +244,7 @@ def _consume(
         hopper.mbarrier.arrive(empty.index(slot), count=1)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=_SCORE_SCALARS, do_not_specialize_on_alignment=["w"])
 def gluon_ws_score_kernel(
     q_desc, w, keys, key_offsets, scales, scale_offsets, scores,
     row_start, rows, tile_start, length, first_position, ratio, score_stride,
@@ -239,8 +252,8 @@ def gluon_ws_score_kernel(
     PAGE: gl.constexpr, HAS_SCALES: gl.constexpr, STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr,
     QUERIES: gl.constexpr, WORKERS: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As above, but every warpgroup holds BLOCK_KEYS / WORKERS keys of its own and waits only for the queries, which one
-    further warp copies in. Launched with 4 warps."""
+    """As above, but every warpgroup holds BLOCK_KEYS / WORKERS keys of its own and waits only for the queries, which
+    one further warp copies in. Launched with 4 warps."""
     element: gl.constexpr = q_desc.dtype
     bits: gl.constexpr = element.primitive_bitwidth
     BYTES: gl.constexpr = QUERIES * HEADS * HEAD_DIM * bits // 8
@@ -284,7 +297,9 @@ def gluon_ws_score_kernel(
                     k_smem, w_smem, scales, scale_offsets, scores, row, rows, steps, key_start, column, length,
                     score_stride, q_smem, full, empty, 1, HEADS, KEYS, QUERIES, PAGE, HAS_SCALES, STAGES, IN_REGISTERS,
                 )),
-                (_feed, (q_desc, w, row_start, row, rows, steps, q_smem, w_smem, full, empty, QUERIES, HEADS, STAGES, BYTES)),
+                (_feed, (
+                    q_desc, w, row_start, row, rows, steps, q_smem, w_smem, full, empty, QUERIES, HEADS, STAGES, BYTES,
+                )),
             ],
             [4, 1], [WORKER_REGISTERS, 24],
         )  # fmt: skip
@@ -307,7 +322,9 @@ def gluon_ws_score_kernel(
                     k_smem, w_smem, scales, scale_offsets, scores, row, rows, steps, key_start, column, length,
                     score_stride, q_smem, full, empty, 3, HEADS, KEYS, QUERIES, PAGE, HAS_SCALES, STAGES, IN_REGISTERS,
                 )),
-                (_feed, (q_desc, w, row_start, row, rows, steps, q_smem, w_smem, full, empty, QUERIES, HEADS, STAGES, BYTES)),
+                (_feed, (
+                    q_desc, w, row_start, row, rows, steps, q_smem, w_smem, full, empty, QUERIES, HEADS, STAGES, BYTES,
+                )),
             ],
             [4, 4, 4, 1], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS, 24],
         )  # fmt: skip
@@ -371,15 +388,15 @@ def _write_best(
             tl.store(out_scores + lane, float("-inf"), mask=(lane >= take) & (lane < top_k))
 
 
-_DYNAMIC = ["row_start", "length", "first_position", "ratio", "score_stride", "top_k", "every", "segment_keys"]
-
-
 @triton.jit
 def _seen(row, row_start, first_position, ratio, length):
     return tl.minimum((first_position.to(tl.int64) + row_start + row + 1) // ratio, length).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_DYNAMIC)
+@triton.jit(
+    do_not_specialize=["row_start", "length", "first_position", "ratio", "score_stride", "top_k"],
+    do_not_specialize_on_alignment=["out_indices", "out_scores"],
+)
 def direct_kernel(
     scores, out_indices, out_scores, scratch, row_start, length, first_position, ratio, score_stride, top_k,
     WIDTH: tl.constexpr, TOP_K_PAD: tl.constexpr, SORT: tl.constexpr, SCORES: tl.constexpr,
@@ -398,7 +415,7 @@ def direct_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_DYNAMIC)
+@triton.jit(do_not_specialize=["row_start", "length", "first_position", "ratio", "score_stride", "top_k", "every"])
 def threshold_kernel(
     scores, thresholds, row_start, length, first_position, ratio, score_stride, top_k, every, SAMPLE: tl.constexpr
 ):
@@ -419,7 +436,7 @@ def threshold_kernel(
     tl.store(thresholds + row, threshold.to(tl.int32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=_DYNAMIC)
+@triton.jit(do_not_specialize=["row_start", "length", "first_position", "ratio", "score_stride", "segment_keys"])
 def segment_kernel(
     scores, thresholds, survivor_scores, survivor_indices, counts,
     row_start, length, first_position, ratio, score_stride, segment_keys,
@@ -457,14 +474,18 @@ def segment_kernel(
     tl.store(counts + row.to(tl.int64) * SEGMENTS + segment, kept)
 
 
-@triton.jit(do_not_specialize=_DYNAMIC)
+@triton.jit(
+    do_not_specialize=["row_start", "length", "first_position", "ratio", "top_k"],
+    do_not_specialize_on_alignment=["out_indices", "out_scores"],
+)
 def finish_kernel(
     survivor_scores, survivor_indices, counts, misled, out_indices, out_scores, scratch,
     row_start, length, first_position, ratio, top_k,
     SEGMENTS: tl.constexpr, CAPACITY: tl.constexpr, LANES: tl.constexpr,
     TOP_K_PAD: tl.constexpr, SORT: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """The best of a row's survivors. A row whose sample misled is only flagged in `misled` [rows] int32. Grid: (rows,)."""
+    """The best of a row's survivors. A row whose sample misled is only flagged in `misled` [rows] int32.
+    Grid: (rows,)."""
     row = tl.program_id(0)
     visible = _seen(row, row_start, first_position, ratio, length)
     take = tl.minimum(visible, top_k)
@@ -480,7 +501,8 @@ def finish_kernel(
     good = (fits != 0) & (total >= take) & (total <= LANES)
     tl.store(misled + row, 1 - good.to(tl.int32))
     if good:
-        place += row.to(tl.int64) * (SEGMENTS * CAPACITY)
+        survivor_scores += row.to(tl.int64) * (SEGMENTS * CAPACITY)
+        survivor_indices += row.to(tl.int64) * (SEGMENTS * CAPACITY)
         value = tl.load(survivor_scores + place, mask=lane < total, other=0.0)
         index = tl.load(survivor_indices + place, mask=lane < total, other=0)
         bits = tl.where(lane < total, _ordered_bits(value), 0)

@@ -11,12 +11,13 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 _MIB = 1 << 20
+_FRAMING_BYTES = 65_536  # of a message, beyond its payload
 
 
 class _Section(BaseModel):
@@ -35,9 +36,7 @@ class ServerSettings(_Section):
     max_caches: Count = Field(100_000, description="key caches, all callers together")
     max_uploads: Count = Field(4096, description="open uploads, all callers together")
     upload_ttl_s: Seconds = Field(600.0, description="an upload that nobody writes is forgotten after so long")
-    default_idle_ttl_s: Seconds = Field(
-        3600.0, description="a cache that nobody names is dropped after so long"
-    )
+    default_idle_ttl_s: Seconds = Field(3600.0, description="a cache that nobody names is dropped after so long")
     max_idle_ttl_s: Seconds = Field(86_400.0, description="the longest idle time to live that a cache may ask for")
     sweep_s: Seconds = Field(5.0, description="how often expired caches and uploads are looked for")
     keepalive_s: Seconds = Field(30.0, description="a silent connection is asked for a sign of life after so long")
@@ -81,12 +80,10 @@ class LimitSettings(_Section):
         ByteSize(64 * _MIB), description="one message of any call; a SearchBatch is one message"
     )
     max_batch_items: Count = Field(1024, description="items of a SearchBatch")
-    max_batch_rows: Count = Field(4096, description="query rows of a SearchBatch, all items together")
+    max_batch_rows: Count = Field(4096, description="query rows of a SearchBatch; rows that an item appends")
     max_queued_searches: Count = Field(256, description="searches that wait; one more is refused with QUEUE_FULL")
     max_running_searches: Count = Field(64, description="searches admitted at a time")
-    slow_consumer_s: Seconds = Field(
-        30.0, description="a search whose caller does not read or send for so long ends"
-    )
+    slow_consumer_s: Seconds = Field(30.0, description="a stream whose caller does not read or send for so long ends")
 
 
 class MemorySettings(_Section):
@@ -150,6 +147,21 @@ class Settings(BaseSettings):
     memory: MemorySettings = MemorySettings()
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        limits, memory = self.limits, self.memory
+        largest = max(limits.max_chunk_bytes, memory.search_block_bytes)
+        if memory.ingress_budget_bytes < largest:
+            raise ValueError(
+                f"memory.ingress_budget_bytes must be at least {largest}: one chunk (limits.max_chunk_bytes) and one "
+                "block (memory.search_block_bytes) must fit"
+            )
+        if limits.max_message_bytes < limits.max_chunk_bytes + _FRAMING_BYTES:
+            raise ValueError(f"limits.max_message_bytes must exceed limits.max_chunk_bytes by {_FRAMING_BYTES}")
+        if memory.workspace_bytes < memory.workspace_floor_bytes:
+            raise ValueError("memory.workspace_bytes must be at least memory.workspace_floor_bytes")
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -88,11 +88,12 @@ class UploadTable:
         self._max_uploads = max_uploads
         self._new_id = new_id
         self._uploads: dict[str, Upload] = {}
+        self._committed: dict[str, Upload] = {}  # those of them that are committed, oldest first
 
     @property
     def open_uploads(self) -> int:
         """Uploads that hold rows or may."""
-        return sum(not upload.committed for upload in self._uploads.values())
+        return len(self._uploads) - len(self._committed)
 
     def start(self, cache: KeyCache, layer_index: int, first_row: int, row_count: int, max_layer_keys: int) -> Upload:
         """Open an upload. Raises InvalidArgumentError, OffsetGapError, TooManyError."""
@@ -172,10 +173,15 @@ class UploadTable:
         upload.committed = True
         upload.layer_keys = upload.layer.length_keys
         upload.touched_at = self._clock()
+        # Remembered, so that a finish whose answer was lost can be repeated; as many as may be open, and no more.
+        self._committed[upload.upload_id] = upload
+        if len(self._committed) > self._max_uploads:
+            self.drop(next(iter(self._committed.values())))
 
     def drop(self, upload: Upload) -> None:
         """Forget an upload and give its pages back."""
         del self._uploads[upload.upload_id]
+        self._committed.pop(upload.upload_id, None)
         for slot in upload.staged:
             self._store.host.free(slot)
         upload.staged = []

@@ -162,7 +162,11 @@ class BlockPool:
         await self._budget.reserve(self.block_bytes)
         if not self._free:
             size = self.block_bytes
-            shared = SharedSegment.create(self._extent_blocks * size, writable_by_worker=True)
+            try:
+                shared = SharedSegment.create(self._extent_blocks * size, writable_by_worker=True)
+            except OSError as error:
+                self._budget.release(size)
+                raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
             self._free = [
                 Block(shared, i * size, shared.data[i * size : (i + 1) * size]) for i in range(self._extent_blocks)
             ]

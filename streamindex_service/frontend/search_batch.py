@@ -85,6 +85,13 @@ class BatchSearch:
         layer = self._service.caches.layer(cache, item.layer)
         self._check_item(item, cache)
         if item.HasField("append"):
+            most = self._service.settings.limits.max_batch_rows
+            if item.append.row_count > most:
+                raise InvalidArgumentError(
+                    f"append.row_count: at most {most} rows; longer uploads are streams",
+                    field="append.row_count",
+                    metadata={"limit": most},
+                )
             append_rows(self._service, cache, item.layer, item.append)
         result.layer_keys = layer.length_keys
 

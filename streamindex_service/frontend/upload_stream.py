@@ -13,7 +13,13 @@ from streamindex.v1 import key_cache_pb2 as pb
 from streamindex_service.core.caches import edges
 from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, key_row_bytes
 from streamindex_service.core.uploads import Upload
-from streamindex_service.errors import DigestError, InvalidArgumentError, MalformedMessageError, ServiceError
+from streamindex_service.errors import (
+    DigestError,
+    InvalidArgumentError,
+    MalformedMessageError,
+    ServiceError,
+    SlowConsumerError,
+)
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.ingest import IngestLane
 from streamindex_service.frontend.rpc import MessageWriter, read_message
@@ -38,6 +44,8 @@ class UploadStream:
         )
         self._rows_taken = upload.rows_held
         self._reading: asyncio.Task[Any] | None = None
+        self._heard_at = service.clock()
+        self._silent: SlowConsumerError | None = None
         self._acknowledge_now = asyncio.Event()
         self._lane = IngestLane(
             service.ingest_threads,
@@ -53,6 +61,7 @@ class UploadStream:
         Raises ServiceError; what is held can still be resumed.
         """
         acknowledger = asyncio.create_task(self._acknowledge())
+        listener = asyncio.create_task(self._listen_for_silence())
         try:
             while (message := await self._next()) is not None:
                 if isinstance(message, Chunk):
@@ -72,6 +81,7 @@ class UploadStream:
             raise
         finally:
             acknowledger.cancel()
+            listener.cancel()
 
     async def close(self) -> None:
         """Let go of the upload.
@@ -82,23 +92,35 @@ class UploadStream:
         self._service.uploads.detach(self._upload)
 
     async def _next(self) -> Any:
-        """The next message. Raises what the work on a chunk has raised, even while no message comes."""
+        """The next message. Raises SlowConsumerError; what the work on a chunk has raised, even while none comes."""
         if self._lane.failure is not None:
             raise self._lane.failure
         self._reading = asyncio.current_task()
         try:
             return await read_message(self._context)
         except asyncio.CancelledError:
-            if self._lane.failure is None or self._reading is None:
+            reason = self._lane.failure or self._silent
+            if reason is None or self._reading is None:
                 raise
             self._reading.uncancel()
-            raise self._lane.failure from None
+            raise reason from None
         finally:
             self._reading = None
+            self._heard_at = self._service.clock()
 
     def _stop_reading(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
+
+    async def _listen_for_silence(self) -> None:
+        # One look a period, not a timer for every message: silence is noticed after one to two of them.
+        period_s = self._service.settings.limits.slow_consumer_s
+        while True:
+            await asyncio.sleep(period_s)
+            if self._reading is not None and self._service.clock() - self._heard_at >= period_s:
+                self._silent = SlowConsumerError("nothing came for too long; what is held can be resumed")
+                self._stop_reading()
+                return
 
     async def _take(self, chunk: Chunk) -> None:
         limit = int(self._service.settings.limits.max_chunk_bytes)

@@ -255,7 +255,13 @@ class Supervisor:
     async def _run(self) -> None:
         backoff_s = self._options.restart_backoff_s
         while not self._stopping:
-            worker = self._spawn()
+            try:
+                worker = self._spawn()
+            except OSError as error:  # no descriptors or no memory, say: later there may be some
+                self._events.log("worker_not_started", detail=repr(error), backoff_s=backoff_s)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, self._options.max_restart_backoff_s)
+                continue
             self.link = worker
             try:
                 async with asyncio.timeout(self._options.ready_timeout_s):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -203,13 +204,16 @@ def test_caches_that_do_not_fit_together_searched_at_once(tight, tight_service):
     for cache_id, keys in made:
         tight.upload(KIND, cache_id, keys[:9_000], chunk_rows=5000)
 
+    uploading = threading.Semaphore(3)  # as many as this service takes
+
     def work(number: int) -> None:
         cache_id, keys = made[number]
         mine = Draw(200 + number)
         with Calls(tight_service.address) as calls:
             for held in (9_000, 9_500, 10_000):
                 if held > 9_000:
-                    calls.upload(KIND, cache_id, keys[held - 500 : held], first_row=held - 500)
+                    with uploading:
+                        calls.upload(KIND, cache_id, keys[held - 500 : held], first_row=held - 500)
                 queries = mine.queries(KIND, 5, start_position=10_000)
                 found, _ = calls.search(KIND, cache_id, queries, 40)
                 assert np.array_equal(found, expected(KIND, keys[:held], queries, 40)[0])

@@ -299,3 +299,18 @@ def test_a_cancelled_batch_gives_everything_back(service, calls, frozen):
         frozen(False)
         wait_for(lambda: is_idle(calls.load()))
         assert ledgers(calls) == before
+
+
+def test_an_upload_that_falls_silent_can_be_resumed(impatient):
+    draw = Draw(9)
+    keys = draw.keys(KIND, 600)
+    first, *others = key_chunks(KIND, keys, 300)
+    with Calls(impatient.address) as calls, calls.cache(KIND) as cache:
+        call, accepted = calls.start_upload(cache.id, 600)
+        call.send(first)
+        refusal = call.refusal()
+        assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_CONSUMER")
+        again, resumed = calls.resume_upload(accepted.upload_id)
+        assert resumed.row_offset == 300
+        again.send(*others, finish_message(KIND, keys))
+        assert again.receive_until("committed").layer_keys == 600

@@ -132,3 +132,18 @@ def test_refusals_in_the_operations_document_are_the_error_tree() -> None:
         for kind in tree(errors.ServiceError)[1:]
     }
     assert set(re.findall(r"^\| `(\w+)` \| (\w+) \| (yes|no) \|", OPERATIONS, re.MULTILINE)) == expected
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"limits": {"max_chunk_bytes": "8MiB"}, "memory": {"ingress_budget_bytes": "4MiB"}},
+        {"memory": {"ingress_budget_bytes": "4MiB", "search_block_bytes": "5MiB"}},
+        {"limits": {"max_chunk_bytes": "4MiB", "max_message_bytes": "4MiB"}},
+        {"memory": {"workspace_bytes": "16MiB", "workspace_floor_bytes": "32MiB"}},
+    ],
+    ids=["chunk over ingress", "block over ingress", "chunk over message", "floor over workspace"],
+)
+def test_settings_that_contradict_each_other_are_refused(sections: dict[str, dict[str, str]]) -> None:
+    with pytest.raises(ValidationError, match="must"):
+        load(**sections)

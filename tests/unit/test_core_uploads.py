@@ -163,3 +163,39 @@ def test_rows_that_new_pages_share_with_old_ones(world, cache, length, first, ro
     if length:
         world.write(cache, 0, 0, length)
     assert edges(cache.layers[0], first, rows) == wanted
+
+
+def test_committed_uploads_are_remembered_up_to_a_bound(world, cache):
+    done = []
+    for number in range(20):
+        upload = attached(world, cache, number, 1)
+        world.hold(upload, 1)
+        world.uploads.commit(upload)
+        world.uploads.detach(upload)
+        done.append(upload)
+        assert world.uploads.open_uploads == 0
+    assert len(world.uploads._uploads) == 8  # as many as may be open
+    for upload in done[-8:]:
+        assert world.uploads.get(OWNER, upload.upload_id).committed
+    with pytest.raises(UploadNotFoundError):
+        world.uploads.get(OWNER, done[-9].upload_id)
+    assert cache.layers[0].length_keys == 20
+
+
+def test_a_committed_upload_that_a_stream_still_holds_may_be_forgotten(world, cache):
+    first = attached(world, cache, 0, 1)
+    world.hold(first, 1)
+    world.uploads.commit(first)
+    for number in range(8):
+        world.write(cache, 0, number, 1)
+    kept = []
+    for number in range(8):
+        kept.append(attached(world, cache, number, 1))
+        world.hold(kept[-1], 1)
+        world.uploads.commit(kept[-1])
+    world.uploads.detach(first)
+    world.delete(cache)
+    for upload in kept:
+        world.uploads.detach(upload)
+    assert (world.uploads.open_uploads, world.host.reserved_bytes) == (0, 0)
+    assert not world.uploads._uploads
