@@ -117,7 +117,8 @@ def test_items_fail_by_themselves(calls):
             (item(KIND, apart.id, append=(101, rows)), "OFFSET_GAP", None),
             (item(KIND, apart.id, append=(2**64 - 1, rows)), "INVALID_ARGUMENT", None),
             (item(KIND, apart.id, append=append(first_row=100)), "INVALID_ARGUMENT", None),
-            (item(KIND, apart.id, append=append(row_count=2**32 - 1)), "INVALID_ARGUMENT", "chunk.keys"),
+            (item(KIND, apart.id, append=append(row_count=2**32 - 1)), "INVALID_ARGUMENT", "append.row_count"),
+            (item(KIND, apart.id, append=append(row_count=7)), "INVALID_ARGUMENT", "chunk.keys"),
             (item(KIND, apart.id, append=append(row_count=5, keys=nan)), "NON_FINITE", "keys"),
         ]
         results = batch(calls, [item(KIND, cache.id, queries), *(one for one, _, _ in wrong)], 20)
