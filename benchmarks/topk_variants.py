@@ -250,8 +250,8 @@ class Selection:
     """The candidate selection with its buffers for `rows` rows; `parts` names its kernels."""
 
     def __init__(
-        self, launcher: Launcher, rows: int, device: str, segment: tuple[Any, ...], finish_warps: int, direct_warps: int | None,
-        order: str,
+        self, launcher: Launcher, rows: int, device: str, segment: tuple[Any, ...], finish_warps: int,
+        direct_warps: int | None, order: str,
     ) -> None:  # fmt: skip
         self.launcher, self.segment, self.finish_warps = launcher, segment, finish_warps
         self.direct_warps, self.sort = direct_warps, order == "score"
