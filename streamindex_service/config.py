@@ -118,6 +118,7 @@ class WorkerSettings(_Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d+)$")] = Field("auto", description="auto, cpu or cuda:N")
     implementation: str = Field("", description='top-k implementation by name; "" takes the device\'s default')
     cpu_threads: Annotated[int, Field(ge=0)] = Field(0, description="threads of a CPU device; 0: all cores")
+    tile_s: Seconds = Field(1.0, description="searches are cut in tiles of about so long, by the speed seen so far")
     ready_timeout_s: Seconds = Field(180.0, description="a worker that is not ready by then is replaced")
     heartbeat_s: Seconds = Field(1.0, description="how often the worker is asked for a sign of life")
     heartbeat_timeout_s: Seconds = Field(10.0, description="a worker that is silent for so long is replaced")

@@ -21,7 +21,6 @@
     ├── DeviceMemoryError             RESOURCE_EXHAUSTED   DEVICE_MEMORY         may be retried
     ├── TooManyError                  RESOURCE_EXHAUSTED   TOO_MANY              may be retried
     ├── SlowConsumerError             DEADLINE_EXCEEDED    SLOW_CONSUMER
-    ├── DeadlineExceededError         DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
     ├── WorkerLostError               UNAVAILABLE          WORKER_LOST           may be retried
     ├── NotReadyError                 UNAVAILABLE          NOT_READY             may be retried
     ├── DrainingError                 UNAVAILABLE          DRAINING              may be retried
@@ -146,7 +145,7 @@ class UploadBusyError(ServiceError):
 
 
 class LayerChangedError(ServiceError):
-    """The layer was truncated while the upload ran; its rows would leave a gap."""
+    """The layer is not as expected any more: an upload's rows would leave a gap, or a search would mix two states."""
 
     code, reason = Code.FAILED_PRECONDITION, "LAYER_CHANGED"
 
@@ -209,12 +208,6 @@ class SlowConsumerError(ServiceError):
     """The caller does not read its answers, or does not send what it announced."""
 
     code, reason = Code.DEADLINE_EXCEEDED, "SLOW_CONSUMER"
-
-
-class DeadlineExceededError(ServiceError):
-    """The caller's deadline passed."""
-
-    code, reason = Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"
 
 
 class WorkerLostError(ServiceError):

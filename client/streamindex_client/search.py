@@ -132,6 +132,7 @@ class SearchSession:
     _fed: int = 0
     _answered: int = 0
     _input_ended: bool = False
+    _layer_version: int = 0
     _attempt: _Attempt = field(default_factory=lambda: _Attempt(0))
     _make: Callable[[npt.NDArray[Any]], Any] | None = None
 
@@ -255,6 +256,7 @@ class SearchSession:
         attempt = self._attempt
         attempt.chunk_bytes = min(self.options.chunk_bytes, accepted.max_chunk_bytes or self.options.chunk_bytes)
         attempt.accepted = True
+        self._layer_version = accepted.layer_version
         self._tell(
             layer_keys=accepted.layer_keys,
             implementation=accepted.implementation,
@@ -305,5 +307,7 @@ class SearchSession:
             header.start_position += base
         if header.row_count:
             header.row_count -= base
+        if self._answered and self._layer_version:  # what is answered already is of this state of the layer
+            header.expected_layer_version = self._layer_version
         data: bytes = search_pb2.SearchRequest(header=header).SerializeToString()
         return data

@@ -8,7 +8,7 @@ of a page on the device stays valid for as long as the page exists.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from streamindex_service.core.pages import PagePool, PageSlot
@@ -49,11 +49,11 @@ class Page:
 
 @dataclass(slots=True, eq=False)
 class Layer:
-    """One layer: a length and its pages. `used_at` orders evictions."""
+    """One layer: a length and its pages. `version` changes with everything that changes what a search would see."""
 
     length_keys: int = 0
     pages: list[Page] = field(default_factory=list)
-    used_at: float = 0.0
+    version: int = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +63,7 @@ class Snapshot:
     spec: CacheSpec
     length_keys: int
     pages: tuple[Page, ...]
-    layer: Layer
+    version: int
 
 
 @dataclass(slots=True, eq=False)
@@ -165,6 +165,7 @@ class CacheStore:
                 self._release(layer.pages[keep:])
                 del layer.pages[keep:]
                 layer.length_keys = keys
+                layer.version += 1
 
     def fork(self, cache: KeyCache, keys: int | None) -> KeyCache:
         """Make a cache that shares this one's pages. Raises TooManyError."""
@@ -185,10 +186,9 @@ class CacheStore:
     def snapshot(self, cache: KeyCache, layer_index: int) -> Snapshot:
         """Hold a layer as it is now; `release_snapshot` lets it go. Raises InvalidArgumentError."""
         layer = self.layer(cache, layer_index)
-        layer.used_at = self._clock()
         for page in layer.pages:
             page.references += 1
-        return Snapshot(cache.spec, layer.length_keys, tuple(layer.pages), layer)
+        return Snapshot(cache.spec, layer.length_keys, tuple(layer.pages), layer.version)
 
     def release_snapshot(self, snapshot: Snapshot) -> None:
         """Let go of a snapshot."""
@@ -212,13 +212,9 @@ class CacheStore:
         replaced = layer.pages[first_page : first_page + len(pages)]
         layer.pages[first_page : first_page + len(pages)] = pages
         layer.length_keys = max(layer.length_keys, first_row + rows)
+        layer.version += 1
         assert len(layer.pages) == pages_of(layer.length_keys)
         self._release(replaced)
-
-    def all_layers(self) -> Iterator[Layer]:
-        """Every layer of every cache."""
-        for cache in self._caches.values():
-            yield from cache.layers
 
     def _expired(self, cache: KeyCache) -> bool:
         return cache.busy == 0 and self._clock() - cache.used_at >= cache.spec.idle_ttl_s

@@ -11,10 +11,10 @@ commands that follow it on the same link find the page there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from streamindex_service.core.caches import Layer, Page, Snapshot
+from streamindex_service.core.caches import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.errors import DeadlineUnreachableError, ExceedsBudgetError, QueueFullError
@@ -49,7 +49,6 @@ class Governor:
         self,
         hbm: Ledger,
         device: PagePool,
-        layers: Callable[[], Iterable[Layer]],
         load: Callable[[Page], None],
         clock: Callable[[], float],
         max_queued: int,
@@ -58,7 +57,6 @@ class Governor:
         self.hbm = hbm
         self.device = device
         self.evicted_pages = 0
-        self._layers = layers
         self._load = load
         self._clock = clock
         self._max_queued = max_queued
@@ -67,7 +65,9 @@ class Governor:
         self._mean_run_s = 0.0
         self._epoch = 0
         self._paused = True  # until the first worker is ready
+        self._resume_when_idle = False
         self._grants: set[Grant] = set()
+        self._resident: dict[Page, None] = {}  # least recently used first
 
     @property
     def running(self) -> int:
@@ -78,6 +78,11 @@ class Governor:
     def queued(self) -> int:
         """Searches that wait."""
         return len(self._queue)
+
+    @property
+    def epoch(self) -> int:
+        """Changes whenever everything that was on the device is gone."""
+        return self._epoch
 
     @property
     def paused(self) -> bool:
@@ -121,6 +126,8 @@ class Governor:
         if grant.epoch == self._epoch:  # else the device memory, and with it the pins, went with its worker
             _unpin(grant.snapshot)
         self.hbm.release(grant.workspace_bytes)
+        if self._resume_when_idle and not self._grants:
+            self._resume_when_idle = self._paused = False
         run_s = self._clock() - grant.granted_at
         self._mean_run_s = run_s if self._mean_run_s == 0.0 else 0.9 * self._mean_run_s + 0.1 * run_s
         self.pump()
@@ -137,25 +144,38 @@ class Governor:
 
     def device_lost(self) -> None:
         """The worker is gone and its memory with it: nothing is resident any more, and nobody is admitted."""
-        self._paused = True
-        self._epoch += 1
-        held = [grant.snapshot for grant in self._grants] + [waiter.snapshot for waiter in self._queue]
-        for pages in (*(layer.pages for layer in self._layers()), *(snapshot.pages for snapshot in held)):
-            for page in pages:
-                page.device = None
-                page.pins = 0
-        self.device.reset()
+        self._forget_device()
+        self._paused, self._resume_when_idle = True, False
+
+    def device_in_doubt(self) -> None:
+        """What is on the device may not be what is believed here: forget all of it.
+
+        Searches that run keep their memory there, which no ledger counts any more; so nobody is admitted before they
+        are done.
+        """
+        self._forget_device()
+        self._paused = self._resume_when_idle = bool(self._grants)
+        self.pump()
 
     def device_ready(self) -> None:
         """A worker is ready: admit."""
         self._paused = False
         self.pump()
 
+    def _forget_device(self) -> None:
+        self._epoch += 1
+        for page in self._resident:
+            page.device = None
+            page.pins = 0
+        self._resident.clear()
+        self.device.reset()
+
     def drop_device(self, page: Page) -> None:
         """A page is gone; free its copy on the device."""
         assert page.device is not None
         self.device.free(page.device)
         page.device = None
+        del self._resident[page]
 
     def _refuse_hopeless(self, deadline_s: float | None) -> None:
         figures: dict[str, int | str] = {"queued": len(self._queue), "limit": self._max_queued}
@@ -169,16 +189,18 @@ class Governor:
     def _try_admit(self, waiter: Waiter) -> Grant | None:
         grant = self._place(waiter)
         if grant is None and not self._grants:
-            # Nothing runs, so all of it fits an empty device. What is in the way is pages that no layer has any more,
-            # held by searches in the queue, or the search's own, scattered over extents that are empty otherwise.
-            self._evict_all()
+            # Nothing runs, so all of it fits an empty device. What is in the way is the search's own pages, scattered
+            # over extents that are empty otherwise.
+            victims = self._victims()
+            while self._evict_one(victims):
+                pass
             grant = self._place(waiter)
         return grant
 
     def _place(self, waiter: Waiter) -> Grant | None:
         # Pinned first: pages may be shared with a layer that is about to be evicted for this very search.
         _pin(waiter.snapshot)
-        if not self._reserve(waiter.floor_bytes, waiter.snapshot):
+        if not self._reserve(waiter.floor_bytes):
             _unpin(waiter.snapshot)
             return None
         if not self._make_resident(waiter.snapshot):
@@ -190,26 +212,26 @@ class Governor:
         reserved = self.hbm.try_reserve(more)
         assert reserved
         now = self._clock()
-        waiter.snapshot.layer.used_at = now
         return Grant(waiter.snapshot, waiter.floor_bytes + more, now - waiter.arrived_at, now, self._epoch)
 
-    def _reserve(self, size_bytes: int, spared: Snapshot) -> bool:
+    def _reserve(self, size_bytes: int) -> bool:
         if self.hbm.try_reserve(size_bytes):
             return True
-        victims = self._victims(spared)
+        victims = self._victims()
         while not self.hbm.try_reserve(size_bytes):
             if not self._evict_one(victims):
                 return False
         return True
 
     def _make_resident(self, snapshot: Snapshot) -> bool:
-        missing = [page for page in snapshot.pages if page.device is None]
         placed: list[tuple[Page, PageSlot]] = []
-        victims: list[Layer] | None = None
-        for page in missing:
+        victims: Iterator[Page] | None = None
+        for page in snapshot.pages:
+            if page.device is not None:
+                continue
             slot = self.device.try_allocate(page.page_bytes)
             while slot is None:
-                victims = self._victims(snapshot) if victims is None else victims
+                victims = self._victims() if victims is None else victims
                 if not self._evict_one(victims):
                     for _, taken in placed:
                         self.device.free(taken)
@@ -219,32 +241,22 @@ class Governor:
         for page, slot in placed:
             page.device = slot
             self._load(page)
+        for page in snapshot.pages:  # the most recently used are last
+            self._resident.pop(page, None)
+            self._resident[page] = None
         return True
 
-    def _victims(self, spared: Snapshot) -> list[Layer]:
-        """Layers that may leave the device, the least recently used last."""
-        candidates = [layer for layer in self._layers() if layer is not spared.layer]
-        return sorted(candidates, key=lambda layer: layer.used_at, reverse=True)
+    def _victims(self) -> Iterator[Page]:
+        """Pages that may leave the device, the least recently used first."""
+        return iter([page for page in self._resident if page.pins == 0])
 
-    def _evict_all(self) -> None:
-        held = [waiter.snapshot.pages for waiter in self._queue]
-        for pages in (*(layer.pages for layer in self._layers()), *held):
-            for page in pages:
-                if page.device is not None and page.pins == 0:
-                    self.drop_device(page)
-                    self.evicted_pages += 1
-
-    def _evict_one(self, victims: list[Layer]) -> bool:
-        while victims:
-            layer = victims.pop()
-            before = self.evicted_pages
-            for page in layer.pages:
-                if page.device is not None and page.pins == 0:
-                    self.drop_device(page)
-                    self.evicted_pages += 1
-            if self.evicted_pages > before:
-                return True
-        return False
+    def _evict_one(self, victims: Iterator[Page]) -> bool:
+        page = next(victims, None)
+        if page is None:
+            return False
+        self.drop_device(page)
+        self.evicted_pages += 1
+        return True
 
 
 def _pin(snapshot: Snapshot) -> None:

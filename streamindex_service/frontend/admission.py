@@ -40,7 +40,11 @@ class AdmittedSearch:
     async def __aenter__(self) -> AdmittedSearch:
         self._cache.busy += 1
         try:
-            self.grant = await self._admit()
+            while True:
+                self.grant = await self._admit()
+                if self.grant.epoch == self._service.governor.epoch:
+                    break
+                self._service.governor.finish(self.grant)  # what it was granted has gone with its device
         except BaseException:
             self._cache.busy -= 1
             self._service.caches.release_snapshot(self.snapshot)

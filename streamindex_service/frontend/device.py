@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamindex_service.core.caches import Page, Snapshot
 from streamindex_service.core.governor import Governor
-from streamindex_service.errors import DeviceMemoryError, PoisonError, ServiceError, WorkerLostError
+from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
 from streamindex_service.frontend.host_memory import Block, HostExtents, SharedSegment
 from streamindex_service.ipc.link import PAGES_PER_MESSAGE
 from streamindex_service.ipc.supervisor import Supervisor, WorkerLink
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _MAX_SUSPECTS = 1024
+_SUSPICION_S = 3600.0  # a request is tried again after so long
+_MEASURED_FLOP_PER_S = 1e10  # before anything was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +55,19 @@ class TilePlace:
 class DeviceWorker:
     """One worker behind one governor."""
 
-    def __init__(self, extents: HostExtents, poison_deaths: int) -> None:
+    def __init__(self, extents: HostExtents, poison_deaths: int, tile_s: float, clock: Callable[[], float]) -> None:
         self.supervisor: Supervisor | None = None  # set by the owner, once
         self.governor: Governor | None = None  # likewise
         self.extents = extents
         self._poison_deaths = poison_deaths
+        self._tile_s = tile_s
+        self._clock = clock
+        self._flop_per_s = _MEASURED_FLOP_PER_S
         self._mapped: set[int] = set()
         self._loads: deque[Page] = deque()
         self._device_extents: set[int] = set()
         self._outstanding: OrderedDict[int, str] = OrderedDict()  # tile id -> request key, oldest first
-        self._suspects: OrderedDict[str, int] = OrderedDict()  # request key -> workers it may have killed
+        self._suspects: OrderedDict[str, tuple[int, float]] = OrderedDict()  # request key -> deaths, time of the last
         self._accused: str | None = None
 
     # What the governor's page pool calls.
@@ -72,7 +78,7 @@ class DeviceWorker:
         operation = worker.next_id()
         message = pb.AllocateExtent(operation_id=operation, extent_id=extent_id, extent_bytes=extent_bytes)
         self._device_extents.add(extent_id)
-        worker.request(pb.ToWorker(allocate_extent=message), operation).add_done_callback(self._memory_operation_done)
+        self._watch(worker.request(pb.ToWorker(allocate_extent=message), operation))
 
     def drop_extent(self, extent_id: int) -> None:
         """Have the worker give it back."""
@@ -103,7 +109,8 @@ class DeviceWorker:
     def on_lost(self, blamed: bool) -> None:
         """It is known whether the work may have been the cause."""
         if blamed and self._accused is not None:
-            self._suspects[self._accused] = self._suspects.pop(self._accused, 0) + 1
+            deaths, _ = self._suspects.pop(self._accused, (0, 0.0))
+            self._suspects[self._accused] = (deaths + 1, self._clock())
             while len(self._suspects) > _MAX_SUSPECTS:
                 self._suspects.popitem(last=False)
         self._accused = None
@@ -112,10 +119,11 @@ class DeviceWorker:
 
     def refuse_poison(self, request_key: str) -> None:
         """Raises PoisonError for a request that has killed as many workers as it may."""
-        if self._suspects.get(request_key, 0) >= self._poison_deaths:
+        deaths, last = self._suspects.get(request_key, (0, 0.0))
+        if deaths >= self._poison_deaths and self._clock() - last < _SUSPICION_S:
             raise PoisonError(
                 "this request was running each time when workers died; it is not tried again",
-                metadata={"workers_lost": self._suspects[request_key]},
+                metadata={"workers_lost": deaths},
             )
 
     def define_view(self, snapshot: Snapshot) -> View:
@@ -139,7 +147,7 @@ class DeviceWorker:
             assert len(message.extent_ids) == len(some), "a pinned page is not on the device"
             if message.complete:
                 defined = worker.request(pb.ToWorker(define_view=message), view_id)
-                defined.add_done_callback(self._memory_operation_done)
+                self._watch(defined)
             else:
                 worker.send(pb.ToWorker(define_view=message))
         return View(view_id, worker, defined)
@@ -149,9 +157,9 @@ class DeviceWorker:
         view.worker.send(pb.ToWorker(drop_view=pb.DropView(view_id=view.view_id)))
 
     def submit(
-        self, view: View, spec: TileSpec, block: Block, place: TilePlace, request_key: str
+        self, view: View, spec: TileSpec, block: Block, place: TilePlace, request_key: str, flop: int
     ) -> tuple[int, asyncio.Future[pb.FromWorker]]:
-        """Have a tile computed; the future is done when the answers are in the block.
+        """Have a tile of about `flop` operations computed; the future is done when the answers are in the block.
 
         It raises WorkerLostError, DeviceMemoryError, CancelledTileError or InternalError.
         """
@@ -180,8 +188,12 @@ class DeviceWorker:
         if worker.alive:  # a search may not have learnt yet that its worker is gone
             self._outstanding[tile_id] = request_key
         future = worker.request(pb.ToWorker(search_tile=message), tile_id)
-        future.add_done_callback(lambda done: self._tile_done(tile_id, done))
+        future.add_done_callback(lambda done: self._tile_done(tile_id, done, flop))
         return tile_id, future
+
+    def tile_rows(self, flop_per_row: int) -> int:
+        """Query rows that the device computes in about `worker.tile_s`, by the speed it has shown; at least 1."""
+        return max(1, int(self._flop_per_s * self._tile_s / flop_per_row))
 
     def cancel(self, view: View, tile_ids: list[int]) -> None:
         """Do not start these tiles any more; their futures still end."""
@@ -202,13 +214,19 @@ class DeviceWorker:
     def _map(self, worker: WorkerLink, shared: SharedSegment) -> None:
         if shared.segment_id in self._mapped or not worker.alive:
             return
-        self._mapped.add(shared.segment_id)
         message = pb.MapSegment(
+            operation_id=worker.next_id(),
             segment_id=shared.segment_id,
             segment_bytes=shared.segment.size_bytes,
             writable=shared.writable_by_worker,
         )
-        worker.send(pb.ToWorker(map_segment=message), shared.segment.fd)
+        mapped = worker.request(pb.ToWorker(map_segment=message), message.operation_id, shared.segment.fd)
+        self._mapped.add(shared.segment_id)
+        mapped.add_done_callback(lambda done: self._segment_mapped(shared.segment_id, done))
+
+    def _segment_mapped(self, segment_id: int, future: asyncio.Future[pb.FromWorker]) -> None:
+        if not future.cancelled() and isinstance(future.exception(), ServiceError):
+            self._mapped.discard(segment_id)  # what needed it fails; the next that does tries again
 
     def _send_loads(self, worker: WorkerLink) -> None:
         # A page may have lost its place since: its search was cancelled, and then the page was evicted or freed.
@@ -226,18 +244,28 @@ class DeviceWorker:
                 message.segment_offsets.append(page.host.offset_bytes)
                 message.extent_ids.append(page.device.extent_id)
                 message.extent_offsets.append(page.device.offset_bytes)
-            done = worker.request(pb.ToWorker(load_pages=message), message.operation_id)
-            done.add_done_callback(self._memory_operation_done)
+            self._watch(worker.request(pb.ToWorker(load_pages=message), message.operation_id))
 
-    def _tile_done(self, tile_id: int, future: asyncio.Future[pb.FromWorker]) -> None:
+    def _tile_done(self, tile_id: int, future: asyncio.Future[pb.FromWorker], flop: int) -> None:
+        if not future.cancelled() and future.exception() is None:
+            # Small tiles are slow for their size and say little: they bring the speed down slowly.
+            seconds = max(1e-6, future.result().tile_done.device_us / 1e6)
+            self._flop_per_s = max(flop / seconds, 0.95 * self._flop_per_s)
         # A tile that died with its worker stays listed until `on_down` has looked at the list.
         if future.cancelled() or not isinstance(future.exception(), WorkerLostError):
             self._outstanding.pop(tile_id, None)
 
-    def _memory_operation_done(self, future: asyncio.Future[pb.FromWorker]) -> None:
+    def _watch(self, operation: asyncio.Future[pb.FromWorker]) -> None:
+        assert self.governor is not None
+        epoch = self.governor.epoch
+        operation.add_done_callback(lambda done: self._memory_operation_done(done, epoch))
+
+    def _memory_operation_done(self, future: asyncio.Future[pb.FromWorker], epoch: int) -> None:
         error = None if future.cancelled() else future.exception()
         if not isinstance(error, ServiceError) or isinstance(error, WorkerLostError) or self.governor is None:
             return
+        if epoch != self.governor.epoch:
+            return  # what failed is forgotten already: one failure makes those that build on it fail too
         # What is on the device is not what the governor believes. Forget all of it: running searches keep their views
         # (and with them the memory), everything else is copied again when it is used.
         worker = self._worker()
@@ -245,8 +273,13 @@ class DeviceWorker:
             worker.send(pb.ToWorker(free_extent=pb.FreeExtent(extent_id=extent_id)))
         self._device_extents.clear()
         self._loads.clear()
-        self.governor.device_lost()
-        self.governor.device_ready()
+        self.governor.device_in_doubt()
+
+
+def flop_per_row(snapshot: Snapshot) -> int:
+    """Operations that one query row takes at most: a product and a sum for each key, head and element."""
+    spec = snapshot.spec
+    return max(1, 2 * snapshot.length_keys * spec.heads * spec.head_dim)
 
 
 def tile_error(view: View, error: ServiceError) -> ServiceError:
@@ -254,5 +287,5 @@ def tile_error(view: View, error: ServiceError) -> ServiceError:
     if view.defined.done() and not view.defined.cancelled():
         cause = view.defined.exception()
         if isinstance(cause, ServiceError):
-            return cause if isinstance(cause, WorkerLostError) else DeviceMemoryError("the device had no memory")
+            return cause
     return error

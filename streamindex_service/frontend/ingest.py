@@ -65,20 +65,25 @@ class IngestLane:
         self._awaited = False
         self._done = 0
         self._done_bytes = 0
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # the first; nothing is worked on or counted after it
 
     async def put(self, work: Callable[[], Callable[[], None]], size_bytes: int) -> None:
         """Queue work on a chunk of so many bytes, after waiting for room. Raises what earlier work has raised."""
         await self._until(_AHEAD - 1)
         await self._budget.reserve(size_bytes)
-        self._reserved_bytes += size_bytes
-        self._pending += 1
         piece = _Piece(work, size_bytes)
         with self._lock:
-            self._waiting.append(piece)
-            self._uncounted.append(piece)
-            start = self._threads < _AT_ONCE
+            error = self._error
+            if error is None:
+                self._waiting.append(piece)
+                self._uncounted.append(piece)
+            start = error is None and self._threads < _AT_ONCE
             self._threads += start
+        if error is not None:  # it came about while the budget was waited for
+            self._budget.release(size_bytes)
+            raise error
+        self._reserved_bytes += size_bytes
+        self._pending += 1
         if start:
             self._executor.submit(self._work)
         if self._timer is None:
@@ -124,7 +129,7 @@ class IngestLane:
         self._changed.clear()
         with self._lock:
             self._awaited = True
-            something = self._done or self._error is not None
+            something = self._done or (self._error is not None and self.failure is None)
         if something:
             self._hear()
         else:
@@ -138,7 +143,7 @@ class IngestLane:
         with self._lock:
             done, self._done = self._done, 0
             done_bytes, self._done_bytes = self._done_bytes, 0
-            error, self._error = self._error, None
+            error = self._error if self.failure is None else None
             self._awaited = False
         self._pending -= done
         if error is not None:
@@ -182,6 +187,8 @@ class IngestLane:
                 self._error = first.error
                 self._waiting.clear()
                 self._uncounted.clear()
+                # What was counted before it is released with everything else when the loop hears of the error.
+                self._done = self._done_bytes = 0
                 return True
             if first.count is None:
                 break

@@ -13,7 +13,7 @@ from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import MessageWriter, read_message, refuse_in_band, to_message
+from streamindex_service.frontend.rpc import MessageWriter, read_message, to_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.upload_stream import UploadStream
 
@@ -78,7 +78,7 @@ class KeyCacheServicer:
     async def append(self, request_iterator: Any, context: Any) -> None:
         """AppendKeys."""
         stream: UploadStream | None = None
-        writer = MessageWriter(context)
+        writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
         try:
             self._service.admit()
             upload = self._open(await read_message(context), context)
@@ -93,7 +93,7 @@ class KeyCacheServicer:
             await writer.write(pb.AppendKeysResponse(accepted=accepted))
             await stream.run()
         except ServiceError as error:
-            await refuse_in_band(writer, pb.AppendKeysResponse(refused=to_message(error)))
+            await writer.refuse(pb.AppendKeysResponse(refused=to_message(error)))
             raise
         finally:
             if stream is not None:  # to its end, even when the call is cancelled in the middle of it

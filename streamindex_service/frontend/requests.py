@@ -9,7 +9,12 @@ from streamindex.v1 import key_cache_pb2, search_pb2, types_pb2
 from streamindex_service.config import Settings
 from streamindex_service.core.caches import CacheSpec
 from streamindex_service.core.sizes import MAX_POSITION, KeyFormat, pages_of, product
-from streamindex_service.errors import ConventionMismatchError, ExceedsBudgetError, InvalidArgumentError
+from streamindex_service.errors import (
+    ConventionMismatchError,
+    ExceedsBudgetError,
+    InvalidArgumentError,
+    LayerChangedError,
+)
 
 MAX_HEADS = 128
 MAX_HEAD_DIM = 256
@@ -137,6 +142,16 @@ def search_parameters(header: search_pb2.SearchHeader, spec: CacheSpec, settings
         _within("header.start_position", start, 0, MAX_POSITION)
     _within("header.row_count", header.row_count, 0, MAX_POSITION)
     return SearchParameters(header.top_k, header.order, header.want_scores, start, header.row_count, header.request_key)
+
+
+def check_layer_version(header: search_pb2.SearchHeader, version: int) -> None:
+    """A search that goes on where another broke off must see the same layer. Raises LayerChangedError."""
+    if header.HasField("expected_layer_version") and header.expected_layer_version != version:
+        raise LayerChangedError(
+            "the layer has changed since the version expected",
+            field="header.expected_layer_version",
+            metadata={"layer_version": version},
+        )
 
 
 def check_selection(top_k: int, mode: int, order: int, settings: Settings, prefix: str = "") -> None:

@@ -19,7 +19,13 @@ from google.protobuf.message import DecodeError
 from streamindex import framing, status
 from streamindex.v1 import types_pb2
 
-from streamindex_service.errors import InternalError, MalformedMessageError, ServiceError, UnimplementedError
+from streamindex_service.errors import (
+    InternalError,
+    MalformedMessageError,
+    ServiceError,
+    SlowConsumerError,
+    UnimplementedError,
+)
 
 REQUEST_ID = "x-request-id"
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -92,12 +98,27 @@ class MessageWriter:
     next one comes after it.
     """
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, timeout_s: float) -> None:
         self._context = context
+        self._timeout_s = timeout_s
         self._last: asyncio.Future[None] | None = None
 
-    async def write(self, message: Any, timeout_s: float | None = None) -> None:
-        """Hand a message to gRPC. Raises TimeoutError when the peer does not take it, or the one before, in time."""
+    async def write(self, message: Any) -> None:
+        """Hand a message to gRPC. Raises SlowConsumerError when the peer does not take it in time."""
+        try:
+            await self._write(message, self._timeout_s)
+        except TimeoutError:
+            raise SlowConsumerError("answers were not read for too long") from None
+
+    async def refuse(self, message: Any) -> None:
+        """Say in the stream why it ends, before the status does: an abort in the middle may lose its details.
+
+        A caller who does not read would not read this either; the call is not held up for it.
+        """
+        with contextlib.suppress(TimeoutError):
+            await self._write(message, _REFUSAL_TIMEOUT_S)
+
+    async def _write(self, message: Any, timeout_s: float) -> None:
         if self._last is not None and not self._last.done():
             await asyncio.wait([self._last], timeout=timeout_s)
             if not self._last.done():
@@ -108,15 +129,6 @@ class MessageWriter:
         if not self._last.done():
             raise TimeoutError
         self._last.result()
-
-
-async def refuse_in_band(writer: MessageWriter, message: Any) -> None:
-    """Say in a stream why it ends, before the status does: an abort in the middle may lose its details on the way.
-
-    A caller who does not read would not read this either; the call is not held up for it.
-    """
-    with contextlib.suppress(TimeoutError):
-        await writer.write(message, timeout_s=_REFUSAL_TIMEOUT_S)
 
 
 def _seen(future: asyncio.Future[Any]) -> None:

@@ -14,7 +14,7 @@ from streamindex_service.core.sizes import MAX_POSITION, SCALE_BYTES, KeyFormat,
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import TilePlace, TileSpec, tile_error
+from streamindex_service.frontend.device import TilePlace, TileSpec, flop_per_row, tile_error
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import INDICES, POSITIONS, SCORES, BlockLayout, Q, W, fill_rows
 from streamindex_service.frontend.rpc import to_message
@@ -143,6 +143,7 @@ class _ItemSearch:
         self._spec = TileSpec(
             self._cache.heads, self._cache.ratio, request.top_k, request.order, admitted.workspace_bytes
         )
+        self._flop_per_row = flop_per_row(admitted.snapshot)
         self._running: asyncio.Future[Any] | None = None
         self._block: Block | None = None
 
@@ -166,7 +167,9 @@ class _ItemSearch:
         at = self._layout.offsets
         place = TilePlace(rows, at[Q], at[W], at[POSITIONS], at[INDICES], at[SCORES] if self._want_scores else None)
         # A step of many callers' sequences: no single one is to blame for a worker's death.
-        _, self._running = self._service.device.submit(self._view, self._spec, block, place, "")
+        _, self._running = self._service.device.submit(
+            self._view, self._spec, block, place, "", rows * self._flop_per_row
+        )
         try:
             await asyncio.shield(self._running)
         except ServiceError as error:

@@ -12,7 +12,7 @@ from streamindex_service.errors import MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import MessageWriter, read_message, refuse_in_band, to_message
+from streamindex_service.frontend.rpc import MessageWriter, read_message, to_message
 from streamindex_service.frontend.search_batch import BatchSearch
 from streamindex_service.frontend.search_stream import SearchStream
 from streamindex_service.frontend.service import Service
@@ -27,7 +27,7 @@ class SearchServicer:
 
     async def search(self, request_iterator: Any, context: Any) -> None:
         """Search."""
-        writer = MessageWriter(context)
+        writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
         try:
             self._service.admit()
             header = await self._header(context)
@@ -36,22 +36,22 @@ class SearchServicer:
             parameters = requests.search_parameters(header, cache.spec, self._service.settings)
             key = f"{owner}/{parameters.request_key or hashlib.sha256(header.SerializeToString()).hexdigest()}"
             self._service.device.refuse_poison(key)
+            requests.check_layer_version(header, self._service.caches.layer(cache, header.layer).version)
             async with AdmittedSearch(self._service, cache, header.layer, context.time_remaining()) as admitted:
                 accepted = pb.SearchAccepted(
                     layer_keys=admitted.snapshot.length_keys,
+                    layer_version=admitted.snapshot.version,
                     implementation=self._service.require_worker_info().implementation,
                     queued_ms=int(1000 * admitted.grant.queued_s),
                     max_chunk_bytes=int(self._service.settings.limits.max_chunk_bytes),
                 )
                 await writer.write(pb.SearchResponse(accepted=accepted))
-                stream = SearchStream(
-                    self._service, cache.spec, admitted.view, parameters, key, admitted.workspace_bytes, context, writer
-                )
+                stream = SearchStream(self._service, admitted, parameters, key, context, writer)
                 admitted.users.append(stream)
                 done = await stream.run()
             await writer.write(pb.SearchResponse(done=done))
         except ServiceError as error:
-            await refuse_in_band(writer, pb.SearchResponse(refused=to_message(error)))
+            await writer.refuse(pb.SearchResponse(refused=to_message(error)))
             raise
 
     async def search_batch(self, request: pb.SearchBatchRequest, context: Any) -> pb.SearchBatchResponse:

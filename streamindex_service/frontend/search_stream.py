@@ -19,7 +19,6 @@ from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_index_chunk
 from streamindex.v1 import search_pb2 as pb
 
-from streamindex_service.core.caches import CacheSpec
 from streamindex_service.core.sizes import POSITION_BYTES
 from streamindex_service.errors import (
     DeviceMemoryError,
@@ -30,7 +29,8 @@ from streamindex_service.errors import (
     WorkerLostError,
 )
 from streamindex_service.frontend import tensors
-from streamindex_service.frontend.device import TilePlace, TileSpec, View, tile_error
+from streamindex_service.frontend.admission import AdmittedSearch
+from streamindex_service.frontend.device import TilePlace, TileSpec, flop_per_row, tile_error
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import BlockLayout, fill_rows
 from streamindex_service.frontend.requests import SearchParameters
@@ -81,21 +81,20 @@ class SearchStream:
     def __init__(
         self,
         service: Service,
-        cache: CacheSpec,
-        view: View,
+        admitted: AdmittedSearch,
         parameters: SearchParameters,
         blame_key: str,
-        workspace_bytes: int,
         context: Any,
         writer: MessageWriter,
     ) -> None:
         self._service = service
-        self._view = view
+        self._view = admitted.view
         self._parameters = parameters
         self._blame_key = blame_key
-        self._cache = cache
+        self._cache = cache = admitted.snapshot.spec
+        self._flop_per_row = flop_per_row(admitted.snapshot)
         self._layout = BlockLayout.of(cache, parameters.top_k, parameters.want_scores, service.blocks.block_bytes)
-        self._spec = TileSpec(cache.heads, cache.ratio, parameters.top_k, parameters.order, workspace_bytes)
+        self._spec = TileSpec(cache.heads, cache.ratio, parameters.top_k, parameters.order, admitted.workspace_bytes)
         self._context = context
         self._writer = writer
         self._explicit = parameters.start_position is None
@@ -107,6 +106,7 @@ class SearchStream:
         self._outstanding: dict[int, asyncio.Future[Any]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._over = False
+        self._retrying = False  # a tile for which the device had no memory runs alone
 
     async def run(self) -> pb.SearchDone:
         """Until all rows are answered. Raises ServiceError. `give_back` must follow, whatever happens."""
@@ -230,11 +230,13 @@ class SearchStream:
 
     def _pump(self) -> None:
         """Give the worker what is ready, up to _TILES_AHEAD tiles."""
-        if self._over:  # a copy that was running still ends; its block is about to be given back
+        # A copy that was running when the search ended still comes here; its block is about to be given back.
+        if self._over or self._retrying:
             return
         for filling in self._at.fillings:
             while len(self._outstanding) < _TILES_AHEAD and filling.submitted < filling.ready:
-                first, rows = filling.submitted, filling.ready - filling.submitted
+                limit = self._service.device.tile_rows(self._flop_per_row)
+                first, rows = filling.submitted, min(filling.ready - filling.submitted, limit)
                 filling.submitted += rows
                 tile = _Tile(filling, first, rows, self._at.submitted)
                 self._at.submitted += rows
@@ -247,7 +249,9 @@ class SearchStream:
         at = [offset + first * size for offset, size in zip(layout.offsets, layout.row_bytes, strict=True)]
         scores = at[4] if self._parameters.want_scores else None
         place = TilePlace(tile.rows, at[0], at[1], at[2], at[3], scores)
-        tile_id, tile.done = self._service.device.submit(self._view, spec, tile.filling.block, place, self._blame_key)
+        tile_id, tile.done = self._service.device.submit(
+            self._view, spec, tile.filling.block, place, self._blame_key, tile.rows * self._flop_per_row
+        )
         self._outstanding[tile_id] = tile.done
         tile.done.add_done_callback(lambda _: self._tile_done(tile_id))
 
@@ -283,12 +287,13 @@ class SearchStream:
             if not isinstance(cause, DeviceMemoryError) or tile.retried or cause is not error:
                 raise cause from None
             # Once more, alone as far as this search is concerned, in the smallest tiles.
-            tile.retried = True
+            tile.retried = self._retrying = True
             floor = int(self._service.settings.memory.workspace_floor_bytes)
-            others = list(self._outstanding.values())
-            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.gather(*self._outstanding.values(), return_exceptions=True)
             self._submit(tile, replace(self._spec, workspace_bytes=floor))
             message = await asyncio.shield(tile.done)
+            self._retrying = False
+            self._pump()
         self._at.device_us += message.tile_done.device_us
 
     @property
@@ -302,10 +307,7 @@ class SearchStream:
         return encode_index_chunk(tile.row_offset + first, count, indices.data, scores.data, checksum)
 
     async def _send(self, message: bytes) -> None:
-        try:
-            await self._writer.write(message, self._service.settings.limits.slow_consumer_s)
-        except TimeoutError:
-            raise SlowConsumerError("answers were not read for too long") from None
+        await self._writer.write(message)
 
     def _deliver(self, tile: _Tile) -> None:
         filling = tile.filling

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import stat
@@ -81,16 +82,16 @@ class Server:
         """Listen, and start the worker; the health service says SERVING once that is ready. Raises SocketInUseError."""
         tcp_address = unix_socket = None
         wanted = self.settings.server
-        if wanted.unix_socket:
-            self._listen_unix(wanted.unix_socket)
-            unix_socket = wanted.unix_socket
-        if wanted.tcp_address:
+        if wanted.tcp_address:  # first: if this fails, there is no socket's file to remove
             host = wanted.tcp_address.rpartition(":")[0]
             try:
                 port = self._server.add_insecure_port(wanted.tcp_address)
             except RuntimeError as error:
                 raise SocketInUseError(f"cannot listen on {wanted.tcp_address}") from error
             tcp_address = f"{host}:{port}"
+        if wanted.unix_socket:
+            self._listen_unix(wanted.unix_socket)
+            unix_socket = wanted.unix_socket
         await self._set_health(ready=False)
         self.service.health_changed = self._health_changed
         await self._server.start()
@@ -201,6 +202,9 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
     """
     logs.configure(settings.log.level)
     keep_message_buffers()
+    # A descriptor an extent, here and in the worker, which inherits this.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # A thread that has checked a chunk would wait up to 5 ms, the default, for a loop that is busy receiving the next
     # ones (measured: a fifth of an upload's throughput).
     sys.setswitchinterval(0.0005)

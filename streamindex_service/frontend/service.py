@@ -40,7 +40,9 @@ class Service:
         self.host = Ledger("host", host_limit)
         self.ingress = Ledger("ingress", int(memory.ingress_budget_bytes))
         self.hbm = Ledger("hbm", int(memory.device_budget_bytes))
-        self.device = DeviceWorker(HostExtents(self._segment_dropped), settings.worker.poison_deaths)
+        self.device = DeviceWorker(
+            HostExtents(self._segment_dropped), settings.worker.poison_deaths, settings.worker.tile_s, clock
+        )
         self.host_extents = self.device.extents
         host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
         device_pool = PagePool(self.hbm, int(memory.extent_bytes), self.device.make_extent, self.device.drop_extent)
@@ -48,7 +50,6 @@ class Service:
         self.governor = Governor(
             self.hbm,
             device_pool,
-            self.caches.all_layers,
             self.device.load,
             clock,
             settings.limits.max_queued_searches,

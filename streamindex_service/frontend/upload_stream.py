@@ -88,13 +88,16 @@ class UploadStream:
 
         Work on a chunk cannot be stopped; the pages that it writes to must not go before it is done.
         """
-        await self._lane.close()
-        self._service.uploads.detach(self._upload)
+        try:
+            await self._lane.close()
+        finally:
+            self._service.uploads.detach(self._upload)
 
     async def _next(self) -> Any:
         """The next message. Raises SlowConsumerError; what the work on a chunk has raised, even while none comes."""
         if self._lane.failure is not None:
             raise self._lane.failure
+        self._heard_at = self._service.clock()  # silence begins when there is somebody to listen
         self._reading = asyncio.current_task()
         try:
             return await read_message(self._context)
@@ -106,7 +109,6 @@ class UploadStream:
             raise reason from None
         finally:
             self._reading = None
-            self._heard_at = self._service.clock()
 
     def _stop_reading(self) -> None:
         if self._reading is not None:

@@ -92,7 +92,7 @@ class WorkerLink:
         if not self._writing:
             self._flush()
 
-    def request(self, message: pb.ToWorker, work_id: int) -> asyncio.Future[pb.FromWorker]:
+    def request(self, message: pb.ToWorker, work_id: int, fd: int | None = None) -> asyncio.Future[pb.FromWorker]:
         """Send a message that will be answered under `work_id`.
 
         The future raises WorkerLostError, DeviceMemoryError, CancelledTileError or InternalError.
@@ -101,8 +101,11 @@ class WorkerLink:
         if not self.alive:
             future.set_exception(WorkerLostError("the device process is gone"))
             return future
-        self._waiting[work_id] = future
-        self.send(message)
+        self.send(message, fd)
+        if self.alive:
+            self._waiting[work_id] = future
+        else:  # it went while this was sent
+            future.set_exception(WorkerLostError("the device process is gone"))
         return future
 
     def next_id(self) -> int:

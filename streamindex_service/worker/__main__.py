@@ -26,7 +26,7 @@ from streamindex_service.worker.device import (
     supported,
 )
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
-from streamindex_service.worker.key_store import FORMATS
+from streamindex_service.worker.key_store import FORMATS, MissingMemoryError
 
 _Command = tuple[pb.ToWorker, int | None]
 
@@ -121,7 +121,7 @@ class Worker:
     def _execute(self, message: pb.ToWorker, fd: int | None) -> None:
         try:
             self._dispatch(message, fd)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MissingMemoryError) as error:
             self._fail(message, pb.FAILURE_KIND_OUT_OF_MEMORY, error)
         except torch.AcceleratorError as error:
             self._fail(message, pb.FAILURE_KIND_DEVICE, error)
@@ -129,7 +129,10 @@ class Worker:
             os._exit(DEVICE_FAILED_EXIT_CODE)
         except Exception as error:
             self._log.error("command_failed", command=message.WhichOneof("message"), exc_info=True)
-            self._fail(message, pb.FAILURE_KIND_INTERNAL, error)
+            kind = pb.FAILURE_KIND_INTERNAL if self._executor.device_answers() else pb.FAILURE_KIND_DEVICE
+            self._fail(message, kind, error)
+            if kind == pb.FAILURE_KIND_DEVICE:
+                os._exit(DEVICE_FAILED_EXIT_CODE)
 
     def _dispatch(self, message: pb.ToWorker, fd: int | None) -> None:
         kind = message.WhichOneof("message")
@@ -154,6 +157,7 @@ class Worker:
         elif kind == "map_segment":
             assert fd is not None
             executor.segments.add(message.map_segment, fd)
+            self._send(pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.map_segment.operation_id)))
         elif kind == "unmap_segment":
             executor.unmap_segment(message.unmap_segment.segment_id)
 

@@ -74,6 +74,15 @@ class Executor:
         device = self._device.torch_device
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
 
+    def device_answers(self) -> bool:
+        """False when the device is in an error that stays. Not every library says so with an exception of its own."""
+        if self._device.is_cuda:
+            try:
+                torch.cuda.synchronize(self._device.torch_device)
+            except RuntimeError:
+                return False
+        return True
+
     def cancel(self, tile_ids: list[int]) -> None:
         """Do not start these tiles. Called from the reading thread."""
         latest = self._latest_tile_id  # tiles come in the order of their numbers: these have started

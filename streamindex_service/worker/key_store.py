@@ -7,6 +7,7 @@ The frontend decides what lies where; here are the extents (device allocations t
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ from streamindex_service.worker.device import Device
 
 # streamindex.v1.KeyFormat -> the operations' formats
 FORMATS = {1: KeyFormat.BF16, 2: KeyFormat.FP16, 3: KeyFormat.FP32, 4: KeyFormat.FP8_E4M3}
+
+
+class MissingMemoryError(Exception):
+    """An extent whose allocation failed, or what was to be made of it, was named."""
 
 
 @dataclass
@@ -40,11 +45,17 @@ class SegmentMap:
         """Map a segment. Raises ValueError for one that is not what was announced."""
         # CUDA page-locks only what is mapped writable; elsewhere the keys of the host stay read-only for this process.
         writable = message.writable or self._device.is_cuda
-        segment = Segment.receive(fd, message.segment_bytes, writable=writable)
+        try:
+            segment = Segment.receive(fd, message.segment_bytes, writable=writable)
+        except BaseException:
+            os.close(fd)
+            raise
         tensor = torch.frombuffer(segment.map, dtype=torch.uint8) if writable else _read_only_tensor(segment)
         if self._device.is_cuda:
             result = int(_cuda_runtime().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0))
             if result != 0:
+                del tensor
+                segment.close()
                 raise RuntimeError(f"cudaHostRegister failed with {result}")
         self._mapped[message.segment_id] = _MappedSegment(segment, tensor)
 
@@ -88,11 +99,14 @@ class KeyStore:
         self._extents.pop(extent_id, None)
 
     def page(self, extent_id: int, offset_bytes: int, page_bytes: int) -> torch.Tensor:
-        """A page's bytes, [page_bytes] uint8. Raises KeyError."""
-        return self._extents[extent_id][offset_bytes : offset_bytes + page_bytes]
+        """A page's bytes, [page_bytes] uint8. Raises MissingMemoryError."""
+        extent = self._extents.get(extent_id)
+        if extent is None:
+            raise MissingMemoryError(f"extent {extent_id}")
+        return extent[offset_bytes : offset_bytes + page_bytes]
 
     def define_view(self, message: pb.DefineView) -> None:
-        """Add pages to a view; the last message makes it usable. Raises KeyError for an extent that is not there."""
+        """Add pages to a view; the last message makes it usable. Raises MissingMemoryError for a missing extent."""
         key_format = FORMATS[message.key_format]
         values_bytes = PAGE_KEYS * message.head_dim * key_format.torch_dtype.itemsize
         page_bytes = values_bytes + (4 * PAGE_KEYS if key_format.has_scales else 0)
@@ -111,7 +125,9 @@ class KeyStore:
         )
 
     def view(self, view_id: int) -> PagedKeys:
-        """A view. Raises KeyError."""
+        """A view. Raises MissingMemoryError."""
+        if view_id not in self._views:
+            raise MissingMemoryError(f"view {view_id}")
         return self._views[view_id]
 
     def drop_view(self, view_id: int) -> None:

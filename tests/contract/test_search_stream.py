@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -263,3 +264,27 @@ def test_a_half_precision_query_is_compared_exactly(calls):
     wanted = expected(kind, keys, queries, 300)
     assert np.array_equal(indices, wanted[0])
     assert np.array_equal(scores, wanted[1])
+
+
+def test_a_search_that_goes_on_elsewhere_sees_the_same_layer_or_is_refused(calls):
+    draw = Draw(31)
+    keys, more = draw.keys(KIND, 300), draw.keys(KIND, 20)
+    queries = draw.queries(KIND, 5, start_position=299)
+    with calls.cache(KIND, keys) as cache:
+        with calls.search_call() as call:
+            call.send(search_header(KIND, cache.id, 9))
+            version = call.receive("accepted").layer_version
+            call.half_close()
+            call.rest()
+        found, _ = calls.search(KIND, cache.id, queries, 9, expected_layer_version=version)
+        assert np.array_equal(found, expected(KIND, keys, queries, 9)[0])
+        append = partial(calls.upload, KIND, cache.id, more, first_row=300)
+        for change in (append, partial(calls.truncate, cache.id, 310)):
+            change()
+            call = calls.search_call()
+            call.send(search_header(KIND, cache.id, 9, expected_layer_version=version))
+            refusal = call.refusal()
+            assert refusal.error.reason == "LAYER_CHANGED"
+            assert not refusal.error.HasField("retry_after_ms")
+            assert int(refusal.error.metadata["layer_version"]) > version
+            version = int(refusal.error.metadata["layer_version"])

@@ -101,12 +101,14 @@ def test_a_batch_that_appends_beyond_the_host_memory(tight):
     draw = Draw(4)
     kind = Kind(heads=2, head_dim=256)
     with tight.cache(kind) as cache:
-        append = search_pb2.SearchBatchItem.Append(row_count=20_000, keys=draw.keys(kind, 20_000).key_bytes(kind))
-        request = search_pb2.SearchBatchRequest(items=[batch_item(kind, cache.id, append=append)], top_k=1)
-        error = tight.searches.SearchBatch(request, timeout=30).results[0].error
-        assert error.reason == "HOST_MEMORY"
-        assert error.HasField("retry_after_ms")
-        assert tight.ledger("host").reserved_bytes == 0
+        data = draw.keys(kind, 4096).key_bytes(kind)
+        appends = [search_pb2.SearchBatchItem.Append(first_row=4096 * i, row_count=4096, keys=data) for i in range(5)]
+        items = [batch_item(kind, cache.id, append=append) for append in appends]
+        results = tight.searches.SearchBatch(search_pb2.SearchBatchRequest(items=items, top_k=1), timeout=30).results
+        assert [result.layer_keys for result in results] == [4096, 8192, 12288, 16384, 0]
+        assert results[4].error.reason == "HOST_MEMORY"
+        assert results[4].error.HasField("retry_after_ms")
+        assert tight.ledger("host").reserved_bytes == 16384 * 512
         assert tight.load().open_uploads == 0
 
 

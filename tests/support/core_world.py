@@ -84,9 +84,7 @@ class World:
         host_pool = PagePool(self.host, EXTENT_BYTES, self.host_memory.make, self.host_memory.drop)
         self.device_pool = PagePool(self.hbm, EXTENT_BYTES, self.device_memory.make, self.device_memory.drop)
         self.store = CacheStore(host_pool, lambda page: self.governor.drop_device(page), self.clock, max_caches=12)
-        self.governor = Governor(
-            self.hbm, self.device_pool, self.store.all_layers, self._load, self.clock, 16, max_running
-        )
+        self.governor = Governor(self.hbm, self.device_pool, self._load, self.clock, 16, max_running)
         self.uploads = UploadTable(self.store, self.clock, ttl_s=30.0, max_uploads=8)
         self.loads = 0
         self.searches: list[Search] = []
@@ -195,7 +193,7 @@ class World:
         assert (self.governor.running, self.governor.queued) == (len(running), len(waiting))
         if waiting and not self.governor.paused:
             assert running, "somebody waits, nobody runs, and nothing will ever change that"
-        held = [page for layer in self.store.all_layers() for page in layer.pages]
+        held = [page for cache in self.store._caches.values() for layer in cache.layers for page in layer.pages]
         held += [page for search in self.searches for page in search.snapshot.pages]
         places = {id(page): page.device for page in held if page.device is not None}
         assert len(set(places.values())) == len(places), "two pages in one place"

@@ -380,7 +380,7 @@ async def test_what_is_not_idempotent_is_retried_only_when_offered(fake, client,
     with pytest.raises(errors.UnavailableError):
         await client.create_key_cache(**spec)
     assert [name for name, _ in fake.calls].count("CreateKeyCache") == made + 1
-    fake.faults["CreateKeyCache"] = [Fault(error=error(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CACHES", 5))]
+    fake.faults["CreateKeyCache"] = [Fault(error=error(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY", 5))]
     assert (await client.create_key_cache(**spec)).info.spec.key_format == "fp16"
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 
 import pytest
 
@@ -65,6 +66,12 @@ class Events:
                 return value
 
 
+class OneEpoch:
+    """A governor that never loses anything."""
+
+    epoch = 1
+
+
 @pytest.fixture
 async def stand_in(tmp_path, monkeypatch):
     """A running supervisor over stand-ins, the device in front of it, and its events."""
@@ -79,9 +86,9 @@ async def stand_in(tmp_path, monkeypatch):
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     options = WorkerOptions("cpu", "", 0, 1, 20.0, 0.05, 0.4, 100.0, 0.05, 0.2, environment)
     events = Events()
-    device = DeviceWorker(HostExtents(lambda segment_id: None), poison_deaths=2)
+    device = DeviceWorker(HostExtents(lambda segment_id: None), 2, 1.0, time.monotonic)
 
-    class Governor:
+    class Governor(OneEpoch):
         def device_ready(self):
             events.put("governor ready")
 
@@ -114,7 +121,7 @@ async def stand_in(tmp_path, monkeypatch):
         link = running.link
         view = View(link.next_id(), link, asyncio.get_running_loop().create_future())
         place = TilePlace(what, 0, 0, 0, 0, None)
-        return device.submit(view, TileSpec(1, 1, 1, 0, 0), block, place, key)[1]
+        return device.submit(view, TileSpec(1, 1, 1, 0, 0), block, place, key, 1)[1]
 
     yield running, device, events, tile
     await running.stop(grace_s=2.0)
@@ -202,7 +209,7 @@ async def test_who_has_not_learnt_that_the_worker_is_gone_is_not_accused_of_the_
         view = View(1, dead, asyncio.get_running_loop().create_future())
         segment = SharedSegment.create(4096, writable_by_worker=True)
         place = TilePlace(1, 0, 0, 0, 0, None)
-        _, late = device.submit(view, TileSpec(1, 1, 1, 0, 0), Block(segment, 0, segment.data), place, "late")
+        _, late = device.submit(view, TileSpec(1, 1, 1, 0, 0), Block(segment, 0, segment.data), place, "late", 1)
         with pytest.raises(WorkerLostError):
             await late
         segment.segment.close()
@@ -242,8 +249,8 @@ class Link:
     def send(self, message, fd=None):
         self.sent.append(message)
 
-    def request(self, message, work_id):
-        self.send(message)
+    def request(self, message, work_id, fd=None):
+        self.send(message, fd)
         return asyncio.get_running_loop().create_future()
 
 
@@ -256,7 +263,8 @@ async def test_pages_that_lost_their_place_before_they_were_copied():
     """A search is let in, cancelled before it says what it reads, and its pages are evicted and freed."""
     extents = HostExtents(lambda segment_id: None)
     extents.make(1, 8192)
-    device = DeviceWorker(extents, poison_deaths=2)
+    device = DeviceWorker(extents, 2, 1.0, time.monotonic)
+    device.governor = OneEpoch()
     device.supervisor = OneLink()
     gone, moved, kept = (Page(PageSlot(1, offset), 1024, device=PageSlot(9, offset)) for offset in (0, 1024, 2048))
     freed = Page(PageSlot(2, 0), 1024, device=PageSlot(9, 4096))  # its extent in the host is gone as well
@@ -279,3 +287,11 @@ async def test_pages_that_lost_their_place_before_they_were_copied():
     ]
     assert copied == [(1024, 0), (2048, 2048)]
     extents.drop(1)
+
+
+async def test_tiles_are_cut_by_the_speed_that_was_seen(stand_in):
+    _, device, _, tile = stand_in
+    unmeasured = device.tile_rows(10**9)
+    await tile(1)  # 1 operation in 5 µs: slow for its size, and so it says little
+    assert 0.9 * unmeasured <= device.tile_rows(10**9) <= unmeasured
+    assert device.tile_rows(10**30) == 1

@@ -10,6 +10,7 @@ import torch
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.executor import MAX_IN_FLIGHT, Executor
+from streamindex_service.worker.key_store import MissingMemoryError
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_pages_that_cannot_be_copied_hold_no_place(executor, sent):
         operation_id=1, page_bytes=64, segment_ids=[1], segment_offsets=[0], extent_ids=[1], extent_offsets=[0]
     )
     for _ in range(3 * MAX_IN_FLIGHT):
-        with pytest.raises(KeyError):
+        with pytest.raises(MissingMemoryError):
             executor.load_pages(missing)
     assert executor.oldest_running_ms() == 0
     executor.load_pages(pb.LoadPages(operation_id=2, page_bytes=64))
@@ -39,7 +40,7 @@ def test_pages_that_cannot_be_copied_hold_no_place(executor, sent):
 
 def test_tiles_of_a_view_that_is_not_there_hold_no_place(executor, sent):
     for tile in range(1, 3 * MAX_IN_FLIGHT):
-        with pytest.raises(KeyError):
+        with pytest.raises(MissingMemoryError):
             executor.search_tile(pb.SearchTile(tile_id=tile, view_id=9))
     executor.load_pages(pb.LoadPages(operation_id=100, page_bytes=64))
     assert sent.get(timeout=20).operation_done.operation_id == 100

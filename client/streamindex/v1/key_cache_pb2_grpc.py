@@ -89,7 +89,7 @@ class KeyCacheServiceServicer(object):
 
     def CreateKeyCache(self, request, context):
         """Makes an empty cache. INVALID_ARGUMENT names the field that is out of its limits (see GetCapabilities);
-        RESOURCE_EXHAUSTED/TOO_MANY_CACHES when the server holds as many as it may.
+        RESOURCE_EXHAUSTED/TOO_MANY when the server holds as many as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from streamindex.v1 import types_pb2 as streamindex_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstreamindex/v1/search.proto\x12\x0estreamindex.v1\x1a\x1astreamindex/v1/types.proto\"w\n\rSearchRequest\x12.\n\x06header\x18\x01 \x01(\x0b\x32\x1c.streamindex.v1.SearchHeaderH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.streamindex.v1.QueryChunkH\x00\x42\t\n\x07message\"\x8a\x03\n\x0cSearchHeader\x12\x14\n\x0ckey_cache_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05top_k\x18\x03 \x01(\r\x12/\n\x0cquery_format\x18\x04 \x01(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nconvention\x18\x05 \x01(\t\x12\x18\n\x0estart_position\x18\x06 \x01(\x04H\x00\x12\x1c\n\x12\x65xplicit_positions\x18\x07 \x01(\x08H\x00\x12(\n\x04mode\x18\x08 \x01(\x0e\x32\x1a.streamindex.v1.SearchMode\x12*\n\x05order\x18\t \x01(\x0e\x32\x1b.streamindex.v1.ResultOrder\x12\x13\n\x0bwant_scores\x18\n \x01(\x08\x12*\n\x08priority\x18\x0b \x01(\x0e\x32\x18.streamindex.v1.Priority\x12\x11\n\trow_count\x18\x0c \x01(\x04\x12\x13\n\x0brequest_key\x18\r \x01(\tB\n\n\x08position\"|\n\nQueryChunk\x12\x12\n\nrow_offset\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\t\n\x01q\x18\x03 \x01(\x0c\x12\t\n\x01w\x18\x04 \x01(\x0c\x12\x11\n\tpositions\x18\x05 \x01(\x0c\x12\x13\n\x06\x63rc32c\x18\x06 \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"\xd2\x01\n\x0eSearchResponse\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1e.streamindex.v1.SearchAcceptedH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.streamindex.v1.IndexChunkH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.streamindex.v1.ErrorH\x00\x12*\n\x04\x64one\x18\x04 \x01(\x0b\x32\x1a.streamindex.v1.SearchDoneH\x00\x42\t\n\x07message\"h\n\x0eSearchAccepted\x12\x12\n\nlayer_keys\x18\x01 \x01(\x04\x12\x16\n\x0eimplementation\x18\x02 \x01(\t\x12\x11\n\tqueued_ms\x18\x03 \x01(\r\x12\x17\n\x0fmax_chunk_bytes\x18\x04 \x01(\r\"t\n\nIndexChunk\x12\x12\n\nrow_offset\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\x0f\n\x07indices\x18\x03 \x01(\x0c\x12\x0e\n\x06scores\x18\x04 \x01(\x0c\x12\x13\n\x06\x63rc32c\x18\x05 \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"2\n\nSearchDone\x12\x11\n\trow_count\x18\x01 \x01(\x04\x12\x11\n\tdevice_us\x18\x02 \x01(\x04\"\xbe\x01\n\x12SearchBatchRequest\x12.\n\x05items\x18\x01 \x03(\x0b\x32\x1f.streamindex.v1.SearchBatchItem\x12\r\n\x05top_k\x18\x02 \x01(\r\x12*\n\x05order\x18\x03 \x01(\x0e\x32\x1b.streamindex.v1.ResultOrder\x12\x13\n\x0bwant_scores\x18\x04 \x01(\x08\x12(\n\x04mode\x18\x05 \x01(\x0e\x32\x1a.streamindex.v1.SearchMode\"\xbd\x02\n\x0fSearchBatchItem\x12\x14\n\x0ckey_cache_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12/\n\x0cquery_format\x18\x03 \x01(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nconvention\x18\x04 \x01(\t\x12\x11\n\trow_count\x18\x05 \x01(\r\x12\t\n\x01q\x18\x06 \x01(\x0c\x12\t\n\x01w\x18\x07 \x01(\x0c\x12\x11\n\tpositions\x18\x08 \x03(\x04\x12\x36\n\x06\x61ppend\x18\t \x01(\x0b\x32&.streamindex.v1.SearchBatchItem.Append\x1aL\n\x06\x41ppend\x12\x11\n\tfirst_row\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x01(\x0c\"I\n\x13SearchBatchResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.streamindex.v1.SearchBatchResult\"n\n\x11SearchBatchResult\x12\x0f\n\x07indices\x18\x01 \x01(\x0c\x12\x0e\n\x06scores\x18\x02 \x01(\x0c\x12\x12\n\nlayer_keys\x18\x03 \x01(\x04\x12$\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x15.streamindex.v1.Error2\xb4\x01\n\rSearchService\x12K\n\x06Search\x12\x1d.streamindex.v1.SearchRequest\x1a\x1e.streamindex.v1.SearchResponse(\x01\x30\x01\x12V\n\x0bSearchBatch\x12\".streamindex.v1.SearchBatchRequest\x1a#.streamindex.v1.SearchBatchResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstreamindex/v1/search.proto\x12\x0estreamindex.v1\x1a\x1astreamindex/v1/types.proto\"w\n\rSearchRequest\x12.\n\x06header\x18\x01 \x01(\x0b\x32\x1c.streamindex.v1.SearchHeaderH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.streamindex.v1.QueryChunkH\x00\x42\t\n\x07message\"\xca\x03\n\x0cSearchHeader\x12\x14\n\x0ckey_cache_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05top_k\x18\x03 \x01(\r\x12/\n\x0cquery_format\x18\x04 \x01(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nconvention\x18\x05 \x01(\t\x12\x18\n\x0estart_position\x18\x06 \x01(\x04H\x00\x12\x1c\n\x12\x65xplicit_positions\x18\x07 \x01(\x08H\x00\x12(\n\x04mode\x18\x08 \x01(\x0e\x32\x1a.streamindex.v1.SearchMode\x12*\n\x05order\x18\t \x01(\x0e\x32\x1b.streamindex.v1.ResultOrder\x12\x13\n\x0bwant_scores\x18\n \x01(\x08\x12*\n\x08priority\x18\x0b \x01(\x0e\x32\x18.streamindex.v1.Priority\x12\x11\n\trow_count\x18\x0c \x01(\x04\x12\x13\n\x0brequest_key\x18\r \x01(\t\x12#\n\x16\x65xpected_layer_version\x18\x0e \x01(\x04H\x01\x88\x01\x01\x42\n\n\x08positionB\x19\n\x17_expected_layer_version\"|\n\nQueryChunk\x12\x12\n\nrow_offset\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\t\n\x01q\x18\x03 \x01(\x0c\x12\t\n\x01w\x18\x04 \x01(\x0c\x12\x11\n\tpositions\x18\x05 \x01(\x0c\x12\x13\n\x06\x63rc32c\x18\x06 \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"\xd2\x01\n\x0eSearchResponse\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1e.streamindex.v1.SearchAcceptedH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.streamindex.v1.IndexChunkH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.streamindex.v1.ErrorH\x00\x12*\n\x04\x64one\x18\x04 \x01(\x0b\x32\x1a.streamindex.v1.SearchDoneH\x00\x42\t\n\x07message\"\x7f\n\x0eSearchAccepted\x12\x12\n\nlayer_keys\x18\x01 \x01(\x04\x12\x16\n\x0eimplementation\x18\x02 \x01(\t\x12\x11\n\tqueued_ms\x18\x03 \x01(\r\x12\x17\n\x0fmax_chunk_bytes\x18\x04 \x01(\r\x12\x15\n\rlayer_version\x18\x05 \x01(\x04\"t\n\nIndexChunk\x12\x12\n\nrow_offset\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\x0f\n\x07indices\x18\x03 \x01(\x0c\x12\x0e\n\x06scores\x18\x04 \x01(\x0c\x12\x13\n\x06\x63rc32c\x18\x05 \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"2\n\nSearchDone\x12\x11\n\trow_count\x18\x01 \x01(\x04\x12\x11\n\tdevice_us\x18\x02 \x01(\x04\"\xbe\x01\n\x12SearchBatchRequest\x12.\n\x05items\x18\x01 \x03(\x0b\x32\x1f.streamindex.v1.SearchBatchItem\x12\r\n\x05top_k\x18\x02 \x01(\r\x12*\n\x05order\x18\x03 \x01(\x0e\x32\x1b.streamindex.v1.ResultOrder\x12\x13\n\x0bwant_scores\x18\x04 \x01(\x08\x12(\n\x04mode\x18\x05 \x01(\x0e\x32\x1a.streamindex.v1.SearchMode\"\xbd\x02\n\x0fSearchBatchItem\x12\x14\n\x0ckey_cache_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12/\n\x0cquery_format\x18\x03 \x01(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nconvention\x18\x04 \x01(\t\x12\x11\n\trow_count\x18\x05 \x01(\r\x12\t\n\x01q\x18\x06 \x01(\x0c\x12\t\n\x01w\x18\x07 \x01(\x0c\x12\x11\n\tpositions\x18\x08 \x03(\x04\x12\x36\n\x06\x61ppend\x18\t \x01(\x0b\x32&.streamindex.v1.SearchBatchItem.Append\x1aL\n\x06\x41ppend\x12\x11\n\tfirst_row\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x01(\x0c\"I\n\x13SearchBatchResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.streamindex.v1.SearchBatchResult\"n\n\x11SearchBatchResult\x12\x0f\n\x07indices\x18\x01 \x01(\x0c\x12\x0e\n\x06scores\x18\x02 \x01(\x0c\x12\x12\n\nlayer_keys\x18\x03 \x01(\x04\x12$\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x15.streamindex.v1.Error2\xb4\x01\n\rSearchService\x12K\n\x06Search\x12\x1d.streamindex.v1.SearchRequest\x1a\x1e.streamindex.v1.SearchResponse(\x01\x30\x01\x12V\n\x0bSearchBatch\x12\".streamindex.v1.SearchBatchRequest\x1a#.streamindex.v1.SearchBatchResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,27 +35,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEARCHREQUEST']._serialized_start=75
   _globals['_SEARCHREQUEST']._serialized_end=194
   _globals['_SEARCHHEADER']._serialized_start=197
-  _globals['_SEARCHHEADER']._serialized_end=591
-  _globals['_QUERYCHUNK']._serialized_start=593
-  _globals['_QUERYCHUNK']._serialized_end=717
-  _globals['_SEARCHRESPONSE']._serialized_start=720
-  _globals['_SEARCHRESPONSE']._serialized_end=930
-  _globals['_SEARCHACCEPTED']._serialized_start=932
-  _globals['_SEARCHACCEPTED']._serialized_end=1036
-  _globals['_INDEXCHUNK']._serialized_start=1038
-  _globals['_INDEXCHUNK']._serialized_end=1154
-  _globals['_SEARCHDONE']._serialized_start=1156
-  _globals['_SEARCHDONE']._serialized_end=1206
-  _globals['_SEARCHBATCHREQUEST']._serialized_start=1209
-  _globals['_SEARCHBATCHREQUEST']._serialized_end=1399
-  _globals['_SEARCHBATCHITEM']._serialized_start=1402
-  _globals['_SEARCHBATCHITEM']._serialized_end=1719
-  _globals['_SEARCHBATCHITEM_APPEND']._serialized_start=1643
-  _globals['_SEARCHBATCHITEM_APPEND']._serialized_end=1719
-  _globals['_SEARCHBATCHRESPONSE']._serialized_start=1721
-  _globals['_SEARCHBATCHRESPONSE']._serialized_end=1794
-  _globals['_SEARCHBATCHRESULT']._serialized_start=1796
-  _globals['_SEARCHBATCHRESULT']._serialized_end=1906
-  _globals['_SEARCHSERVICE']._serialized_start=1909
-  _globals['_SEARCHSERVICE']._serialized_end=2089
+  _globals['_SEARCHHEADER']._serialized_end=655
+  _globals['_QUERYCHUNK']._serialized_start=657
+  _globals['_QUERYCHUNK']._serialized_end=781
+  _globals['_SEARCHRESPONSE']._serialized_start=784
+  _globals['_SEARCHRESPONSE']._serialized_end=994
+  _globals['_SEARCHACCEPTED']._serialized_start=996
+  _globals['_SEARCHACCEPTED']._serialized_end=1123
+  _globals['_INDEXCHUNK']._serialized_start=1125
+  _globals['_INDEXCHUNK']._serialized_end=1241
+  _globals['_SEARCHDONE']._serialized_start=1243
+  _globals['_SEARCHDONE']._serialized_end=1293
+  _globals['_SEARCHBATCHREQUEST']._serialized_start=1296
+  _globals['_SEARCHBATCHREQUEST']._serialized_end=1486
+  _globals['_SEARCHBATCHITEM']._serialized_start=1489
+  _globals['_SEARCHBATCHITEM']._serialized_end=1806
+  _globals['_SEARCHBATCHITEM_APPEND']._serialized_start=1730
+  _globals['_SEARCHBATCHITEM_APPEND']._serialized_end=1806
+  _globals['_SEARCHBATCHRESPONSE']._serialized_start=1808
+  _globals['_SEARCHBATCHRESPONSE']._serialized_end=1881
+  _globals['_SEARCHBATCHRESULT']._serialized_start=1883
+  _globals['_SEARCHBATCHRESULT']._serialized_end=1993
+  _globals['_SEARCHSERVICE']._serialized_start=1996
+  _globals['_SEARCHSERVICE']._serialized_end=2176
 # @@protoc_insertion_point(module_scope)

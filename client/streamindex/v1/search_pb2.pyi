@@ -16,7 +16,7 @@ class SearchRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[SearchHeader, _Mapping]] = ..., chunk: _Optional[_Union[QueryChunk, _Mapping]] = ...) -> None: ...
 
 class SearchHeader(_message.Message):
-    __slots__ = ("key_cache_id", "layer", "top_k", "query_format", "convention", "start_position", "explicit_positions", "mode", "order", "want_scores", "priority", "row_count", "request_key")
+    __slots__ = ("key_cache_id", "layer", "top_k", "query_format", "convention", "start_position", "explicit_positions", "mode", "order", "want_scores", "priority", "row_count", "request_key", "expected_layer_version")
     KEY_CACHE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class SearchHeader(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_LAYER_VERSION_FIELD_NUMBER: _ClassVar[int]
     key_cache_id: str
     layer: int
     top_k: int
@@ -43,7 +44,8 @@ class SearchHeader(_message.Message):
     priority: _types_pb2.Priority
     row_count: int
     request_key: str
-    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., top_k: _Optional[int] = ..., query_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., convention: _Optional[str] = ..., start_position: _Optional[int] = ..., explicit_positions: bool = ..., mode: _Optional[_Union[_types_pb2.SearchMode, str]] = ..., order: _Optional[_Union[_types_pb2.ResultOrder, str]] = ..., want_scores: bool = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., row_count: _Optional[int] = ..., request_key: _Optional[str] = ...) -> None: ...
+    expected_layer_version: int
+    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., top_k: _Optional[int] = ..., query_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., convention: _Optional[str] = ..., start_position: _Optional[int] = ..., explicit_positions: bool = ..., mode: _Optional[_Union[_types_pb2.SearchMode, str]] = ..., order: _Optional[_Union[_types_pb2.ResultOrder, str]] = ..., want_scores: bool = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., row_count: _Optional[int] = ..., request_key: _Optional[str] = ..., expected_layer_version: _Optional[int] = ...) -> None: ...
 
 class QueryChunk(_message.Message):
     __slots__ = ("row_offset", "row_count", "q", "w", "positions", "crc32c")
@@ -74,16 +76,18 @@ class SearchResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[SearchAccepted, _Mapping]] = ..., chunk: _Optional[_Union[IndexChunk, _Mapping]] = ..., refused: _Optional[_Union[_types_pb2.Error, _Mapping]] = ..., done: _Optional[_Union[SearchDone, _Mapping]] = ...) -> None: ...
 
 class SearchAccepted(_message.Message):
-    __slots__ = ("layer_keys", "implementation", "queued_ms", "max_chunk_bytes")
+    __slots__ = ("layer_keys", "implementation", "queued_ms", "max_chunk_bytes", "layer_version")
     LAYER_KEYS_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
     QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_VERSION_FIELD_NUMBER: _ClassVar[int]
     layer_keys: int
     implementation: str
     queued_ms: int
     max_chunk_bytes: int
-    def __init__(self, layer_keys: _Optional[int] = ..., implementation: _Optional[str] = ..., queued_ms: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+    layer_version: int
+    def __init__(self, layer_keys: _Optional[int] = ..., implementation: _Optional[str] = ..., queued_ms: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., layer_version: _Optional[int] = ...) -> None: ...
 
 class IndexChunk(_message.Message):
     __slots__ = ("row_offset", "row_count", "indices", "scores", "crc32c")

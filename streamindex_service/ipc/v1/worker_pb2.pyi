@@ -77,14 +77,16 @@ class Configure(_message.Message):
     def __init__(self, device: _Optional[str] = ..., implementation: _Optional[str] = ..., device_budget_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ...) -> None: ...
 
 class MapSegment(_message.Message):
-    __slots__ = ("segment_id", "segment_bytes", "writable")
+    __slots__ = ("segment_id", "segment_bytes", "writable", "operation_id")
     SEGMENT_ID_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
     segment_id: int
     segment_bytes: int
     writable: bool
-    def __init__(self, segment_id: _Optional[int] = ..., segment_bytes: _Optional[int] = ..., writable: bool = ...) -> None: ...
+    operation_id: int
+    def __init__(self, segment_id: _Optional[int] = ..., segment_bytes: _Optional[int] = ..., writable: bool = ..., operation_id: _Optional[int] = ...) -> None: ...
 
 class UnmapSegment(_message.Message):
     __slots__ = ("segment_id",)

@@ -1,0 +1,120 @@
+"""The lane of a stream's chunks: order, bounds, and what happens around a piece of work that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.frontend.host_memory import IngressBudget
+from streamindex_service.frontend.ingest import IngestLane
+
+
+class Bench:
+    """A lane, what it has counted, and gates at which its work waits."""
+
+    def __init__(self, limit_bytes: int = 1000, news_bytes: int = 1) -> None:
+        self.threads = ThreadPoolExecutor(4)
+        self.ledger = Ledger("ingress", limit_bytes)
+        self.counted: list[int] = []
+        self.failed = 0
+        self.gates = [threading.Event() for _ in range(20)]
+        self.lane = IngestLane(self.threads, IngressBudget(self.ledger), news_bytes, lambda: None, self._failed)
+
+    def _failed(self) -> None:
+        self.failed += 1
+
+    def work(self, number: int, error: Exception | None = None):
+        def run():
+            assert self.gates[number].wait(30)
+            if error is not None:
+                raise error
+            return lambda: self.counted.append(number)
+
+        return run
+
+    async def close(self) -> None:
+        for gate in self.gates:
+            gate.set()
+        await self.lane.close()
+        self.threads.shutdown()
+        assert self.ledger.reserved_bytes == 0
+
+
+@pytest.fixture
+async def bench():
+    made = Bench()
+    yield made
+    await made.close()
+
+
+async def test_chunks_are_counted_in_order_whichever_is_done_first(bench):
+    for number in range(3):
+        await bench.lane.put(bench.work(number), 10)
+    for number in (2, 1):
+        bench.gates[number].set()
+    await asyncio.sleep(0.05)
+    assert bench.counted == []
+    bench.gates[0].set()
+    await bench.lane.settle()
+    assert bench.counted == [0, 1, 2]
+    assert bench.ledger.reserved_bytes == 0
+
+
+async def test_nothing_behind_a_failure_is_counted_and_the_budget_is_released_once(bench):
+    error = ValueError("bad")
+    await bench.lane.put(bench.work(0), 10)
+    await bench.lane.put(bench.work(1, error), 10)
+    await bench.lane.put(bench.work(2), 10)
+    for number in (2, 1, 0):
+        bench.gates[number].set()
+    with pytest.raises(ValueError, match="bad"):
+        await bench.lane.settle()
+    with pytest.raises(ValueError, match="bad"):
+        await bench.lane.put(bench.work(3), 10)
+    assert bench.counted == [0]
+    assert bench.failed == 1
+
+
+async def test_a_chunk_put_between_a_failure_and_the_news_of_it(bench):
+    await bench.lane.put(bench.work(0, ValueError("bad")), 10)
+    bench.gates[0].set()
+    bench.gates[1].set()
+    # the thread has failed; the loop, which does not run meanwhile, has not heard of it
+    deadline = threading.Event()
+    while bench.lane._error is None:
+        deadline.wait(0.001)
+    with pytest.raises(ValueError, match="bad"):
+        await bench.lane.put(bench.work(1), 10)
+    await asyncio.sleep(0.05)
+    assert bench.counted == []
+
+
+async def test_a_lane_waits_for_room_in_the_budget():
+    bench = Bench(limit_bytes=25)
+    try:
+        for number in range(2):
+            await bench.lane.put(bench.work(number), 10)
+        third = asyncio.create_task(bench.lane.put(bench.work(2), 10))
+        await asyncio.sleep(0.05)
+        assert not third.done()
+        bench.gates[0].set()
+        await asyncio.wait_for(third, 30)
+    finally:
+        await bench.close()
+    assert bench.counted[0] == 0
+
+
+async def test_closing_drops_what_no_thread_has_begun(bench):
+    for number in range(6):
+        await bench.lane.put(bench.work(number), 10)
+    closing = asyncio.create_task(bench.lane.close())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    for gate in bench.gates:
+        gate.set()
+    await closing
+    assert bench.counted == [0, 1, 2]
