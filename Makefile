@@ -13,6 +13,7 @@ READY :=
 endif
 export PYTHONPATH := $(CURDIR):$(CURDIR)/client$(if $(PYTHONPATH),:$(PYTHONPATH))
 ARGS ?=
+BENCH ?=
 RESULTS ?= benchmarks/results/latest
 
 .PHONY: help demo test lint format stubs gpu-check bench wheelhouse clean
@@ -46,12 +47,12 @@ format: $(READY)  ## write what lint asks for
 stubs: $(READY)  ## build the protobuf stubs from proto/
 	$(PYTHON) tools/build_stubs.py
 
-gpu-check:  ## on a CUDA host: tests marked gpu, then the benchmarks, results as JSON
+gpu-check:  ## on a CUDA host: tests marked gpu, then the benchmarks, results as JSON (BENCH="--only NAME --quick")
 	$(PYTHON) -m pytest -m gpu $(ARGS)
-	$(PYTHON) -m benchmarks --out $(RESULTS)
+	$(PYTHON) -m benchmarks --out $(RESULTS) $(BENCH)
 
 bench:  ## the benchmarks that a CPU host can run
-	$(PYTHON) -m benchmarks --out $(RESULTS)
+	$(PYTHON) -m benchmarks --out $(RESULTS) $(BENCH)
 
 wheelhouse: $(READY)  ## .wheels/: what an offline CUDA host with Python 3.12, torch and triton lacks
 	$(PYTHON) tools/wheelhouse.py .wheels

@@ -7,6 +7,7 @@ A row is only written with its count of wrong rows, and a run with any wrong row
 
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -255,7 +256,8 @@ def header(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "triton": triton_version,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        # a tree that was copied without its history is told what it is
+        "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
