@@ -11,6 +11,8 @@ from streamindex_service import __version__
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.service import Service
 
+_FRESH_TIMEOUT_S = 0.5  # for the device's own figures; a worker that hangs must not hang this
+
 
 class ServerServicer:
     """streamindex.v1.ServerService."""
@@ -48,6 +50,8 @@ class ServerServicer:
         """GetLoad."""
         service = self._service
         link = service.supervisor.link
+        if link is not None:
+            await link.refresh(_FRESH_TIMEOUT_S)
         return pb.GetLoadResponse(
             ledgers=[
                 pb.Ledger(

@@ -77,6 +77,7 @@ class WorkerLink:
         self._outbox: deque[tuple[pb.ToWorker, int | None]] = deque()
         self._writing = False
         self._pings = itertools.count(1)
+        self._pong_waiters: list[asyncio.Future[None]] = []
         self._last_ping = 0
         self._ready: asyncio.Future[pb.Ready] = self._loop.create_future()
         self._gone: asyncio.Future[None] = self._loop.create_future()
@@ -122,10 +123,19 @@ class WorkerLink:
 
     def ping(self) -> bool:
         """Ask for a sign of life; False when the last one was not answered."""
-        answered = self._last_ping in (0, self.pong.sequence)
+        answered = self.pong.sequence >= self._last_ping
         self._last_ping = next(self._pings)
         self.send(pb.ToWorker(ping=pb.Ping(sequence=self._last_ping)))
         return answered
+
+    async def refresh(self, timeout_s: float) -> None:
+        """Bring `pong` up to date, or leave it as it is when no answer comes in time."""
+        if not self.alive:
+            return
+        fresh: asyncio.Future[None] = self._loop.create_future()
+        self._pong_waiters.append(fresh)
+        self.send(pb.ToWorker(ping=pb.Ping(sequence=next(self._pings))))
+        await asyncio.wait([fresh], timeout=timeout_s)
 
     def kill(self) -> None:
         """End the process at once."""
@@ -191,6 +201,10 @@ class WorkerLink:
         kind = message.WhichOneof("message")
         if kind == "pong":
             self.pong = message.pong
+            waiters, self._pong_waiters = self._pong_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
         elif kind == "ready":
             if not self._ready.done():
                 self._ready.set_result(message.ready)
