@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 PAGE_KEYS = 256
+HOPPER_GROUP = 512
 MIN_WORKSPACE_BYTES = 16 << 20
 
 # Allocators round every tensor up; this covers the rounding and the few small tensors (positions, ranges).
