@@ -18,15 +18,24 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.topk.plan import HOPPER_GROUP, KernelTiles
 
-_WORKERS = 4
-_WORKER_KEYS = 64
+# What this module takes from Gluon and this Triton's does not have.
+MISSING = [
+    name
+    for module, names in (
+        (gl, ("warp_specialize", "thread_barrier", "allocate_shared_memory", "NVMMADistributedLayout", "abs")),
+        (hopper, ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared")),
+    )
+    for name in names
+    if not hasattr(module, name)
+]
 _WORKER_REGISTERS = 112
 _FEEDER_REGISTERS = 24
 _SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride", "query_group"]
 
 
-def describe_queries(q, tiles: KernelTiles) -> TensorDescriptor:
+def describe_queries(problem, tiles: KernelTiles) -> TensorDescriptor:
     """What the copy engine needs to know of q [rows, heads, head_dim], once for a run."""
+    q = problem.q
     element = {1: gl.float8e4nv, 2: gl.bfloat16}[q.element_size()]
     block = [tiles.block_queries * tiles.heads_pad, tiles.dim_pad]
     layout = gl.NVMMASharedLayout.get_default_for(block, element)  # the layout depends on the element's size alone
