@@ -61,7 +61,7 @@ class KernelTiles:
     query_group: int
     score_warps: int
     score_stages: int
-    select_lanes: int  # so many entries of a row, or twice as many, are selected in registers
+    select_lanes: int  # up to so many entries of a row, or twice as many, are selected in registers
     select_block: int
     select_warps: int
     filter_keys: int  # tiles of at least so many keys are filtered by a sampled threshold before the selection
@@ -256,7 +256,7 @@ def kernel_tiles(
         select_lanes=2048,
         select_block=2048,
         select_warps=4,
-        filter_keys=4096,
+        filter_keys=2049,  # one more than select_lanes
         sample_every=16,
         sample_lanes=4096,
         mark_block=4096,

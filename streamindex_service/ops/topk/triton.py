@@ -416,14 +416,15 @@ def _select_kernel(
     scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, new_scores, new_indices,
     positions,
     row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, EXPLICIT: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, FILTERED: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
     """The best top_k of (candidates so far, this tile's scores) of one row, in index order, padded. Grid: (rows of
     the chunk,).
 
     scores: [rows, score_stride] float32 of keys tile_start to tile_start + tile_keys. Candidates so far have smaller
     indices than any key of the tile and stand in index order, so "first in order" is "smallest index" across both.
-    FILTERED: where the filter found the row's survivors, only they are read.
+    FILTERED: where the filter found the row's survivors, only they are read. MANY: only rows of more than LANES
+    entries, else only the others: two launches, for what many entries need of registers would slow down few.
     """
     row = tl.program_id(0)
     visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
@@ -442,12 +443,17 @@ def _select_kernel(
             old_count = survivors
             tile_count = survivors * 0
     total = old_count + tile_count
-    if total <= LANES:
-        _select_held(
-            old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices, LANES
-        )
+    if MANY:
+        mine = total > LANES
     else:
-        if total <= 2 * LANES:
+        mine = total <= LANES
+    if mine:
+        if not MANY:
+            _select_held(
+                old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
+                LANES,
+            )  # fmt: skip
+        elif total <= 2 * LANES:
             _select_held(
                 old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
                 2 * LANES,
@@ -457,11 +463,11 @@ def _select_kernel(
                 old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
                 BLOCK,
             )  # fmt: skip
-    lane = tl.arange(0, BLOCK)
-    for start in range(tl.minimum(total, top_k), top_k, BLOCK):
-        unused = start + lane < top_k
-        tl.store(new_scores + start + lane, float("-inf"), mask=unused)
-        tl.store(new_indices + start + lane, -1, mask=unused)
+        lane = tl.arange(0, BLOCK)
+        for start in range(tl.minimum(total, top_k), top_k, BLOCK):
+            unused = start + lane < top_k
+            tl.store(new_scores + start + lane, float("-inf"), mask=unused)
+            tl.store(new_indices + start + lane, -1, mask=unused)
 
 
 # The interpreter multiplies the raw bits of bfloat16 operands: there, and only there, the product takes float32 ones.
@@ -671,15 +677,15 @@ def _launch_select(
         )  # fmt: skip
         _collect_kernel[(rows,)](
             b.scores, b.thresholds, b.marks, *old, *b.survivors, b.counts, positions, *scalars,
-            WORDS=tiles.mark_block // 4, BLOCK=tiles.select_block, EXPLICIT=explicit, num_warps=tiles.select_warps,
+            WORDS=tiles.mark_block // 4, BLOCK=tiles.select_block // 4, EXPLICIT=explicit, num_warps=tiles.select_warps,
         )  # fmt: skip
     # what an unfiltered tile does not use must be as aligned as what it stands for
     survivors = (*b.survivors, b.counts) if filtered else (b.scores, b.lists[0][1], b.lists[0][1])
-    _select_kernel[(rows,)](
-        b.scores, *old, *survivors, *new, positions, *scalars,
-        LANES=tiles.select_lanes, BLOCK=tiles.select_block, FILTERED=filtered, EXPLICIT=explicit,
-        num_warps=tiles.select_warps,
-    )  # fmt: skip
+    arguments = (b.scores, *old, *survivors, *new, positions, *scalars)
+    select = {"LANES": tiles.select_lanes, "BLOCK": tiles.select_block, "FILTERED": filtered, "EXPLICIT": explicit}
+    _select_kernel[(rows,)](*arguments, **select, MANY=False, num_warps=tiles.select_warps)
+    if keys + min(tile_start, p.top_k) > tiles.select_lanes:
+        _select_kernel[(rows,)](*arguments, **select, MANY=True, num_warps=2 * tiles.select_warps)
 
 
 def _chunk_positions(problem: Problem, start: int, stop: int) -> Tensor | None:
