@@ -33,7 +33,7 @@ from streamindex_service.ops.topk.plan import KernelTiles, Plan, ScoreKernel
 from streamindex_service.ops.topk.problem import Problem
 
 _SCORE_SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride"]
-_SELECT_SCALARS = [
+_FILTER_SCALARS = [
     "row_start", "tile_start", "tile_keys", "length", "first_position", "ratio", "score_stride", "top_k", "capacity",
 ]  # fmt: skip
 # scores, thresholds, marks, survivors are the workspace's own and always aligned
@@ -166,7 +166,7 @@ def _sampled_threshold(scores, sample, every, needed, LANES: tl.constexpr):
     return _bisect(bits, inside, needed, needed + needed // 8)
 
 
-@triton.jit(do_not_specialize=_SELECT_SCALARS, do_not_specialize_on_alignment=["positions"])
+@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=["positions"])
 def _threshold_kernel(
     scores, thresholds, positions,
     row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
@@ -192,7 +192,7 @@ def _threshold_kernel(
     tl.store(thresholds + row, threshold.to(tl.int32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=_SELECT_SCALARS, do_not_specialize_on_alignment=["positions"])
+@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=["positions"])
 def _mark_kernel(
     scores, thresholds, marks, positions,
     row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
@@ -228,7 +228,7 @@ def _population(word):
     return ((word + (word >> 16)) & 63).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_SELECT_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
+@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
 def _collect_kernel(
     scores, thresholds, marks, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, positions,
     row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
@@ -411,19 +411,19 @@ def _select_read(
     _keep(scores, old_indices, tile_start, tile_count, kth, needed, kept, new_scores, new_indices, False, BLOCK)
 
 
-@triton.jit(do_not_specialize=_SELECT_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
+@triton.jit(do_not_specialize=[*_FILTER_SCALARS, "filtered"], do_not_specialize_on_alignment=_LIST_POINTERS)
 def _select_kernel(
     scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, new_scores, new_indices,
     positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, FILTERED: tl.constexpr, EXPLICIT: tl.constexpr,
+    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity, filtered,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
     """The best top_k of (candidates so far, this tile's scores) of one row, in index order, padded. Grid: (rows of
     the chunk,).
 
     scores: [rows, score_stride] float32 of keys tile_start to tile_start + tile_keys. Candidates so far have smaller
     indices than any key of the tile and stand in index order, so "first in order" is "smallest index" across both.
-    FILTERED: where the filter found the row's survivors, only they are read. MANY: only rows of more than LANES
+    filtered: where the filter found the row's survivors, only they are read. MANY: only rows of more than LANES
     entries, else only the others: two launches, for what many entries need of registers would slow down few.
     """
     row = tl.program_id(0)
@@ -435,7 +435,7 @@ def _select_kernel(
     old_indices += row.to(tl.int64) * top_k
     new_scores += row.to(tl.int64) * top_k
     new_indices += row.to(tl.int64) * top_k
-    if FILTERED:
+    if filtered != 0:
         survivors = tl.load(survivor_counts + row)
         if survivors >= 0:  # they stand for candidates and tile alike
             old_scores = survivor_scores + row.to(tl.int64) * capacity
@@ -681,8 +681,8 @@ def _launch_select(
         )  # fmt: skip
     # what an unfiltered tile does not use must be as aligned as what it stands for
     survivors = (*b.survivors, b.counts) if filtered else (b.scores, b.lists[0][1], b.lists[0][1])
-    arguments = (b.scores, *old, *survivors, *new, positions, *scalars)
-    select = {"LANES": tiles.select_lanes, "BLOCK": tiles.select_block, "FILTERED": filtered, "EXPLICIT": explicit}
+    arguments = (b.scores, *old, *survivors, *new, positions, *scalars, int(filtered))
+    select = {"LANES": tiles.select_lanes, "BLOCK": tiles.select_block, "EXPLICIT": explicit}
     _select_kernel[(rows,)](*arguments, **select, MANY=False, num_warps=tiles.select_warps)
     if keys + min(tile_start, p.top_k) > tiles.select_lanes:
         _select_kernel[(rows,)](*arguments, **select, MANY=True, num_warps=2 * tiles.select_warps)
