@@ -8,7 +8,7 @@ import torch
 from streamindex_service.ops import KeyFormat, PagedKeys
 from streamindex_service.ops.topk import MIN_WORKSPACE_BYTES, Order, Plan, api, check_topk, plan_for, topk
 from streamindex_service.ops.topk import plan as planning
-from streamindex_service.ops.topk.plan import ScoreKernel, Shape, choose_score_kernel, kernel_tiles
+from streamindex_service.ops.topk.plan import ScoreKernel, Shape, choose_score_kernel
 from streamindex_service.ops.topk.problem import Problem
 from tests.ops.cases import Inputs, make_inputs, same
 
@@ -93,9 +93,7 @@ def test_random_inputs_pass_the_check(case, implementation: str) -> None:
             _judge(inputs, inputs.search(implementation, plan=plan))
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="another device"
-)
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="another device")
 def test_the_plan_names_its_score_kernel() -> None:
     def name(key_format: KeyFormat, heads: int, head_dim: int) -> str:
         plan = plan_for(
@@ -247,7 +245,8 @@ def test_no_shape_compiles_anything_once_warm(key_format: KeyFormat) -> None:
 
     def search(rows: int, keys: int, ratio: int, top_k: int, explicit: bool, budget: int = 256 << 20) -> None:
         inputs = make_inputs(
-            rows=rows, heads=64, head_dim=128, keys=keys, key_format=key_format, top_k=top_k, ratio=ratio, device="cuda",
+            rows=rows, heads=64, head_dim=128, keys=keys, key_format=key_format, top_k=top_k, ratio=ratio,
+            device="cuda",
             positions=torch.arange(keys * ratio, keys * ratio + rows) if explicit else None,
         )  # fmt: skip
         inputs.search("triton", workspace_bytes=budget)

@@ -161,7 +161,7 @@ def test_the_score_kernel_is_chosen_by_device_and_shape(
 def test_a_plan_says_that_gluon_is_missing() -> None:
     shape = planning.Shape(100, 64, 128, 5000, 512, "bf16", 2)
     plan = planning.plan_triton(shape, 256 << 20, ScoreKernel.WITHOUT_GLUON)
-    assert plan.name == "triton, score kernel: portable, for this Triton has no Gluon"
+    assert plan.name == "triton, score kernel: portable, for this Triton lacks what the hopper kernel needs"
     assert plan.tiles is not None
     assert plan.tiles.block_keys == kernel_tiles("bf16", 64, 128).block_keys
 

@@ -22,12 +22,13 @@ from streamindex_service.ops.topk.plan import HOPPER_GROUP, KernelTiles
 MISSING = [
     name
     for module, names in (
-        (gl, ("warp_specialize", "thread_barrier", "allocate_shared_memory", "NVMMADistributedLayout", "abs")),
+        (gl, ("warp_specialize", "allocate_shared_memory", "NVMMADistributedLayout", "abs")),
         (hopper, ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared")),
     )
     for name in names
     if not hasattr(module, name)
 ]
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6, and after
 _WORKER_REGISTERS = 112
 _FEEDER_REGISTERS = 24
 _SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride", "query_group"]
@@ -144,7 +145,7 @@ def _consume(
         products = hopper.warpgroup_mma(operand, q_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         products = hopper.warpgroup_mma_wait(0, deps=[products])
         gate = gl.expand_dims(w_smem.index(slot).load(gl.SliceLayout(0, mma)), 0)
-        if NARROW:
+        if NARROW:  # noqa: SIM108
             # ReLU(x) as (x + |x|) / 2, the half being in the gate: bit for bit the same, since products of 8-bit
             # floats are far from overflow, and additions have twice the rate of maxima
             gated = (products + gl.abs(products)) * gate
@@ -221,7 +222,7 @@ def score_kernel(
             # rows past the length may be NaN: never load them
             k_smem.slice(part * KEYS, KEYS, dim=0).store(gl.load(keys + offset + place, mask=valid, other=0.0))
     hopper.fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
     # the tuples stand here in full: put into a variable, a constexpr becomes a tensor
     gl.warp_specialize(
         [

@@ -42,7 +42,7 @@ class ScoreKernel(StrEnum):
 
     PORTABLE = "portable"
     HOPPER = "hopper"
-    WITHOUT_GLUON = "portable, for this Triton has no Gluon"
+    WITHOUT_GLUON = "portable, for this Triton lacks what the hopper kernel needs"
 
 
 @dataclass(frozen=True)

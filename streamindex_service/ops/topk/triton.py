@@ -265,7 +265,7 @@ def _collect_kernel(
             marked = _population(word)
             place = kept + tl.cumsum(marked, axis=0) - marked
             rounds = tl.where(kept <= capacity, tl.max(marked, axis=0), 0)
-            for _ in range(0, rounds):  # the lowest bit of each word, and off with it
+            for _ in range(rounds):  # the lowest bit of each word, and off with it
                 lowest = (word & (~word + 1)).to(tl.float32).to(tl.uint32, bitcast=True)
                 index = tile_start + (start + lane) * 32 + (lowest >> 23).to(tl.int32) - 127
                 tl.store(survivor_indices + place, index, mask=(word != 0) & (place < capacity))
@@ -443,10 +443,7 @@ def _select_kernel(
             old_count = survivors
             tile_count = survivors * 0
     total = old_count + tile_count
-    if MANY:
-        mine = total > LANES
-    else:
-        mine = total <= LANES
+    mine = total > LANES if MANY else total <= LANES
     if mine:
         if not MANY:
             _select_held(
@@ -531,7 +528,8 @@ class _Run:
             from streamindex_service.ops.topk import hopper
 
             processors = _multiprocessors(problem.q.device)
-            self.launch_scores = partial(_launch_hopper, hopper, hopper.describe_queries(problem, plan.tiles), processors)
+            queries = hopper.describe_queries(problem, plan.tiles)
+            self.launch_scores = partial(_launch_hopper, hopper, queries, processors)
 
 
 class _Buffers:
