@@ -119,9 +119,8 @@ def profile(report: Report, model: Model, tokens: int, key_format: KeyFormat, ro
 
     def row(part: str, seconds: float, useful: float | None, repeats: int) -> Row:
         fraction = None if useful is None else useful / roof
-        return Row(
-            TABLE, f"{case}, {part}", key_format.value, seconds, useful, fraction, None, None, None, wrong, repeats, note
-        )  # fmt: skip
+        figures = (seconds, useful, fraction, None, None, None, wrong, repeats, note)
+        return Row(TABLE, f"{case}, {part}", key_format.value, *figures)
 
     report.add(row("chunk", whole.seconds, flop / whole.seconds / 1e12, whole.repeats))
     for name, samples in times.items():

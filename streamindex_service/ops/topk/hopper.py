@@ -28,7 +28,9 @@ MISSING = [
     for name in names
     if not hasattr(module, name)
 ]
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6, and after
+# named so in Triton 3.6, and later
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+_copy = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
 _WORKER_REGISTERS = 112
 _FEEDER_REGISTERS = 24
 _SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride", "query_group"]
@@ -107,9 +109,7 @@ def _feed(
             gate *= 0.5  # see _consume
         hopper.mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
         hopper.mbarrier.expect(full.index(slot), BYTES)
-        hopper.tma.async_copy_global_to_shared(
-            q_desc, [(row_start + now) * HEADS, 0], full.index(slot), q_smem.index(slot)
-        )
+        _copy(q_desc, [(row_start + now) * HEADS, 0], full.index(slot), q_smem.index(slot))
         w_smem.index(slot).store(gate)
         hopper.mbarrier.arrive(full.index(slot), count=1)
 
