@@ -1,6 +1,6 @@
 """Fused kernels: scores of a chunk of queries × a tile of keys, and the exact selection of each row's best.
 
-The only module of the operation that imports Triton. With TRITON_INTERPRET=1 the same code runs on CPU tensors, for
+This module and hopper.py alone import Triton. With TRITON_INTERPRET=1 the same code runs on CPU tensors, for
 tests.
 
 Scores: keys are the M operand of the product and (queries × heads) the N operand, so the sum over heads stays within
