@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 # name -> whether it needs a GPU
-BENCHMARKS = {"topk_scaling": True, "upload_throughput": False, "search_stream": False}
+BENCHMARKS = {"topk_scaling": True, "topk_profile": True, "upload_throughput": False, "search_stream": False}
 _TIMEOUT_S = 3600
 _PLAIN_WIDTH = 160
 

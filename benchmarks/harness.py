@@ -157,7 +157,7 @@ def roof_tflops(key_format: KeyFormat, device: str) -> float:
     return 10 * 2 * n**3 / measure(ten, device, budget_s=1.0).seconds / 1e12
 
 
-def wrong_rows(prefill: Prefill, indices: Tensor, sample: int = _CHECKED_ROWS) -> int:
+def wrong_rows(prefill: Prefill, indices: Tensor, sample: int = _CHECKED_ROWS, first_position: int = 0) -> int:
     """Rows of a sample, spread over the sequence and always with its ends, that the re-scoring check finds wrong."""
     rows = torch.linspace(0, prefill.tokens - 1, min(sample, prefill.tokens), dtype=torch.float64).long().unique()
     on_device = rows.to(indices.device)
@@ -166,7 +166,7 @@ def wrong_rows(prefill: Prefill, indices: Tensor, sample: int = _CHECKED_ROWS) -
         prefill.q.view(torch.uint8)[on_device].view(prefill.q.dtype),  # not every float format can be indexed
         prefill.w[on_device],
         prefill.keys,
-        rows,
+        rows + first_position,
         ratio=prefill.model.ratio,
         top_k=prefill.model.top_k,
     )

@@ -31,7 +31,7 @@ from benchmarks.harness import (
     wrong_rows,
 )
 from streamindex_service.ops import KeyFormat
-from streamindex_service.ops.topk import Order, Plan, ReferenceTooLargeError, topk
+from streamindex_service.ops.topk import Order, Plan, ReferenceTooLargeError, plan_for, topk
 from streamindex_service.ops.topk.problem import Problem
 from streamindex_service.ops.topk.reference import run_reference
 
@@ -77,7 +77,13 @@ class Scaling:
     def _triton(self, prefill: Prefill, baseline: float | None) -> None:
         out = self._out(prefill)
         timing = measure(lambda: self._search(prefill, "triton", out), self.device)
-        self._row(prefill, "triton", timing, out, baseline, f"workspace {self.workspace_bytes >> 20} MiB")
+        plan = plan_for(
+            "triton", self.device, prefill.keys.format, rows=prefill.tokens, heads=self.model.heads,
+            head_dim=self.model.head_dim, keys=prefill.keys.length, top_k=self.model.top_k,
+            workspace_bytes=self.workspace_bytes,
+        )  # fmt: skip
+        note = f"workspace {self.workspace_bytes >> 20} MiB, {plan.name if plan else ''}"
+        self._row(prefill, "triton", timing, out, baseline, note)
 
     def _chunked(self, prefill: Prefill) -> float:
         chunk, tile = self._best_tiling()

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from streamindex_service.ops import KeyFormat, PagedKeys
-from streamindex_service.ops.topk import MIN_WORKSPACE_BYTES, Order, Plan, check_topk, plan_for, topk
-from streamindex_service.ops.topk.plan import kernel_tiles
+from streamindex_service.ops.topk import MIN_WORKSPACE_BYTES, Order, Plan, api, check_topk, plan_for, topk
+from streamindex_service.ops.topk import plan as planning
+from streamindex_service.ops.topk.plan import ScoreKernel, Shape, choose_score_kernel
+from streamindex_service.ops.topk.problem import Problem
 from tests.ops.cases import Inputs, make_inputs, same
 
 pytestmark = [
@@ -50,6 +52,22 @@ def _inputs(case, **changes) -> Inputs:
     )  # fmt: skip
 
 
+def _kernels(inputs: Inputs) -> list[ScoreKernel]:
+    """The score kernels that this device has for the inputs: the portable one, and Hopper's where it is chosen."""
+    _, heads, head_dim = inputs.q.shape
+    chosen = choose_score_kernel(
+        inputs.keys.format.value, heads, head_dim, torch.cuda.get_device_capability(), gluon=api.has_gluon()
+    )
+    return [ScoreKernel.PORTABLE] + [ScoreKernel.HOPPER] * (chosen is ScoreKernel.HOPPER)
+
+
+def _plans(inputs: Inputs, workspace_bytes: int = 256 << 20) -> list[Plan]:
+    rows, heads, head_dim = inputs.q.shape
+    key_format, width = inputs.keys.format, inputs.keys.length
+    shape = Shape(rows, heads, head_dim, width, inputs.top_k, key_format.value, key_format.element_bytes)
+    return [planning.plan_triton(shape, workspace_bytes, kernel) for kernel in _kernels(inputs)]
+
+
 def _judge(inputs: Inputs, result, order: Order = Order.SCORE) -> None:
     report = check_topk(
         result.indices, inputs.q, inputs.w, inputs.keys, inputs.positions,
@@ -70,6 +88,27 @@ def _give_memory_back():
 def test_random_inputs_pass_the_check(case, implementation: str) -> None:
     inputs = _inputs(case)
     _judge(inputs, inputs.search(implementation))
+    if implementation == "triton":
+        for plan in _plans(inputs):
+            _judge(inputs, inputs.search(implementation, plan=plan))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="another device")
+def test_the_plan_names_its_score_kernel() -> None:
+    def name(key_format: KeyFormat, heads: int, head_dim: int) -> str:
+        plan = plan_for(
+            "triton", "cuda", key_format, rows=10, heads=heads, head_dim=head_dim, keys=1000, top_k=64
+        )  # fmt: skip
+        assert plan is not None
+        return plan.name
+
+    assert api.has_gluon()
+    for heads in (32, 64, 128):
+        for key_format in (BF16, FP16, FP8):
+            assert name(key_format, heads, 128).endswith(": hopper")
+    assert name(BF16, 64, 64).endswith(": portable")
+    assert name(BF16, 48, 128).endswith(": portable")
+    assert name(FP32, 64, 128).endswith(": portable")
 
 
 @pytest.mark.parametrize("order", list(Order), ids=lambda order: order.value)
@@ -77,37 +116,77 @@ def test_random_inputs_pass_the_check(case, implementation: str) -> None:
 def test_exact_inputs_equal_the_reference_bit_for_bit(case, order: Order) -> None:
     inputs = _inputs(case, values="integers")
     expected = inputs.search("reference", order=order)
-    assert same(inputs.search("triton", order=order), expected)
-    assert torch.equal(inputs.search("triton", order=order, want_scores=False).indices, expected.indices)
+    for plan in _plans(inputs):
+        assert same(inputs.search("triton", order=order, plan=plan), expected), plan.name
+        found = inputs.search("triton", order=order, plan=plan, want_scores=False)
+        assert torch.equal(found.indices, expected.indices), plan.name
 
 
-@pytest.mark.parametrize("case", SHAPES[:3], ids=_id)
+@pytest.mark.parametrize("case", [*SHAPES[:6], (517, 20_001, 64, 128, FP16, 512, 4)], ids=_id)
 def test_chunk_tile_workspace_and_neighbours_change_no_bit(case) -> None:
     inputs = _inputs(case)
-    whole = inputs.search("triton")
-    assert same(inputs.search("triton"), whole)
-    assert same(inputs.search("triton", workspace_bytes=MIN_WORKSPACE_BYTES), whole)
-    tiles = kernel_tiles(inputs.keys.format.value, inputs.q.shape[1], inputs.q.shape[2])
-    for chunk, tile in ((7, 256), (64, 4096), (500, 8192), (1, 65_536)):
-        assert same(inputs.search("triton", plan=Plan(chunk, tile, 0, tiles)), whole), (chunk, tile)
-    for start, stop in ((0, 1), (5, 6), (37, 164)):
-        part = inputs.row(start, stop).search("triton")
-        assert same(part, type(part)(whole.indices[start:stop], whole.scores[start:stop])), (start, stop)
+    for plan, least in zip(_plans(inputs), _plans(inputs, MIN_WORKSPACE_BYTES), strict=True):
+        assert plan.tiles is not None
+        whole = inputs.search("triton", plan=plan)
+        for _ in range(5):
+            assert same(inputs.search("triton", plan=plan), whole)
+        assert same(inputs.search("triton", plan=least), whole)
+        for chunk, tile in ((7, 256), (64, 4096), (500, 8192), (1, 65_536)):
+            assert same(inputs.search("triton", plan=Plan(chunk, tile, 0, plan.tiles)), whole), (plan.name, chunk, tile)
+        for start, stop in ((0, 1), (5, 6), (37, 164)):
+            part = inputs.row(start, stop).search("triton", plan=plan)
+            expected = type(part)(whole.indices[start:stop], whole.scores[start:stop])
+            assert same(part, expected), (plan.name, start, stop)
 
 
-def test_unsorted_positions_from_none_to_all() -> None:
+def test_the_group_of_queries_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in SHAPES[1:5]:
+        inputs = _inputs(case)
+        plan = _plans(inputs)[-1]
+        whole = inputs.search("triton", plan=plan)
+        for group in (1, 64, 96, 130, 512):
+            with monkeypatch.context() as patch:
+                patch.setattr(planning, "balanced_group", lambda *_, group=group: group)
+                assert same(inputs.search("triton", plan=plan), whole), (_id(case), group)
+
+
+@pytest.mark.parametrize("key_format", [BF16, FP8], ids=lambda key_format: key_format.value)
+def test_a_whole_prefill_in_growing_chunks(key_format: KeyFormat) -> None:
+    rows = 20_000
+    inputs = _inputs((rows, rows // 4, 64, 128, key_format, 512, 4), positions=0)
+    for plan in _plans(inputs, 64 << 20):
+        assert plan.tiles is not None
+        assert plan.grow
+        grown = inputs.search("triton", order=Order.INDEX, plan=plan)
+        fixed = inputs.search("triton", order=Order.INDEX, plan=Plan(512, 2048, 0, plan.tiles))
+        assert same(grown, fixed), plan.name
+        for start in (0, 2041, rows - 300):
+            part = inputs.row(start, start + 300)
+            window = slice(start, start + 300)
+            _judge(part, type(grown)(grown.indices[window], grown.scores[window]), Order.INDEX)
+
+
+@pytest.mark.parametrize("key_format", [BF16, FP8], ids=lambda key_format: key_format.value)
+def test_unsorted_positions_from_none_to_all(key_format: KeyFormat) -> None:
     visible = torch.randint(0, 30_000, (400,), generator=torch.Generator().manual_seed(5))
     visible[:6] = torch.tensor([0, 1, 511, 512, 513, 30_000])
     positions = torch.where(visible > 0, visible * 4 - 1, 2)
-    inputs = _inputs((400, 30_000, 64, 128, BF16, 512, 4), positions=positions, values="integers")
+    inputs = _inputs((400, 30_000, 64, 128, key_format, 512, 4), positions=positions, values="integers")
     for order in Order:
-        assert same(inputs.search("triton", order=order), inputs.search("reference", order=order))
+        expected = inputs.search("reference", order=order)
+        for plan in _plans(inputs):
+            assert same(inputs.search("triton", order=order, plan=plan), expected), plan.name
 
 
 @pytest.mark.parametrize(
-    "kind", ["zeros", "equal", "rising", "falling", "outlier", "periodic", "negative", "minus zeros", "tiny", "huge"]
-)
-def test_adversarial_rows(kind: str) -> None:
+    "kind",
+    [
+        "zeros", "equal", "rising", "falling", "outlier", "periodic", "negative", "minus zeros", "tiny", "huge",
+        "sampled lines low", "sampled lines high",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("heads", "head_dim"), [(16, 16), (32, 128)])
+def test_adversarial_rows(kind: str, heads: int, head_dim: int) -> None:
     keys, rows = 50_003, 40
     number = torch.arange(keys, device="cuda", dtype=torch.float32)
     column = {
@@ -121,25 +200,53 @@ def test_adversarial_rows(kind: str) -> None:
         "minus zeros": -(number % 2),
         "tiny": number * 1e-30,
         "huge": number * 1e30,
+        "sampled lines low": (number // 32 % 16 != 0) * 512.0 + number % 32,
+        "sampled lines high": (number // 32 % 16 == 0) * 512.0 + number % 32,
     }[kind]
-    k = torch.zeros(keys, 16, device="cuda")
+    k = torch.zeros(keys, head_dim, device="cuda")
     # three parts of 8 bits each: a sum that bfloat16 products give exactly
     k[:, 0] = column.to(torch.bfloat16).float()
     k[:, 1] = (column - k[:, 0]).to(torch.bfloat16).float()
     k[:, 2] = (column - k[:, 0] - k[:, 1]).to(torch.bfloat16).float()
-    q = torch.zeros(rows, 16, 16, device="cuda")  # as many heads as a block has, so that none is padding
+    q = torch.zeros(rows, heads, head_dim, device="cuda")  # as many heads as a block has, so that none is padding
     q[:, 0, :3] = 1
-    w = torch.ones(rows, 16, device="cuda") * (-1 if kind in ("negative", "minus zeros") else 1)
+    w = torch.ones(rows, heads, device="cuda") * (-1 if kind in ("negative", "minus zeros") else 1)
     inputs = Inputs(q.bfloat16(), w, PagedKeys.from_contiguous(k.bfloat16()), keys - rows, 1, 512)
-    assert same(inputs.search("triton"), inputs.search("reference"))
+    expected = inputs.search("reference")
+    for plan in _plans(inputs):
+        assert same(inputs.search("triton", plan=plan), expected), plan.name
+    if kind in ("zeros", "equal", "sampled lines low"):  # the sample misleads: every row is read whole
+        assert set(_survivors(inputs)) == {-1}
+    if kind in ("rising", "falling", "sampled lines high"):
+        assert min(_survivors(inputs)) >= inputs.top_k
 
 
-def test_no_shape_compiles_anything_once_warm() -> None:
+def _survivors(inputs: Inputs) -> list[int]:
+    from streamindex_service.ops.topk.triton import survivor_counts
+
+    out = torch.empty((inputs.q.shape[0], inputs.top_k), dtype=torch.int32, device="cuda")
+    problem = Problem(
+        inputs.q, inputs.w, inputs.keys, inputs.positions, inputs.ratio, inputs.top_k, Order.INDEX, out, None
+    )
+    return survivor_counts(problem, _plans(inputs)[-1]).tolist()
+
+
+def test_random_rows_do_not_fall_back() -> None:
+    for keys in (2_500, 20_000, 65_536, 300_000):
+        for top_k in (64, 512, 2048):
+            if keys >= 4 * top_k:
+                counts = _survivors(_inputs((64, keys, 64, 128, FP8, top_k, 1)))
+                assert counts.count(-1) <= 1, (keys, top_k, counts)
+
+
+@pytest.mark.parametrize("key_format", [BF16, FP8], ids=lambda key_format: key_format.value)
+def test_no_shape_compiles_anything_once_warm(key_format: KeyFormat) -> None:
     from streamindex_service.ops.topk.triton import compiled_variants
 
     def search(rows: int, keys: int, ratio: int, top_k: int, explicit: bool, budget: int = 256 << 20) -> None:
         inputs = make_inputs(
-            rows=rows, heads=64, head_dim=128, keys=keys, key_format=BF16, top_k=top_k, ratio=ratio, device="cuda",
+            rows=rows, heads=64, head_dim=128, keys=keys, key_format=key_format, top_k=top_k, ratio=ratio,
+            device="cuda",
             positions=torch.arange(keys * ratio, keys * ratio + rows) if explicit else None,
         )  # fmt: skip
         inputs.search("triton", workspace_bytes=budget)

@@ -127,8 +127,14 @@ def small_plan(inputs: Inputs, query_chunk: int, key_tile: int, **changes: int) 
     return Plan(query_chunk, key_tile, 0, shrunk(tiles, **changes))
 
 
+_SMALL = {
+    "query_group": 16, "select_lanes": 128, "select_block": 256, "filter_keys": 256, "sample_every": 4,
+    "sample_lanes": 512, "mark_block": 512,
+}  # fmt: skip
+
+
 def shrunk(tiles: KernelTiles, **changes: int) -> KernelTiles:
-    return replace(tiles, **{"query_group": 16, "select_block": 256, "filter_keys": 256, "sample_every": 4} | changes)
+    return replace(tiles, **_SMALL | changes)
 
 
 def same(left: TopkResult, right: TopkResult) -> bool:

@@ -20,7 +20,9 @@ from streamindex_service.ops.topk import (
     plan_for,
     topk,
 )
+from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk import reference as reference_module
+from streamindex_service.ops.topk.plan import ScoreKernel, balanced_group, choose_score_kernel, kernel_tiles
 from tests.ops.cases import kernel_device, make_inputs
 
 
@@ -131,6 +133,48 @@ def test_every_plan_fits_its_workspace(
     assert 1 <= plan.query_chunk <= rows
     assert plan.key_tile % 256 == 0
     assert plan.key_tile >= 256
+
+
+@pytest.mark.parametrize(
+    ("format_name", "heads", "head_dim", "capability", "gluon", "expected"),
+    [
+        ("bf16", 64, 128, (9, 0), True, ScoreKernel.HOPPER),
+        ("fp8_e4m3", 32, 128, (9, 0), True, ScoreKernel.HOPPER),
+        ("bf16", 64, 128, (9, 0), False, ScoreKernel.WITHOUT_GLUON),
+        ("fp32", 64, 128, (9, 0), False, ScoreKernel.PORTABLE),
+        ("bf16", 48, 128, (9, 0), True, ScoreKernel.PORTABLE),
+        ("bf16", 64, 64, (9, 0), True, ScoreKernel.PORTABLE),
+        ("bf16", 64, 128, (10, 0), True, ScoreKernel.PORTABLE),
+        ("bf16", 64, 128, None, True, ScoreKernel.PORTABLE),
+    ],
+)
+def test_the_score_kernel_is_chosen_by_device_and_shape(
+    format_name: str, heads: int, head_dim: int, capability: tuple | None, gluon: bool, expected: ScoreKernel
+) -> None:
+    assert choose_score_kernel(format_name, heads, head_dim, capability, gluon=gluon) is expected
+    if expected is not ScoreKernel.WITHOUT_GLUON:
+        tiles = kernel_tiles(format_name, heads, head_dim, expected)
+        assert tiles.score_kernel is expected
+        assert 256 % tiles.block_keys == 0  # a block's keys lie in one page
+
+
+def test_a_plan_says_that_gluon_is_missing() -> None:
+    shape = planning.Shape(100, 64, 128, 5000, 512, "bf16", 2)
+    plan = planning.plan_triton(shape, 256 << 20, ScoreKernel.WITHOUT_GLUON)
+    assert plan.name == "triton, score kernel: portable, for this Triton lacks what the hopper kernel needs"
+    assert plan.tiles is not None
+    assert plan.tiles.block_keys == kernel_tiles("bf16", 64, 128).block_keys
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 856, 3256, 8192])
+@pytest.mark.parametrize("key_blocks", [1, 7, 32, 256, 4096])
+def test_a_balanced_group_is_one_of_the_kernels(rows: int, key_blocks: int) -> None:
+    group = balanced_group(key_blocks, rows, 132, 512)
+    assert 64 <= group <= 512
+    assert group % 32 == 0
+    # no worse than the largest and the smallest by the measure itself: all multiprocessors busy with large groups
+    if key_blocks * rows >= 132 * 512 * 8:
+        assert group >= 128
 
 
 def test_less_than_the_floor_is_refused_with_figures() -> None:

@@ -1,5 +1,7 @@
 """Bit for bit the same answer, whatever the chunk, tile, workspace, thread count or neighbours."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -85,3 +87,25 @@ def test_longer_sequence_does_not_change_earlier_rows() -> None:
 
 def _keys(k: torch.Tensor, device: str) -> PagedKeys:
     return PagedKeys.from_contiguous(k.to(device))
+
+
+def test_growing_chunks_change_no_bit_and_fit_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamindex_service.ops.topk import triton as kernels
+
+    inputs = make_inputs(
+        rows=60, heads=4, head_dim=16, keys=1500, key_format=KeyFormat.BF16, top_k=20, ratio=1, device=kernel_device(),
+        positions=torch.arange(0, 1500, 25),
+    )  # fmt: skip
+    chunks = []
+    search_chunk = kernels._search_chunk
+    monkeypatch.setattr(kernels, "_search_chunk", lambda *a: chunks.append(a[1:]) or search_chunk(*a))
+    fixed = inputs.search("triton", plan=small_plan(inputs, 8, 1536))
+    assert [(start, stop) for start, stop, _ in chunks] == [(n, min(n + 8, 60)) for n in range(0, 60, 8)]
+    chunks.clear()
+    grown = inputs.search("triton", plan=replace(small_plan(inputs, 8, 1536), grow=True))  # the arena asserts its size
+    assert same(grown, fixed)
+    rows = [stop - start for start, stop, _ in chunks]
+    assert sum(rows) == 60
+    assert rows[0] > 8
+    assert all(count >= 8 for count in rows[:-1])
+    assert len(rows) < 8

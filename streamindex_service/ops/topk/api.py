@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from streamindex_service.ops.formats import KeyFormat
 from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
-from streamindex_service.ops.topk.plan import Plan, Shape
+from streamindex_service.ops.topk.plan import Plan, Shape, choose_score_kernel
 from streamindex_service.ops.topk.problem import LIMITS, Limits, Problem, check_inputs, check_output
 from streamindex_service.ops.topk.reference import run_reference
 from streamindex_service.ops.topk.torch_chunked import run_chunked
@@ -45,7 +46,7 @@ class Implementation:
     cpu_only_interpreted: on CPU tensors it runs under Triton's interpreter, which is for tests. requires: a package
     it imports.
     repeatable: the device types on which chunk, tile, workspace and neighbours cannot change a bit of the answer.
-    plan: (shape, workspace_bytes, device type) -> Plan, or None if nothing is tiled.
+    plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Implementation:
     formats: frozenset[KeyFormat]
     repeatable: frozenset[str]
     limits: Limits
-    plan: Callable[[Shape, int, str], Plan] | None
+    plan: Callable[[Shape, int, torch.device], Plan] | None
     requires: str | None = None
     cpu_only_interpreted: bool = False
 
@@ -85,6 +86,27 @@ def _triton(problem: Problem, plan: Plan | None) -> None:
     run_triton(problem, plan)
 
 
+def _plan_triton(shape: Shape, workspace_bytes: int, device: torch.device) -> Plan:
+    capability = None
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+    kernel = choose_score_kernel(
+        shape.format_name, shape.heads, shape.head_dim, capability, gluon=capability is not None and has_gluon()
+    )
+    return planning.plan_triton(shape, workspace_bytes, kernel)
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether this Triton has what the Hopper kernel is written in; it is experimental, and changes between
+    versions."""
+    try:
+        from streamindex_service.ops.topk.hopper import MISSING
+    except (ImportError, AttributeError):
+        return False
+    return not MISSING
+
+
 _ALL_FORMATS = frozenset(KeyFormat)
 _ANY_DEVICE = frozenset({"cpu", "cuda"})
 
@@ -100,7 +122,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
                 _ALL_FORMATS,
                 repeatable=frozenset({"cpu"}),
                 limits=LIMITS,
-                plan=lambda shape, budget, device: planning.plan_chunked(shape, budget, on_cuda=device == "cuda"),
+                plan=lambda shape, budget, device: planning.plan_chunked(shape, budget, on_cuda=device.type == "cuda"),
             ),
             Implementation(
                 "triton",
@@ -109,7 +131,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
                 _ALL_FORMATS,
                 repeatable=_ANY_DEVICE,
                 limits=LIMITS,
-                plan=lambda shape, budget, device: planning.plan_triton(shape, budget),
+                plan=_plan_triton,
                 requires="triton",
                 cpu_only_interpreted=True,
             ),
@@ -150,7 +172,7 @@ def plan_for(
     if found.plan is None:
         return None
     shape = Shape(rows, heads, head_dim, keys, top_k, key_format.value, key_format.element_bytes)
-    return found.plan(shape, workspace_bytes, torch.device(device).type)
+    return found.plan(shape, workspace_bytes, torch.device(device))
 
 
 def topk(
@@ -217,6 +239,6 @@ def topk(
         return TopkResult(out_indices, out_scores)
     if plan is None and found.plan is not None:
         shape = Shape(rows, q.shape[1], q.shape[2], width, top_k, keys.format.value, keys.format.element_bytes)
-        plan = found.plan(shape, workspace_bytes, device.type)
+        plan = found.plan(shape, workspace_bytes, device)
     found.function(problem, plan)
     return TopkResult(out_indices, out_scores)

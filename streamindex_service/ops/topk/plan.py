@@ -5,6 +5,8 @@ Bytes here are the workspace alone: inputs (q, w, keys, positions) and outputs a
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import lru_cache
 
 PAGE_KEYS = 256
 MIN_WORKSPACE_BYTES = 16 << 20
@@ -12,19 +14,40 @@ MIN_WORKSPACE_BYTES = 16 << 20
 # Allocators round every tensor up; this covers the rounding and the few small tensors (positions, ranges).
 _SLACK_BYTES = 1 << 20
 # More rows in a chunk buy no more reuse of a key tile, and cost causal tiles that only its last rows see.
-_MAX_QUERY_CHUNK = 8192
+MAX_QUERY_CHUNK = 8192
 # Fewer rows than this in a chunk would re-read every key too often: split the keys instead.
 _FULL_WIDTH_ROWS = 128
 _TILED_ROWS = 256
 _ROW_STEP = 8
 # torch.sort by score: sorted values and int64 permutation, with the sort's own double buffers.
 _SORT_BYTES_PER_ENTRY = 48
-_LIST_BYTES_PER_ENTRY = 8  # float32 score, int32 index
+_SORT_ENTRIES = 1 << 18  # sorted at once, in whole rows
+_PART_ALIGNMENT = 256
+_FILTERED_TOP_K = 4  # a row of fewer than so many times top_k keys is not filtered
+
+# The queries that one block of the Hopper kernel walks over are chosen from these to balance the multiprocessors.
+HOPPER_GROUP = 512
+_HOPPER_GROUPS = range(64, HOPPER_GROUP + 1, 32)
+_HOPPER_BLOCK_COST = 6  # what a block costs before its first query, in queries
+# What the Hopper kernel takes: stages of its ring, by format. Everything else keeps the portable kernel.
+HOPPER_STAGES = {"fp8_e4m3": 6, "bf16": 4, "fp16": 4}
+HOPPER_HEADS = frozenset({32, 64, 128})
+HOPPER_HEAD_DIM = 128
+HOPPER_CAPABILITY = (9, 0)
+
+
+class ScoreKernel(StrEnum):
+    """Which score kernel a plan takes: one for all chunks and tiles of every run of a (device, format, heads,
+    head_dim)."""
+
+    PORTABLE = "portable"
+    HOPPER = "hopper"
+    WITHOUT_GLUON = "portable, for this Triton lacks what the hopper kernel needs"
 
 
 @dataclass(frozen=True)
 class KernelTiles:
-    """Compile-time shape of the fused score kernel and of the selection kernel.
+    """Compile-time shape of the score kernel and of the selection kernels.
 
     A score block is [block_keys, block_queries × heads_pad]; one program holds its keys and walks over `query_group`
     queries. They depend on (format, heads, head_dim) alone, never on a length, so that no request compiles anything
@@ -38,21 +61,34 @@ class KernelTiles:
     query_group: int
     score_warps: int
     score_stages: int
+    select_lanes: int  # up to so many entries of a row, or twice as many, are selected in registers
     select_block: int
     select_warps: int
     filter_keys: int  # tiles of at least so many keys are filtered by a sampled threshold before the selection
-    sample_every: int  # one line of 32 scores in so many is sampled
+    sample_every: int  # one line of 32 scores in so many is sampled, or fewer:
+    sample_lanes: int  # the most scores of a sample
+    mark_block: int
+    score_kernel: ScoreKernel = ScoreKernel.PORTABLE
 
 
 @dataclass(frozen=True)
 class Plan:
     """One run's tiles: rows of a query chunk, keys of a key tile (a multiple of 256), and the peak workspace in
-    bytes."""
+    bytes.
+
+    grow: a chunk whose rows see fewer keys than the tile holds takes more rows, as many as fit the same workspace.
+    """
 
     query_chunk: int
     key_tile: int
     workspace_bytes: int
     tiles: KernelTiles | None = None
+    grow: bool = False
+
+    @property
+    def name(self) -> str:
+        """Which kernels run: for logs and results."""
+        return "torch" if self.tiles is None else f"triton, score kernel: {self.tiles.score_kernel.value}"
 
 
 class WorkspaceTooSmallError(ValueError):
@@ -77,10 +113,10 @@ class Shape:
     element_bytes: int
 
 
-def plan_triton(shape: Shape, workspace_bytes: int) -> Plan:
+def plan_triton(shape: Shape, workspace_bytes: int, score_kernel: ScoreKernel = ScoreKernel.PORTABLE) -> Plan:
     """Tiles of the fused kernels. Raises WorkspaceTooSmallError below 16 MiB."""
-    tiles = kernel_tiles(shape.format_name, shape.heads, shape.head_dim)
-    return replace(_fit(shape, workspace_bytes, triton_workspace_bytes), tiles=tiles)
+    tiles = kernel_tiles(shape.format_name, shape.heads, shape.head_dim, score_kernel)
+    return replace(_fit(shape, workspace_bytes, triton_workspace_bytes), tiles=tiles, grow=True)
 
 
 def plan_chunked(shape: Shape, workspace_bytes: int, *, on_cuda: bool) -> Plan:
@@ -89,10 +125,42 @@ def plan_chunked(shape: Shape, workspace_bytes: int, *, on_cuda: bool) -> Plan:
 
 
 def triton_workspace_bytes(shape: Shape, query_chunk: int, key_tile: int) -> int:
-    """Peak bytes of the fused kernels: scores of a chunk × tile, two candidate lists, survivors, and the final sort."""
-    lists = 2 * shape.top_k + survivor_capacity(shape.top_k)
-    per_row = 4 * key_tile + lists * _LIST_BYTES_PER_ENTRY + shape.top_k * _SORT_BYTES_PER_ENTRY + 4
-    return query_chunk * per_row + _SLACK_BYTES
+    """Peak bytes of the fused kernels: the arena of a chunk × tile, and the final sort."""
+    tiles = kernel_tiles(shape.format_name, shape.heads, shape.head_dim)  # no score kernel changes a byte of it
+    sort = sort_rows(shape.top_k, query_chunk) * shape.top_k * _SORT_BYTES_PER_ENTRY
+    return arena_bytes(shape.top_k, query_chunk, key_tile, tiles) + sort + _SLACK_BYTES
+
+
+def arena_bytes(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> int:
+    """Bytes of all buffers of a chunk of `rows` rows and `stride` keys."""
+    return sum(arena_parts(top_k, rows, stride, tiles))
+
+
+def arena_parts(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> list[int]:
+    """Bytes of each: scores (with a block more, read and not used), two candidate lists of scores and indices, and
+    where the chunk is filtered survivors (scores, indices), marks, thresholds and counts; else nothing."""
+    filtered = is_filtered(stride, top_k, tiles)
+    entries, survivors = rows * top_k, rows * survivor_capacity(top_k) * filtered
+    words = [
+        rows * stride + tiles.mark_block, entries, entries, entries, entries,
+        survivors, survivors, rows * stride // 32 * filtered, rows * filtered, rows * filtered,
+    ]  # fmt: skip
+    return [_round_up(4 * count, _PART_ALIGNMENT) for count in words]
+
+
+def sort_rows(top_k: int, query_chunk: int) -> int:
+    """Rows of candidates that are sorted at once."""
+    return max(1, min(query_chunk, _SORT_ENTRIES // top_k))
+
+
+def score_stride(width: int) -> int:
+    """Floats from one row of scores to the next, where rows see `width` keys: whole pages."""
+    return _round_up(max(width, 1), PAGE_KEYS)
+
+
+def is_filtered(keys: int, top_k: int, tiles: KernelTiles) -> bool:
+    """Whether a tile of so many keys is filtered before the selection."""
+    return keys >= max(tiles.filter_keys, _FILTERED_TOP_K * top_k)
 
 
 def chunked_cpu_workspace_bytes(shape: Shape, query_chunk: int, key_tile: int) -> int:
@@ -118,14 +186,14 @@ def _fit(shape: Shape, workspace_bytes: int, cost: Callable[[Shape, int, int], i
     keys."""
     if workspace_bytes < MIN_WORKSPACE_BYTES:
         raise WorkspaceTooSmallError(workspace_bytes, MIN_WORKSPACE_BYTES)
-    rows = max(1, min(shape.rows, _MAX_QUERY_CHUNK))
+    rows = max(1, min(shape.rows, MAX_QUERY_CHUNK))
     all_keys = _round_up(max(shape.keys, 1), PAGE_KEYS)
     if cost(shape, min(rows, _FULL_WIDTH_ROWS), all_keys) <= workspace_bytes:
-        chunk, tile = _largest(rows, lambda n: cost(shape, n, all_keys) <= workspace_bytes), all_keys
+        chunk, tile = largest(rows, lambda n: cost(shape, n, all_keys) <= workspace_bytes), all_keys
     else:
         # a square-ish block: the smallest tile first decides the rows, then the tile takes what is left
-        chunk = _largest(min(rows, _TILED_ROWS), lambda n: cost(shape, n, 4 * PAGE_KEYS) <= workspace_bytes)
-        pages = _largest(all_keys // PAGE_KEYS, lambda n: cost(shape, chunk, n * PAGE_KEYS) <= workspace_bytes)
+        chunk = largest(min(rows, _TILED_ROWS), lambda n: cost(shape, n, 4 * PAGE_KEYS) <= workspace_bytes)
+        pages = largest(all_keys // PAGE_KEYS, lambda n: cost(shape, chunk, n * PAGE_KEYS) <= workspace_bytes)
         tile = pages * PAGE_KEYS
     if chunk > _ROW_STEP and chunk < rows:
         chunk -= chunk % _ROW_STEP
@@ -135,7 +203,7 @@ def _fit(shape: Shape, workspace_bytes: int, cost: Callable[[Shape, int, int], i
     return Plan(chunk, tile, bytes_needed)
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
+def largest(most: int, fits: Callable[[int], bool]) -> int:
     """The largest n in 1..most that fits, at least 1, for a cost that grows with n."""
     low, high = 1, most
     while low < high:
@@ -146,16 +214,32 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 def survivor_capacity(top_k: int) -> int:
     """Entries of a row that the filter may leave to the selection; more, and the selection reads the whole row."""
-    return max(1024, 4 * top_k)
+    return max(1024, 6 * top_k)
 
 
-def kernel_tiles(format_name: str, heads: int, head_dim: int) -> KernelTiles:
+def choose_score_kernel(
+    format_name: str, heads: int, head_dim: int, capability: tuple[int, int] | None, *, gluon: bool
+) -> ScoreKernel:
+    """The static choice: by device, format and dimensions, never by a length. capability: of a CUDA device, or
+    None."""
+    fits = format_name in HOPPER_STAGES and heads in HOPPER_HEADS and head_dim == HOPPER_HEAD_DIM
+    if capability != HOPPER_CAPABILITY or not fits:
+        return ScoreKernel.PORTABLE
+    return ScoreKernel.HOPPER if gluon else ScoreKernel.WITHOUT_GLUON
+
+
+@lru_cache(maxsize=256)
+def kernel_tiles(
+    format_name: str, heads: int, head_dim: int, score_kernel: ScoreKernel = ScoreKernel.PORTABLE
+) -> KernelTiles:
     """The static table of kernel shapes, measured on an H200 at 64 × 128; other sizes follow from what fits a
     multiprocessor."""
     heads_pad = max(16, _power_of_two(heads))
     dim_pad = max(32, _power_of_two(head_dim))  # the e4m3 matrix unit takes 32 elements at a time
-    wide = format_name == "fp32"
-    if wide:  # no matrix unit without rounding: small tiles, for correctness only
+    group, wide = 128, format_name == "fp32"
+    if score_kernel is ScoreKernel.HOPPER:
+        block_keys, columns, warps, stages, group = 256, 128, 4, HOPPER_STAGES[format_name], HOPPER_GROUP
+    elif wide:  # no matrix unit without rounding: small tiles, for correctness only
         block_keys, columns, warps, stages = 32, heads_pad, 8, 1
     elif heads_pad == 128 or dim_pad == 256:
         block_keys, columns, warps, stages = 128, max(heads_pad, 64), 4, 2
@@ -166,14 +250,38 @@ def kernel_tiles(format_name: str, heads: int, head_dim: int) -> KernelTiles:
         block_queries=columns // heads_pad,
         heads_pad=heads_pad,
         dim_pad=dim_pad,
-        query_group=128,
+        query_group=group,
         score_warps=warps,
         score_stages=stages,
+        select_lanes=2048,
         select_block=2048,
-        select_warps=8,
-        filter_keys=16_384,
+        select_warps=4,
+        filter_keys=2049,  # one more than select_lanes
         sample_every=16,
+        sample_lanes=4096,
+        mark_block=4096,
+        score_kernel=score_kernel,
     )
+
+
+@lru_cache(maxsize=4096)
+def balanced_group(key_blocks: int, rows: int, processors: int, most: int) -> int:
+    """Queries of a block of the Hopper kernel: those with which a chunk is done first, one block on a multiprocessor
+    at a time. A larger group reads keys less often, a smaller one leaves fewer multiprocessors idle at the end."""
+
+    def cost(group: int) -> float:
+        whole, rest = divmod(rows, group)
+        block = group + _HOPPER_BLOCK_COST
+        turns, left = divmod(key_blocks * whole, processors)
+        time, free = turns * block, 0
+        if left:
+            time, free = time + block, processors - left
+        if rest:  # the short blocks of the last group come last, first beside the last long ones
+            short = rest + _HOPPER_BLOCK_COST
+            time += -(-max(0, key_blocks - free * (block // short)) // processors) * short
+        return time
+
+    return min((group for group in _HOPPER_GROUPS if group <= most), key=cost)
 
 
 def _power_of_two(n: int) -> int:

@@ -1,17 +1,25 @@
 """Fused kernels: scores of a chunk of queries × a tile of keys, and the exact selection of each row's best.
 
-The only module of the operation that imports Triton. With TRITON_INTERPRET=1 the same code runs on CPU tensors, for
+This module and hopper.py alone import Triton. With TRITON_INTERPRET=1 the same code runs on CPU tensors, for
 tests.
 
 Scores: keys are the M operand of the product and (queries × heads) the N operand, so the sum over heads stays within
-few threads; a block of keys is loaded once and reused over up to `query_group` queries. Selection: a radix search for
-the k-th largest score's bits, then a stable compaction. Candidates are kept in index order, so a tie is decided by
-position alone and no result depends on the order in which threads or blocks ran.
+few threads; a block of keys is loaded once and reused over up to `query_group` queries. On some devices `hopper.py`
+computes them instead (`plan.choose_score_kernel`).
+
+Selection: a sample of each row gives a threshold; one pass marks what reaches it, a bit per score; the marked are
+counted and collected, and the best are selected among them, or among the whole row if the sample misled. The k-th
+largest score's bits are found by bisection in registers, or by a radix search if there are too many; a stable
+compaction follows. Candidates are kept in index order, so a tie is decided by position alone and no result depends on
+the order in which threads or blocks ran.
 
 No length, row count or stride is a compile-time constant or specialised upon: a new length compiles nothing.
 """
 
+import sys
 from dataclasses import dataclass
+from functools import cache, partial
+from math import prod
 
 import torch
 import triton
@@ -19,19 +27,17 @@ import triton.language as tl
 from torch import Tensor
 
 from streamindex_service.ops.paged_keys import PAGE_KEYS
+from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
-from streamindex_service.ops.topk.plan import KernelTiles, Plan, survivor_capacity
+from streamindex_service.ops.topk.plan import KernelTiles, Plan, ScoreKernel
 from streamindex_service.ops.topk.problem import Problem
 
 _SCORE_SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride"]
-_SELECT_SCALARS = [
-    "row_start", "tile_start", "tile_keys", "length", "first_position", "ratio", "score_stride", "old_stride", "top_k",
-    "capacity",
+_FILTER_SCALARS = [
+    "row_start", "tile_start", "tile_keys", "length", "first_position", "ratio", "score_stride", "top_k", "capacity",
 ]  # fmt: skip
-_SELECT_POINTERS = [
-    "positions", "scores", "old_scores", "old_indices", "survivor_scores", "survivor_indices", "survivor_counts",
-    "new_scores", "new_indices",
-]  # fmt: skip
+# scores, thresholds, marks, survivors are the workspace's own and always aligned
+_LIST_POINTERS = ["positions", "old_scores", "old_indices", "new_scores", "new_indices"]
 
 
 @triton.jit
@@ -124,24 +130,186 @@ def _score_kernel(
 
 @triton.jit
 def _ordered_bits(score):
-    """uint32 bits whose unsigned order is the float order."""
+    """uint32 bits whose unsigned order is the float order; 0 is below every number."""
     bits = score.to(tl.uint32, bitcast=True)
     return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
 
 
 @triton.jit
-def _add_digits(histogram, values, count, prefix, SHIFT: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr):
-    """Add to `histogram` [256] the digits at SHIFT of those of `count` floats whose higher digits are `prefix`.
+def _bisect(bits, inside, needed, most):
+    """A threshold that at least `needed` of the bits that are `inside` reach: one that no more than `most` reach, or,
+    if there is none, the largest of all. The others' bits must be 0."""
+    highest = tl.max(bits, axis=0)
+    differ = tl.min(tl.where(inside, bits, highest), axis=0) ^ highest
+    differ |= differ >> 1
+    differ |= differ >> 2
+    differ |= differ >> 4
+    differ |= differ >> 8
+    differ |= differ >> 16
+    reached = highest & ~differ  # what all have in common
+    step = differ ^ (differ >> 1)
+    while step != 0:
+        trial = reached | step
+        count = tl.sum((bits >= trial).to(tl.int32), axis=0)
+        reached = tl.where(count >= needed, trial, reached)
+        step = tl.where((count >= needed) & (count <= most), 0, step >> 1).to(tl.uint32)
+    return reached
 
-    EVERY > 1 takes one run of 32 floats (a memory line) in every EVERY runs, `count` floats in all.
+
+@triton.jit
+def _sampled_threshold(scores, sample, every, needed, LANES: tl.constexpr):
+    """Bits that `needed` of the sample reach, or an eighth more: one line of 32 scores in `every`."""
+    lane = tl.arange(0, LANES)
+    inside = lane < sample
+    value = tl.load(scores + lane // 32 * (32 * every) + lane % 32, mask=inside, other=0.0)
+    bits = tl.where(inside, _ordered_bits(value), 0).to(tl.uint32)
+    return _bisect(bits, inside, needed, needed + needed // 8)
+
+
+@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=["positions"])
+def _threshold_kernel(
+    scores, thresholds, positions,
+    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
+    LANES: tl.constexpr, EVERY: tl.constexpr, EXPLICIT: tl.constexpr,
+):  # fmt: skip
+    """Per row, bits that somewhat more than top_k scores of the tile should reach, from a sample; 0 where the row is
+    short. Grid: (rows of the chunk,)."""
+    row = tl.program_id(0)
+    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
+    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
+    scores += row.to(tl.int64) * (score_stride // 256) * 256
+    every = tl.maximum(tl.cdiv(tile_count, LANES), EVERY)
+    sample = tile_count // (32 * every) * 32
+    # of the best top_k, the sample holds about `mean`; four deviations more make fewer than top_k survivors rare
+    mean = top_k.to(tl.float32) * sample.to(tl.float32) / tl.maximum(tile_count, 1).to(tl.float32)
+    needed = (mean + 4.0 * tl.sqrt(mean) + 4.0).to(tl.int32)
+    threshold = tl.full((), 0, tl.uint32)
+    if (tile_count >= 4 * top_k) & (needed < sample):
+        if sample <= LANES // 4:
+            threshold = _sampled_threshold(scores, sample, every, needed, LANES // 4)
+        else:
+            threshold = _sampled_threshold(scores, sample, every, needed, LANES)
+    tl.store(thresholds + row, threshold.to(tl.int32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=["positions"])
+def _mark_kernel(
+    scores, thresholds, marks, positions,
+    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
+    BLOCK: tl.constexpr, EXPLICIT: tl.constexpr,
+):  # fmt: skip
+    """One bit per score of the tile: whether it reaches its row's threshold. Grid: (blocks of the tile, rows).
+
+    marks: [rows, score_stride / 32] int32, bit b of word i being key tile_start + 32 i + b. The only pass over the
+    scores, so it does nothing else. Rows are read in whole blocks, past their end too: the buffer has a block more.
     """
+    row, start = tl.program_id(1), tl.program_id(0) * BLOCK
+    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
+    count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0) - start
+    threshold = tl.load(thresholds + row).to(tl.uint32, bitcast=True)
+    if (count > 0) & (threshold != 0):
+        # whole lines: what the compiler must know to load 16 bytes at a time
+        begin = row.to(tl.int64) * (score_stride // 256) * 256 + start
+        word, bit = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
+        place = word[:, None] * 32 + bit[None, :]
+        value = tl.load(scores + begin + place)
+        take = (_ordered_bits(value) >= threshold) & (place < count)
+        packed = tl.sum(tl.where(take, (1 << bit)[None, :], 0), axis=1)
+        tl.store(marks + begin // 32 + word, packed, mask=word * 32 < count)
+
+
+@triton.jit
+def _population(word):
+    """Set bits of each uint32, int32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return ((word + (word >> 16)) & 63).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
+def _collect_kernel(
+    scores, thresholds, marks, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, positions,
+    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPLICIT: tl.constexpr,
+):  # fmt: skip
+    """What of one row can still be among the best, in index order: candidates so far that reach the threshold, then
+    the marked keys of the tile. Grid: (rows of the chunk,).
+
+    If these are fewer than top_k, or more than `capacity`, the sample misled: the count is stored as −1, and the
+    selection reads the whole row. A right count makes the survivors a superset of the answer.
+    """
+    row = tl.program_id(0)
+    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
+    old_count = tl.minimum(tl.minimum(visible, tile_start), top_k)
+    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
+    threshold = tl.load(thresholds + row).to(tl.uint32, bitcast=True)
+    result = tl.full((), -1, tl.int32)
+    if threshold != 0:
+        scores += row.to(tl.int64) * score_stride
+        marks += row.to(tl.int64) * (score_stride // 32)
+        old_scores += row.to(tl.int64) * top_k
+        old_indices += row.to(tl.int64) * top_k
+        survivor_scores += row.to(tl.int64) * capacity
+        survivor_indices += row.to(tl.int64) * capacity
+        kept = tl.full((), 0, tl.int32)
+        kept = _survive(
+            old_scores, old_indices, old_count, threshold, kept, capacity, survivor_scores, survivor_indices, BLOCK
+        )
+        old_kept = kept
+        words = tl.cdiv(tile_count, 32)
+        lane = tl.arange(0, WORDS)
+        for start in range(0, words, WORDS):
+            word = tl.load(marks + start + lane, mask=start + lane < words, other=0).to(tl.uint32, bitcast=True)
+            marked = _population(word)
+            place = kept + tl.cumsum(marked, axis=0) - marked
+            rounds = tl.where(kept <= capacity, tl.max(marked, axis=0), 0)
+            for _ in range(rounds):  # the lowest bit of each word, and off with it
+                lowest = (word & (~word + 1)).to(tl.float32).to(tl.uint32, bitcast=True)
+                index = tile_start + (start + lane) * 32 + (lowest >> 23).to(tl.int32) - 127
+                tl.store(survivor_indices + place, index, mask=(word != 0) & (place < capacity))
+                word = word & (word - (word != 0).to(tl.uint32))
+                place += 1
+            kept += tl.sum(marked, axis=0)
+        if (kept >= top_k) & (kept <= capacity):
+            result = kept
+            tl.debug_barrier()  # other threads wrote the indices
+            lane_of_block = tl.arange(0, BLOCK)
+            for start in range(old_kept, kept, BLOCK):
+                place_read = start + lane_of_block
+                index_read = tl.load(survivor_indices + place_read, mask=place_read < kept, other=tile_start)
+                value = tl.load(scores + index_read - tile_start, mask=place_read < kept, other=0.0)
+                tl.store(survivor_scores + place_read, value, mask=place_read < kept)
+    tl.store(survivor_counts + row, result)
+
+
+@triton.jit
+def _survive(
+    values, ids, count, threshold, kept, capacity, to_scores, to_indices, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Append, in order, the entries whose bits are not below `threshold`; what does not fit is counted, not stored."""
     lane = tl.arange(0, BLOCK)
     for start in range(0, count, BLOCK):
         inside = start + lane < count
-        place = start + lane
-        if EVERY > 1:
-            place = place // 32 * (32 * EVERY) + place % 32
-        bits = _ordered_bits(tl.load(values + place, mask=inside, other=0.0))
+        value = tl.load(values + start + lane, mask=inside, other=0.0)
+        take = (inside & (_ordered_bits(value) >= threshold)).to(tl.int32)
+        place = kept + tl.cumsum(take, axis=0) - 1
+        index = tl.load(ids + start + lane, mask=inside, other=0)
+        fits = (take != 0) & (place < capacity)
+        tl.store(to_scores + place, value, mask=fits)
+        tl.store(to_indices + place, index, mask=fits)
+        kept += tl.sum(take, axis=0)
+    return kept
+
+
+@triton.jit
+def _add_digits(histogram, values, count, prefix, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """Add to `histogram` [256] the digits at SHIFT of those of `count` floats whose higher digits are `prefix`."""
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, count, BLOCK):
+        inside = start + lane < count
+        bits = _ordered_bits(tl.load(values + start + lane, mask=inside, other=0.0))
         if SHIFT < 24:
             inside = inside & ((bits >> (SHIFT + 8)) == prefix)
         digit = ((bits >> SHIFT) & 255).to(tl.int32)
@@ -195,124 +363,108 @@ def _keep(
     return ties_left, kept
 
 
-@triton.jit(do_not_specialize=_SELECT_SCALARS, do_not_specialize_on_alignment=_SELECT_POINTERS)
-def _filter_kernel(
-    scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, old_stride, top_k, capacity,
-    BLOCK: tl.constexpr, EVERY: tl.constexpr, EXPLICIT: tl.constexpr,
+@triton.jit
+def _select_held(
+    old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """What of one row can still be among the best, in index order: one pass over the tile. Grid: (rows of the chunk,).
-
-    A sample of the tile gives a threshold that should leave somewhat more than top_k; every entry not below it
-    survives. If that turns out to be fewer than top_k, or more than `capacity`, the sample misled: the count is
-    stored as −1, and the selection reads the whole row. A right count makes the survivors a superset of the answer.
-    """
-    row = tl.program_id(0)
-    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
-    old_count = tl.minimum(tl.minimum(visible, tile_start), top_k)
-    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
-    scores += row.to(tl.int64) * score_stride
-    old_scores += row.to(tl.int64) * old_stride
-    old_indices += row.to(tl.int64) * old_stride
-    survivor_scores += row.to(tl.int64) * capacity
-    survivor_indices += row.to(tl.int64) * capacity
-
-    result = tl.full((), -1, tl.int32)
-    if tile_count >= 8 * top_k:
-        sample = tile_count // (32 * EVERY) * 32
-        # of the best top_k, the sample holds about `mean`; four deviations more make fewer than top_k survivors rare
-        mean = top_k.to(tl.float32) * sample.to(tl.float32) / tile_count.to(tl.float32)
-        needed = tl.minimum((mean + 4.0 * tl.sqrt(mean) + 4.0).to(tl.int32), sample)
-        prefix = tl.full((), 0, tl.uint32)
-        for step in tl.static_range(2):
-            histogram = tl.zeros((256,), tl.int32)
-            histogram = _add_digits(histogram, scores, sample, prefix, 24 - 8 * step, EVERY, BLOCK)
-            needed, prefix = _next_digit(histogram, needed, prefix)
-        threshold = prefix << 16
-        kept = tl.full((), 0, tl.int32)
-        kept = _survive(
-            old_scores, old_indices, 0, old_count, threshold, kept, capacity, survivor_scores, survivor_indices,
-            True, BLOCK,
-        )  # fmt: skip
-        kept = _survive(
-            scores, old_indices, tile_start, tile_count, threshold, kept, capacity, survivor_scores, survivor_indices,
-            False, BLOCK,
-        )  # fmt: skip
-        result = tl.where((kept >= top_k) & (kept <= capacity), kept, -1)
-    tl.store(survivor_counts + row, result)
+    """The best top_k of at most LANES entries, all held in registers, in index order."""
+    lane = tl.arange(0, LANES)
+    total = old_count + tile_count
+    take = tl.minimum(total, top_k)
+    old, inside = lane < old_count, lane < total
+    value = tl.load(old_scores + lane, mask=old, other=0.0)
+    index = tl.load(old_indices + lane, mask=old, other=0)
+    value = tl.where(old, value, tl.load(scores + lane - old_count, mask=inside & (lane >= old_count), other=0.0))
+    index = tl.where(old, index, tile_start + lane - old_count)
+    bits = tl.where(inside, _ordered_bits(value), 0).to(tl.uint32)
+    kth = _bisect(bits, inside, take, take)
+    above = (inside & (bits > kth)).to(tl.int32)
+    tie = (inside & (bits == kth)).to(tl.int32)
+    ties_taken = take - tl.sum(above, axis=0)
+    ranks = tl.cumsum(above + (tie << 16), axis=0)  # both counts are below 2^15
+    tie_rank = ranks >> 16  # 1 for the first
+    place = (ranks & 0xFFFF) + tl.minimum(tie_rank, ties_taken) - 1
+    kept = (above != 0) | ((tie != 0) & (tie_rank <= ties_taken))
+    tl.store(new_scores + place, value, mask=kept)
+    tl.store(new_indices + place, index, mask=kept)
 
 
 @triton.jit
-def _survive(
-    values, ids, first_id, count, threshold, kept, capacity, to_scores, to_indices,
-    HAS_IDS: tl.constexpr, BLOCK: tl.constexpr,
+def _select_read(
+    old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Append, in order, the entries whose bits are not below `threshold`; what does not fit is counted, not stored."""
-    lane = tl.arange(0, BLOCK)
-    for start in range(0, count, BLOCK):
-        inside = start + lane < count
-        value = tl.load(values + start + lane, mask=inside, other=0.0)
-        take = (inside & (_ordered_bits(value) >= threshold)).to(tl.int32)
-        place = kept + tl.cumsum(take, axis=0) - 1
-        index = tl.load(ids + start + lane, mask=inside, other=0) if HAS_IDS else first_id + start + lane
-        fits = (take != 0) & (place < capacity)
-        tl.store(to_scores + place, value, mask=fits)
-        tl.store(to_indices + place, index, mask=fits)
-        kept += tl.sum(take, axis=0)
-    return kept
-
-
-@triton.jit(do_not_specialize=_SELECT_SCALARS, do_not_specialize_on_alignment=_SELECT_POINTERS)
-def _select_kernel(
-    scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, new_scores, new_indices,
-    positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, old_stride, top_k, capacity,
-    BLOCK: tl.constexpr, FILTERED: tl.constexpr, EXPLICIT: tl.constexpr,
-):  # fmt: skip
-    """The best top_k of (candidates so far, this tile's scores) of one row, in index order, padded. Grid: (rows of
-    the chunk,).
-
-    scores: [rows, score_stride] float32 of keys tile_start to tile_start + tile_keys. Candidates so far have smaller
-    indices than any key of the tile and stand in index order, so "first in order" is "smallest index" across both.
-    FILTERED: where the filter found the row's survivors, only they are read.
-    """
-    row = tl.program_id(0)
-    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
-    old_count = tl.minimum(tl.minimum(visible, tile_start), top_k)
-    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
-    scores += row.to(tl.int64) * score_stride
-    old_scores += row.to(tl.int64) * old_stride
-    old_indices += row.to(tl.int64) * old_stride
-    new_scores += row.to(tl.int64) * old_stride
-    new_indices += row.to(tl.int64) * old_stride
-    if FILTERED:
-        survivors = tl.load(survivor_counts + row)
-        if survivors >= 0:  # they stand for candidates and tile alike
-            old_scores = survivor_scores + row.to(tl.int64) * capacity
-            old_indices = survivor_indices + row.to(tl.int64) * capacity
-            old_count = survivors
-            tile_count = survivors * 0
-
+    """The best top_k of any number of entries: read once per digit of the k-th largest score, and
+    once more."""
     kth = tl.full((), 0, tl.uint32)  # bits of the k-th best score; 0 is below every score
     needed = tl.full((), 0, tl.int32)  # how many equal to it belong to the result
     if old_count + tile_count > top_k:
         needed += top_k
         for step in tl.static_range(4):
             histogram = tl.zeros((256,), tl.int32)
-            histogram = _add_digits(histogram, old_scores, old_count, kth, 24 - 8 * step, 1, BLOCK)
-            histogram = _add_digits(histogram, scores, tile_count, kth, 24 - 8 * step, 1, BLOCK)
+            histogram = _add_digits(histogram, old_scores, old_count, kth, 24 - 8 * step, BLOCK)
+            histogram = _add_digits(histogram, scores, tile_count, kth, 24 - 8 * step, BLOCK)
             needed, kth = _next_digit(histogram, needed, kth)
-
     kept = tl.full((), 0, tl.int32)
     needed, kept = _keep(old_scores, old_indices, 0, old_count, kth, needed, kept, new_scores, new_indices, True, BLOCK)
-    needed, kept = _keep(
-        scores, old_indices, tile_start, tile_count, kth, needed, kept, new_scores, new_indices, False, BLOCK
-    )
-    lane = tl.arange(0, BLOCK)
-    for start in range(kept, top_k, BLOCK):
-        unused = start + lane < top_k
-        tl.store(new_scores + start + lane, float("-inf"), mask=unused)
-        tl.store(new_indices + start + lane, -1, mask=unused)
+    _keep(scores, old_indices, tile_start, tile_count, kth, needed, kept, new_scores, new_indices, False, BLOCK)
+
+
+@triton.jit(do_not_specialize=[*_FILTER_SCALARS, "filtered"], do_not_specialize_on_alignment=_LIST_POINTERS)
+def _select_kernel(
+    scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, new_scores, new_indices,
+    positions,
+    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity, filtered,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, EXPLICIT: tl.constexpr,
+):  # fmt: skip
+    """The best top_k of (candidates so far, this tile's scores) of one row, in index order, padded. Grid: (rows of
+    the chunk,).
+
+    scores: [rows, score_stride] float32 of keys tile_start to tile_start + tile_keys. Candidates so far have smaller
+    indices than any key of the tile and stand in index order, so "first in order" is "smallest index" across both.
+    filtered: where the filter found the row's survivors, only they are read. MANY: only rows of more than LANES
+    entries, else only the others: two launches, for what many entries need of registers would slow down few.
+    """
+    row = tl.program_id(0)
+    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
+    old_count = tl.minimum(tl.minimum(visible, tile_start), top_k)
+    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
+    scores += row.to(tl.int64) * score_stride
+    old_scores += row.to(tl.int64) * top_k
+    old_indices += row.to(tl.int64) * top_k
+    new_scores += row.to(tl.int64) * top_k
+    new_indices += row.to(tl.int64) * top_k
+    if filtered != 0:
+        survivors = tl.load(survivor_counts + row)
+        if survivors >= 0:  # they stand for candidates and tile alike
+            old_scores = survivor_scores + row.to(tl.int64) * capacity
+            old_indices = survivor_indices + row.to(tl.int64) * capacity
+            old_count = survivors
+            tile_count = survivors * 0
+    total = old_count + tile_count
+    mine = total > LANES if MANY else total <= LANES
+    if mine:
+        if not MANY:
+            _select_held(
+                old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
+                LANES,
+            )  # fmt: skip
+        elif total <= 2 * LANES:
+            _select_held(
+                old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
+                2 * LANES,
+            )  # fmt: skip
+        else:
+            _select_read(
+                old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
+                BLOCK,
+            )  # fmt: skip
+        lane = tl.arange(0, BLOCK)
+        for start in range(tl.minimum(total, top_k), top_k, BLOCK):
+            unused = start + lane < top_k
+            tl.store(new_scores + start + lane, float("-inf"), mask=unused)
+            tl.store(new_indices + start + lane, -1, mask=unused)
 
 
 # The interpreter multiplies the raw bits of bfloat16 operands: there, and only there, the product takes float32 ones.
@@ -321,11 +473,11 @@ _INTERPRETED = not isinstance(_score_kernel, triton.JITFunction)
 
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
-    total = 0
-    for kernel in (_score_kernel, _filter_kernel, _select_kernel):
-        for cache in getattr(kernel, "device_caches", {}).values():
-            total += len(cache[0])
-    return total
+    kernels = [_score_kernel, _threshold_kernel, _mark_kernel, _collect_kernel, _select_kernel]
+    hopper = sys.modules.get("streamindex_service.ops.topk.hopper")
+    if hopper is not None:
+        kernels.append(hopper.score_kernel)
+    return sum(len(cache[0]) for kernel in kernels for cache in getattr(kernel, "device_caches", {}).values())
 
 
 def survivor_counts(problem: Problem, plan: Plan) -> Tensor:
@@ -333,51 +485,78 @@ def survivor_counts(problem: Problem, plan: Plan) -> Tensor:
 
     For tests and for reporting how often the fallback is taken. One chunk and one tile: `plan` must hold all of them.
     """
-    assert plan.tiles is not None
+    run = _Run(problem, plan)
     assert plan.query_chunk >= problem.rows
-    workspace, width = _Workspace(problem, plan), problem.max_visible(0, problem.rows)
-    assert max(plan.tiles.filter_keys, 8 * problem.top_k) <= width <= plan.key_tile
-    _search_chunk(problem, plan, workspace, 0, problem.rows, width)
-    return workspace.survivors[2]
+    width = problem.max_visible(0, problem.rows)
+    assert planning.is_filtered(width, problem.top_k, run.tiles)
+    assert width <= plan.key_tile
+    buffers = _search_chunk(run, 0, problem.rows, width)
+    return buffers.counts
 
 
 def run_triton(problem: Problem, plan: Plan) -> None:
     """Fill the outputs chunk by chunk, without waiting for the device. Raises ValueError for a q that is not 16-byte
     aligned."""
-    assert plan.tiles is not None
     if problem.q.data_ptr() % 16:
         raise ValueError("q: its address is not a multiple of 16 bytes")
     with torch.cuda.device_of(problem.q):  # kernels start on the current device, which need not be the tensors'
-        workspace = _Workspace(problem, plan)
-        for start in range(0, problem.rows, plan.query_chunk):
-            stop = min(start + plan.query_chunk, problem.rows)
+        run = _Run(problem, plan)
+        start = 0
+        while start < problem.rows:
+            stop = _chunk_end(run, start)
             width = problem.max_visible(start, stop)
             if width <= problem.top_k and problem.order is Order.INDEX and problem.out_scores is None:
                 _all_visible(problem, start, stop)
             else:
-                _search_chunk(problem, plan, workspace, start, stop, width)
+                _search_chunk(run, start, stop, width)
+            start = stop
 
 
-class _Workspace:
-    """Scores of one chunk × tile, and two candidate lists that tiles of keys write by turns. One allocation each for
-    a whole run."""
+class _Run:
+    """What all chunks of one run share; `arena` is the one allocation that every chunk lays its buffers out in."""
 
     def __init__(self, problem: Problem, plan: Plan) -> None:
-        device, rows = problem.q.device, min(plan.query_chunk, problem.rows)
-        self.scores = torch.empty((rows, plan.key_tile), dtype=torch.float32, device=device)
-        self.lists = [
-            (
-                torch.empty((rows, problem.top_k), dtype=torch.float32, device=device),
-                torch.empty((rows, problem.top_k), dtype=torch.int32, device=device),
-            )
-            for _ in range(2)
+        assert plan.tiles is not None
+        self.problem, self.plan, self.tiles = problem, plan, plan.tiles
+        rows = min(plan.query_chunk, problem.rows)
+        self.arena_bytes = planning.arena_bytes(problem.top_k, rows, plan.key_tile, plan.tiles)
+        self.arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=problem.q.device)
+        self.sort_rows = planning.sort_rows(problem.top_k, rows)
+        self.launch_scores = _launch_scores
+        if plan.tiles.score_kernel is ScoreKernel.HOPPER:
+            # imported here: Gluon is an experimental part of Triton
+            from streamindex_service.ops.topk import hopper
+
+            processors = _multiprocessors(problem.q.device)
+            queries = hopper.describe_queries(problem, plan.tiles)
+            self.launch_scores = partial(_launch_hopper, hopper, queries, processors)
+
+
+class _Buffers:
+    """A chunk's part of the arena, in the order and with the sizes that `plan.arena_parts` gives."""
+
+    def __init__(self, run: _Run, rows: int, stride: int) -> None:
+        top_k, capacity = run.problem.top_k, planning.survivor_capacity(run.problem.top_k)
+        begin, views = 0, []
+        shapes = [
+            ((rows * stride,), torch.float32),
+            *[((rows, top_k), dtype) for dtype in (torch.float32, torch.int32)] * 2,
+            ((rows, capacity), torch.float32),
+            ((rows, capacity), torch.int32),
+            ((rows, stride // 32), torch.int32),
+            ((rows,), torch.int32),
+            ((rows,), torch.int32),
         ]
-        self.capacity = survivor_capacity(problem.top_k)
-        self.survivors = (
-            torch.empty((rows, self.capacity), dtype=torch.float32, device=device),
-            torch.empty((rows, self.capacity), dtype=torch.int32, device=device),
-            torch.empty((rows,), dtype=torch.int32, device=device),
-        )
+        sizes = planning.arena_parts(top_k, rows, stride, run.tiles)
+        for size, (shape, dtype) in zip(sizes, shapes, strict=True):
+            part = run.arena[begin : begin + size].view(dtype)
+            views.append(part[: prod(shape)].view(shape) if size else part)
+            begin += size
+        assert begin <= run.arena_bytes
+        self.scores = views[0].view(rows, stride)
+        self.lists = ((views[1], views[2]), (views[3], views[4]))
+        self.survivors = (views[5], views[6])
+        self.marks, self.thresholds, self.counts = views[7], views[8], views[9]
 
 
 @dataclass(frozen=True)
@@ -389,23 +568,50 @@ class _Chunk:
     positions: Tensor | None
 
 
-def _search_chunk(problem: Problem, plan: Plan, workspace: _Workspace, start: int, stop: int, width: int) -> None:
+def _chunk_end(run: _Run, start: int) -> int:
+    """Where the chunk that begins at `start` ends: rows that see few keys make larger chunks of the same arena."""
+    problem, plan = run.problem, run.plan
+    planned = min(plan.query_chunk, problem.rows - start)
+    if not plan.grow:
+        return start + planned
+
+    def fits(rows: int) -> bool:
+        stride = planning.score_stride(problem.max_visible(start, start + rows))
+        return planning.arena_bytes(problem.top_k, rows, stride, run.tiles) <= run.arena_bytes
+
+    most = min(planning.MAX_QUERY_CHUNK, problem.rows - start)
+    return start + max(planned, planning.largest(most, fits))
+
+
+def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
+    problem, plan = run.problem, run.plan
     chunk = _Chunk(start, stop, _chunk_positions(problem, start, stop))
-    old, new = workspace.lists
-    for tile_start in range(0, max(width, 1), plan.key_tile):
-        tile_keys = min(plan.key_tile, width - tile_start)
+    buffers = _Buffers(run, stop - start, min(plan.key_tile, planning.score_stride(width)))
+    old, new = buffers.lists
+    tile = buffers.scores.stride(0)
+    for tile_start in range(0, max(width, 1), tile):
+        tile_keys = min(tile, width - tile_start)
         if tile_keys > 0:
-            _launch_scores(problem, plan.tiles, workspace.scores, chunk, tile_start, tile_keys)
-        _launch_select(problem, plan.tiles, workspace, chunk, tile_start, tile_keys, old, new)
+            run.launch_scores(problem, run.tiles, buffers.scores, chunk, tile_start, tile_keys)
+        if tile_start + tile >= width and problem.order is Order.INDEX:  # as the caller wants it
+            scores = new[0] if problem.out_scores is None else problem.out_scores[start:stop]
+            new = (scores, problem.out_indices[start:stop])
+        _launch_select(run, buffers, chunk, tile_start, tile_keys, old, new)
         old, new = new, old
-    scores, indices = old[0][: stop - start], old[1][: stop - start]
     if problem.order is Order.SCORE:
-        # stable: equal scores stay in index order
-        scores, permutation = torch.sort(scores, dim=1, descending=True, stable=True)
-        indices = indices.gather(1, permutation)
-    problem.out_indices[start:stop] = indices
+        for first in range(0, stop - start, run.sort_rows):
+            rows = slice(first, min(first + run.sort_rows, stop - start))
+            _write_sorted(problem, start + first, old[0][rows], old[1][rows])
+    return buffers
+
+
+def _write_sorted(problem: Problem, start: int, scores: Tensor, indices: Tensor) -> None:
+    # stable: equal scores stay in index order
+    scores, permutation = torch.sort(scores, dim=1, descending=True, stable=True)
+    rows = slice(start, start + scores.shape[0])
+    torch.gather(indices, 1, permutation, out=problem.out_indices[rows])
     if problem.out_scores is not None:
-        problem.out_scores[start:stop] = scores
+        problem.out_scores[rows] = scores
 
 
 def _launch_scores(
@@ -429,27 +635,55 @@ def _launch_scores(
     )  # fmt: skip
 
 
+def _launch_hopper(
+    hopper, described_queries, processors: int,
+    problem: Problem, tiles: KernelTiles, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int,
+) -> None:  # fmt: skip
+    rows = chunk.stop - chunk.start
+    group = planning.balanced_group(-(-keys // tiles.block_keys), rows, processors, tiles.query_group)
+    hopper.launch_scores(
+        problem, tiles, described_queries, scores, chunk.positions, chunk.start, rows, tile_start, keys, group
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _launch_select(
-    problem: Problem, tiles: KernelTiles, workspace: _Workspace, chunk: _Chunk, tile_start: int, keys: int,
+    run: _Run, buffers: _Buffers, chunk: _Chunk, tile_start: int, keys: int,
     old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
-    p, explicit, grid = problem, chunk.positions is not None, (chunk.stop - chunk.start,)
+    p, b, tiles, rows = run.problem, buffers, run.tiles, chunk.stop - chunk.start
+    explicit = chunk.positions is not None
     positions = chunk.positions if explicit else p.keys.key_table.offsets
     scalars = (
-        chunk.start, tile_start, keys, p.keys.length, 0 if explicit else p.positions, p.ratio,
-        workspace.scores.stride(0), p.top_k, p.top_k, workspace.capacity,
+        chunk.start, tile_start, keys, p.keys.length, 0 if explicit else p.positions, p.ratio, b.scores.stride(0),
+        p.top_k, planning.survivor_capacity(p.top_k),
     )  # fmt: skip
     # short tiles are read faster than sampled; the answer is the same, so this may depend on the length
-    filtered = keys >= max(tiles.filter_keys, 8 * p.top_k)
+    filtered = planning.is_filtered(keys, p.top_k, tiles)
     if filtered:
-        _filter_kernel[grid](
-            workspace.scores, *old, *workspace.survivors, positions, *scalars,
-            BLOCK=tiles.select_block, EVERY=tiles.sample_every, EXPLICIT=explicit, num_warps=tiles.select_warps,
+        _threshold_kernel[(rows,)](
+            b.scores, b.thresholds, positions, *scalars,
+            LANES=tiles.sample_lanes, EVERY=tiles.sample_every, EXPLICIT=explicit, num_warps=tiles.select_warps,
         )  # fmt: skip
-    _select_kernel[grid](
-        workspace.scores, *old, *workspace.survivors, *new, positions, *scalars,
-        BLOCK=tiles.select_block, FILTERED=filtered, EXPLICIT=explicit, num_warps=tiles.select_warps,
-    )  # fmt: skip
+        _mark_kernel[(triton.cdiv(keys, tiles.mark_block), rows)](
+            b.scores, b.thresholds, b.marks, positions, *scalars,
+            BLOCK=tiles.mark_block, EXPLICIT=explicit, num_warps=tiles.select_warps,
+        )  # fmt: skip
+        _collect_kernel[(rows,)](
+            b.scores, b.thresholds, b.marks, *old, *b.survivors, b.counts, positions, *scalars,
+            WORDS=tiles.mark_block // 4, BLOCK=tiles.select_block // 4, EXPLICIT=explicit, num_warps=tiles.select_warps,
+        )  # fmt: skip
+    # what an unfiltered tile does not use must be as aligned as what it stands for
+    survivors = (*b.survivors, b.counts) if filtered else (b.scores, b.lists[0][1], b.lists[0][1])
+    arguments = (b.scores, *old, *survivors, *new, positions, *scalars, int(filtered))
+    select = {"LANES": tiles.select_lanes, "BLOCK": tiles.select_block, "EXPLICIT": explicit}
+    _select_kernel[(rows,)](*arguments, **select, MANY=False, num_warps=tiles.select_warps)
+    if keys + min(tile_start, p.top_k) > tiles.select_lanes:
+        _select_kernel[(rows,)](*arguments, **select, MANY=True, num_warps=2 * tiles.select_warps)
 
 
 def _chunk_positions(problem: Problem, start: int, stop: int) -> Tensor | None:
