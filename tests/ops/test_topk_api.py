@@ -139,7 +139,10 @@ def test_every_plan_fits_its_workspace(
     ("format_name", "heads", "head_dim", "capability", "gluon", "expected"),
     [
         ("bf16", 64, 128, (9, 0), True, ScoreKernel.HOPPER),
-        ("fp8_e4m3", 32, 128, (9, 0), True, ScoreKernel.HOPPER),
+        ("bf16", 32, 128, (9, 0), True, ScoreKernel.HOPPER),
+        ("fp8_e4m3", 64, 128, (9, 0), True, ScoreKernel.HOPPER),
+        ("fp8_e4m3", 32, 128, (9, 0), True, ScoreKernel.PORTABLE),
+        ("fp16", 64, 128, (9, 0), True, ScoreKernel.PORTABLE),
         ("bf16", 64, 128, (9, 0), False, ScoreKernel.WITHOUT_GLUON),
         ("fp32", 64, 128, (9, 0), False, ScoreKernel.PORTABLE),
         ("bf16", 48, 128, (9, 0), True, ScoreKernel.PORTABLE),
