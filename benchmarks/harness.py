@@ -210,6 +210,15 @@ class Report:
     def wrong_rows(self) -> int:
         return sum(row.wrong_rows or 0 for row in self.rows)
 
+    def finish(self, out: Path | None) -> int:
+        """Write the figures, unless an answer was wrong; the exit code of the run."""
+        if self.wrong_rows:
+            print(f"{self.wrong_rows} wrong or missing rows: nothing is written", file=sys.stderr)
+            return 1
+        if out is not None:
+            self.write(out)
+        return 0
+
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         body = {"header": self.header, "rows": [asdict(row) for row in self.rows]}

@@ -147,12 +147,7 @@ def main() -> int:
             for kernel in dict.fromkeys((chosen, ScoreKernel.PORTABLE)):
                 profile(report, model, tokens, key_format, roof, kernel)
                 torch.cuda.empty_cache()
-    if report.wrong_rows:
-        print(f"{report.wrong_rows} wrong rows: nothing is written", file=sys.stderr)
-        return 1
-    if arguments.out is not None:
-        report.write(arguments.out)
-    return 0
+    return report.finish(arguments.out)
 
 
 if __name__ == "__main__":

@@ -173,12 +173,7 @@ def main() -> int:
     scaling = Scaling(MODELS[arguments.model], arguments.device, report, arguments.workspace_mib << 20)
     for tokens in arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES):
         scaling.run_size(tokens, arguments.implementations)
-    if report.wrong_rows:
-        print(f"{report.wrong_rows} wrong rows: nothing is written", file=sys.stderr)
-        return 1
-    if arguments.out is not None:
-        report.write(arguments.out)
-    return 0
+    return report.finish(arguments.out)
 
 
 if __name__ == "__main__":

@@ -162,12 +162,7 @@ def main() -> int:
         for kind, target in (("unix", service.address), ("tcp", service.tcp_address)):
             for row in compare(kind, bare[kind], target, keys, rounds):
                 report.add(row)
-    if report.wrong_rows:
-        print(f"{report.wrong_rows} rows are missing: nothing is written", file=sys.stderr)
-        return 1
-    if arguments.out is not None:
-        report.write(arguments.out)
-    return 0
+    return report.finish(arguments.out)
 
 
 if __name__ == "__main__":
