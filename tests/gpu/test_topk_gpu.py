@@ -8,7 +8,7 @@ import torch
 from streamindex_service.ops import KeyFormat, PagedKeys
 from streamindex_service.ops.topk import MIN_WORKSPACE_BYTES, Order, Plan, api, check_topk, plan_for, topk
 from streamindex_service.ops.topk import plan as planning
-from streamindex_service.ops.topk.plan import ScoreKernel, Shape, choose_score_kernel
+from streamindex_service.ops.topk.plan import ScoreKernel, Shape, choose_score_kernel, kernel_tiles
 from streamindex_service.ops.topk.problem import Problem
 from tests.ops.cases import Inputs, make_inputs, same
 
@@ -28,6 +28,8 @@ SHAPES = [
     (300, 33_333, 32, 128, BF16, 2048, 1),
     (300, 33_333, 32, 128, FP8, 2048, 1),
     (130, 9_999, 128, 128, BF16, 1024, 1),
+    (130, 9_999, 128, 128, FP8, 1024, 1),
+    (259, 20_001, 64, 128, FP16, 512, 4),
     (130, 9_999, 128, 256, FP16, 4096, 1),
     (130, 9_999, 128, 256, FP8, 7, 1),
     (999, 5_555, 3, 48, BF16, 7, 128),
@@ -103,10 +105,9 @@ def test_the_plan_names_its_score_kernel() -> None:
         return plan.name
 
     assert api.has_gluon()
-    for key_format, heads in ((BF16, 32), (BF16, 64), (FP8, 64)):
-        assert name(key_format, heads, 128).endswith(": hopper")
-    assert name(FP8, 32, 128).endswith(": portable")
-    assert name(FP16, 64, 128).endswith(": portable")
+    for key_format in (BF16, FP16, FP8):
+        for heads in (32, 64, 128):
+            assert name(key_format, heads, 128).endswith(": hopper")
     assert name(BF16, 64, 64).endswith(": portable")
     assert name(BF16, 48, 128).endswith(": portable")
     assert name(FP32, 64, 128).endswith(": portable")
@@ -141,13 +142,14 @@ def test_chunk_tile_workspace_and_neighbours_change_no_bit(case) -> None:
 
 
 def test_the_group_of_queries_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = pytest.importorskip("streamindex_service.ops.topk.hopper")
     for case in SHAPES[1:5]:
         inputs = _inputs(case)
         plan = _plans(inputs)[-1]
         whole = inputs.search("triton", plan=plan)
         for group in (1, 64, 96, 130, 512):
             with monkeypatch.context() as patch:
-                patch.setattr(planning, "balanced_group", lambda *_, group=group: group)
+                patch.setattr(hopper, "shared_queries", lambda *_, group=group: group)
                 assert same(inputs.search("triton", plan=plan), whole), (_id(case), group)
 
 
@@ -189,6 +191,8 @@ def test_unsorted_positions_from_none_to_all(key_format: KeyFormat) -> None:
 @pytest.mark.parametrize(("heads", "head_dim"), [(16, 16), (32, 128)])
 def test_adversarial_rows(kind: str, heads: int, head_dim: int) -> None:
     keys, rows = 50_003, 40
+    tiles = kernel_tiles("bf16", heads, head_dim)
+    every = max(-(-keys // tiles.sample_lanes), tiles.sample_every)  # of so many lines of 32 keys, one is sampled
     number = torch.arange(keys, device="cuda", dtype=torch.float32)
     column = {
         "zeros": -torch.ones(keys, device="cuda"),
@@ -201,8 +205,8 @@ def test_adversarial_rows(kind: str, heads: int, head_dim: int) -> None:
         "minus zeros": -(number % 2),
         "tiny": number * 1e-30,
         "huge": number * 1e30,
-        "sampled lines low": (number // 32 % 16 != 0) * 512.0 + number % 32,
-        "sampled lines high": (number // 32 % 16 == 0) * 512.0 + number % 32,
+        "sampled lines low": (number // 32 % every != 0) * 512.0 + number % 32,
+        "sampled lines high": (number // 32 % every == 0) * 512.0 + number % 32,
     }[kind]
     k = torch.zeros(keys, head_dim, device="cuda")
     # three parts of 8 bits each: a sum that bfloat16 products give exactly
@@ -259,7 +263,8 @@ def test_no_shape_compiles_anything_once_warm(key_format: KeyFormat) -> None:
 
     for keys in (4096, 30_000):  # without and with the sampled filter
         for explicit in (False, True):
-            search(16, keys, 4, 512, explicit)
+            for top_k in (512, 1024, 2048, 4096):  # one for each shape of the selection among survivors
+                search(16, keys, 4, top_k, explicit)
     warm = compiled_variants()
     assert warm > 0
     for rows in (1, 2, 15, 16, 33, 1024):

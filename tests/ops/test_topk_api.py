@@ -22,7 +22,13 @@ from streamindex_service.ops.topk import (
 )
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk import reference as reference_module
-from streamindex_service.ops.topk.plan import ScoreKernel, balanced_group, choose_score_kernel, kernel_tiles
+from streamindex_service.ops.topk.plan import (
+    HOPPER_SHARED_BYTES,
+    ScoreKernel,
+    choose_score_kernel,
+    kernel_tiles,
+    shared_queries,
+)
 from tests.ops.cases import kernel_device, make_inputs
 
 
@@ -141,8 +147,8 @@ def test_every_plan_fits_its_workspace(
         ("bf16", 64, 128, (9, 0), True, ScoreKernel.HOPPER),
         ("bf16", 32, 128, (9, 0), True, ScoreKernel.HOPPER),
         ("fp8_e4m3", 64, 128, (9, 0), True, ScoreKernel.HOPPER),
-        ("fp8_e4m3", 32, 128, (9, 0), True, ScoreKernel.PORTABLE),
-        ("fp16", 64, 128, (9, 0), True, ScoreKernel.PORTABLE),
+        ("fp8_e4m3", 32, 128, (9, 0), True, ScoreKernel.HOPPER),
+        ("fp16", 64, 128, (9, 0), True, ScoreKernel.HOPPER),
         ("bf16", 64, 128, (9, 0), False, ScoreKernel.WITHOUT_GLUON),
         ("fp32", 64, 128, (9, 0), False, ScoreKernel.PORTABLE),
         ("bf16", 48, 128, (9, 0), True, ScoreKernel.PORTABLE),
@@ -169,15 +175,13 @@ def test_a_plan_says_that_gluon_is_missing() -> None:
     assert plan.tiles.block_keys == kernel_tiles("bf16", 64, 128).block_keys
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 856, 3256, 8192])
-@pytest.mark.parametrize("key_blocks", [1, 7, 32, 256, 4096])
-def test_a_balanced_group_is_one_of_the_kernels(rows: int, key_blocks: int) -> None:
-    group = balanced_group(key_blocks, rows, 132, 512)
-    assert 64 <= group <= 512
-    assert group % 32 == 0
-    # no worse than the largest and the smallest by the measure itself: all multiprocessors busy with large groups
-    if key_blocks * rows >= 132 * 512 * 8:
-        assert group >= 128
+@pytest.mark.parametrize(("rows", "row_bytes"), [(1, 8192), (840, 8192), (2048, 8192), (2049, 8192), (8192, 32_768)])
+def test_queries_that_are_read_at_a_time_fit_the_cache_in_equal_parts(rows: int, row_bytes: int) -> None:
+    group = shared_queries(rows, row_bytes)
+    groups = -(-rows // group)
+    assert (group - 8) * row_bytes < HOPPER_SHARED_BYTES
+    assert groups == -(-rows * row_bytes // HOPPER_SHARED_BYTES)
+    assert groups * group - rows < 8 * groups
 
 
 def test_less_than_the_floor_is_refused_with_figures() -> None:

@@ -25,14 +25,12 @@ _SORT_ENTRIES = 1 << 18  # sorted at once, in whole rows
 _PART_ALIGNMENT = 256
 _FILTERED_TOP_K = 4  # a row of fewer than so many times top_k keys is not filtered
 
-# The queries that one block of the Hopper kernel walks over are chosen from these to balance the multiprocessors.
-HOPPER_GROUP = 512
-_HOPPER_GROUPS = range(64, HOPPER_GROUP + 1, 32)
-_HOPPER_BLOCK_COST = 6  # what a block costs before its first query, in queries
-# What the Hopper kernel takes: stages of its ring, by format. Everything else keeps the portable kernel.
-HOPPER_STAGES = {"fp8_e4m3": 6, "bf16": 4}
-# Only what gave bitwise the same answer however the work was cut, on a device: fp8 with 32 heads did not.
-HOPPER_HEADS = {"fp8_e4m3": frozenset({64}), "bf16": frozenset({32, 64})}
+# Queries that the multiprocessors read at a time: a third of the cache, beside the scores that pass through it.
+HOPPER_SHARED_BYTES = 16 << 20
+# What the Hopper kernel takes: stages of its ring (a power of two), by format; heads. Everything else keeps the
+# portable kernel.
+HOPPER_STAGES = {"fp8_e4m3": 8, "bf16": 4, "fp16": 4}
+HOPPER_HEADS = frozenset({32, 64, 128})
 HOPPER_HEAD_DIM = 128
 HOPPER_CAPABILITY = (9, 0)
 
@@ -69,7 +67,17 @@ class KernelTiles:
     sample_every: int  # one line of 32 scores in so many is sampled, or fewer:
     sample_lanes: int  # the most scores of a sample
     mark_block: int
+    rest_rows: int  # rows that one block looks through for what the filter left over
     score_kernel: ScoreKernel = ScoreKernel.PORTABLE
+
+
+@dataclass(frozen=True)
+class SurvivorLanes:
+    """Compile-time shape of the selection among survivors: it holds `lanes` of them in registers, or `most_lanes`."""
+
+    lanes: int
+    most_lanes: int
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -218,12 +226,20 @@ def survivor_capacity(top_k: int) -> int:
     return max(1024, 6 * top_k)
 
 
+@lru_cache(maxsize=16)
+def survivor_lanes(top_k: int) -> SurvivorLanes:
+    """The shape for a top_k: one of four, so few are ever compiled."""
+    # the threshold lets through up to twice top_k, relatively fewer for a large one
+    lanes = min(max(1024, _power_of_two(2 * top_k)), 8192)
+    return SurvivorLanes(lanes, min(2 * lanes, 8192), warps=4 if lanes <= 2048 else 8)
+
+
 def choose_score_kernel(
     format_name: str, heads: int, head_dim: int, capability: tuple[int, int] | None, *, gluon: bool
 ) -> ScoreKernel:
     """The static choice: by device, format and dimensions, never by a length. capability: of a CUDA device, or
     None."""
-    fits = heads in HOPPER_HEADS.get(format_name, ()) and head_dim == HOPPER_HEAD_DIM
+    fits = format_name in HOPPER_STAGES and heads in HOPPER_HEADS and head_dim == HOPPER_HEAD_DIM
     if capability != HOPPER_CAPABILITY or not fits:
         return ScoreKernel.PORTABLE
     return ScoreKernel.HOPPER if gluon else ScoreKernel.WITHOUT_GLUON
@@ -239,7 +255,7 @@ def kernel_tiles(
     dim_pad = max(32, _power_of_two(head_dim))  # the e4m3 matrix unit takes 32 elements at a time
     group, wide = 128, format_name == "fp32"
     if score_kernel is ScoreKernel.HOPPER:
-        block_keys, columns, warps, stages, group = 256, 128, 4, HOPPER_STAGES[format_name], HOPPER_GROUP
+        block_keys, columns, warps, stages = 256, 128, 4, HOPPER_STAGES[format_name]
     elif wide:  # no matrix unit without rounding: small tiles, for correctness only
         block_keys, columns, warps, stages = 32, heads_pad, 8, 1
     elif heads_pad == 128 or dim_pad == 256:
@@ -258,31 +274,19 @@ def kernel_tiles(
         select_block=2048,
         select_warps=4,
         filter_keys=2049,  # one more than select_lanes
-        sample_every=16,
+        sample_every=8,
         sample_lanes=4096,
         mark_block=4096,
+        rest_rows=32,
         score_kernel=score_kernel,
     )
 
 
-@lru_cache(maxsize=4096)
-def balanced_group(key_blocks: int, rows: int, processors: int, most: int) -> int:
-    """Queries of a block of the Hopper kernel: those with which a chunk is done first, one block on a multiprocessor
-    at a time. A larger group reads keys less often, a smaller one leaves fewer multiprocessors idle at the end."""
-
-    def cost(group: int) -> float:
-        whole, rest = divmod(rows, group)
-        block = group + _HOPPER_BLOCK_COST
-        turns, left = divmod(key_blocks * whole, processors)
-        time, free = turns * block, 0
-        if left:
-            time, free = time + block, processors - left
-        if rest:  # the short blocks of the last group come last, first beside the last long ones
-            short = rest + _HOPPER_BLOCK_COST
-            time += -(-max(0, key_blocks - free * (block // short)) // processors) * short
-        return time
-
-    return min((group for group in _HOPPER_GROUPS if group <= most), key=cost)
+def shared_queries(rows: int, row_bytes: int) -> int:
+    """Queries of a chunk that all multiprocessors work on at a time: equal parts of the chunk that stay in the cache
+    while every block of keys passes by."""
+    groups = max(1, -(-rows * row_bytes // HOPPER_SHARED_BYTES))
+    return _round_up(-(-rows // groups), _ROW_STEP)
 
 
 def _power_of_two(n: int) -> int:

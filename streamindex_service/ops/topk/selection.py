@@ -81,6 +81,8 @@ def threshold_kernel(
     if (tile_count >= 4 * top_k) & (needed < sample):
         if sample <= LANES // 4:
             threshold = _sampled_threshold(scores, sample, every, needed, LANES // 4)
+        elif sample <= LANES // 2:
+            threshold = _sampled_threshold(scores, sample, every, needed, LANES // 2)
         else:
             threshold = _sampled_threshold(scores, sample, every, needed, LANES)
     tl.store(thresholds + row, threshold.to(tl.int32, bitcast=True))
@@ -123,16 +125,18 @@ def _population(word):
 
 
 @triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
-def collect_kernel(
-    scores, thresholds, marks, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, positions,
+def finish_kernel(
+    scores, thresholds, marks, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts,
+    new_scores, new_indices, positions,
     row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
-    WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPLICIT: tl.constexpr,
+    LANES: tl.constexpr, MOST_LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
-    """What of one row can still be among the best, in index order: candidates so far that reach the threshold, then
-    the marked keys of the tile. Grid: (rows of the chunk,).
+    """Collect what of one row can still be among the best, in index order: candidates so far that reach the threshold,
+    then the marked keys of the tile; and select the best top_k of them. Grid: (rows of the chunk,).
 
-    If these are fewer than top_k, or more than `capacity`, the sample misled: the count is stored as −1, and the
-    selection reads the whole row. A right count makes the survivors a superset of the answer.
+    A right count makes the survivors a superset of the answer. If they are fewer than top_k, or more than `capacity`,
+    the sample misled: the count is stored as −1. These rows, and those of more than MOST_LANES survivors, are left to
+    `rest_kernel`.
     """
     row = tl.program_id(0)
     visible = visible_keys(positions, first_position, row, row_start, ratio, length, EXPLICIT)
@@ -145,6 +149,8 @@ def collect_kernel(
         marks += row.to(tl.int64) * (score_stride // 32)
         old_scores += row.to(tl.int64) * top_k
         old_indices += row.to(tl.int64) * top_k
+        new_scores += row.to(tl.int64) * top_k
+        new_indices += row.to(tl.int64) * top_k
         survivor_scores += row.to(tl.int64) * capacity
         survivor_indices += row.to(tl.int64) * capacity
         kept = tl.full((), 0, tl.int32)
@@ -152,30 +158,61 @@ def collect_kernel(
             old_scores, old_indices, old_count, threshold, kept, capacity, survivor_scores, survivor_indices, BLOCK
         )
         old_kept = kept
-        words = tl.cdiv(tile_count, 32)
-        lane = tl.arange(0, WORDS)
-        for start in range(0, words, WORDS):
-            word = tl.load(marks + start + lane, mask=start + lane < words, other=0).to(tl.uint32, bitcast=True)
-            marked = _population(word)
-            place = kept + tl.cumsum(marked, axis=0) - marked
-            rounds = tl.where(kept <= capacity, tl.max(marked, axis=0), 0)
-            for _ in range(rounds):  # the lowest bit of each word, and off with it
-                lowest = (word & (~word + 1)).to(tl.float32).to(tl.uint32, bitcast=True)
-                index = tile_start + (start + lane) * 32 + (lowest >> 23).to(tl.int32) - 127
-                tl.store(survivor_indices + place, index, mask=(word != 0) & (place < capacity))
-                word = word & (word - (word != 0).to(tl.uint32))
-                place += 1
-            kept += tl.sum(marked, axis=0)
+        kept = _unmark(marks, tl.cdiv(tile_count, 32), tile_start, kept, capacity, survivor_indices, WORDS)
         if (kept >= top_k) & (kept <= capacity):
             result = kept
             tl.debug_barrier()  # other threads wrote the indices
-            lane_of_block = tl.arange(0, BLOCK)
-            for start in range(old_kept, kept, BLOCK):
-                place_read = start + lane_of_block
-                index_read = tl.load(survivor_indices + place_read, mask=place_read < kept, other=tile_start)
-                value = tl.load(scores + index_read - tile_start, mask=place_read < kept, other=0.0)
-                tl.store(survivor_scores + place_read, value, mask=place_read < kept)
+            if kept <= LANES:
+                _select_survivors(
+                    scores, tile_start, survivor_scores, survivor_indices, old_kept, kept, top_k, new_scores,
+                    new_indices, LANES,
+                )  # fmt: skip
+            elif kept <= MOST_LANES:
+                _select_survivors(
+                    scores, tile_start, survivor_scores, survivor_indices, old_kept, kept, top_k, new_scores,
+                    new_indices, MOST_LANES,
+                )  # fmt: skip
+            else:
+                lane = tl.arange(0, BLOCK)
+                for start in range(old_kept, kept, BLOCK):
+                    place = start + lane
+                    index = tl.load(survivor_indices + place, mask=place < kept, other=tile_start)
+                    value = tl.load(scores + index - tile_start, mask=place < kept, other=0.0)
+                    tl.store(survivor_scores + place, value, mask=place < kept)
     tl.store(survivor_counts + row, result)
+
+
+@triton.jit
+def _unmark(marks, words, tile_start, kept, capacity, to_indices, WORDS: tl.constexpr):
+    """Append the keys whose bits are set, in order; what does not fit is counted, not stored. Returns the count."""
+    lane = tl.arange(0, WORDS)
+    for start in range(0, words, WORDS):
+        word = tl.load(marks + start + lane, mask=start + lane < words, other=0).to(tl.uint32, bitcast=True)
+        marked = _population(word)
+        place = kept + tl.cumsum(marked, axis=0) - marked
+        rounds = tl.where(kept <= capacity, tl.max(marked, axis=0), 0)
+        for _ in range(rounds):  # the lowest bit of each word, and off with it
+            lowest = (word & (~word + 1)).to(tl.float32).to(tl.uint32, bitcast=True)
+            index = tile_start + (start + lane) * 32 + (lowest >> 23).to(tl.int32) - 127
+            tl.store(to_indices + place, index, mask=(word != 0) & (place < capacity))
+            word = word & (word - (word != 0).to(tl.uint32))
+            place += 1
+        kept += tl.sum(marked, axis=0)
+    return kept
+
+
+@triton.jit
+def _select_survivors(
+    scores, tile_start, survivor_scores, survivor_indices, old_kept, kept, top_k, new_scores, new_indices,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The best top_k of `kept` survivors, of which the first `old_kept` have their scores listed; kept ≥ top_k."""
+    lane = tl.arange(0, LANES)
+    inside, old = lane < kept, lane < old_kept
+    index = tl.load(survivor_indices + lane, mask=inside, other=tile_start)
+    value = tl.load(scores + tl.where(old, 0, index - tile_start), mask=inside & (lane >= old_kept), other=0.0)
+    value = tl.where(old, tl.load(survivor_scores + lane, mask=old, other=0.0), value)
+    _keep_held(value, index, inside, top_k, new_scores, new_indices)
 
 
 @triton.jit
@@ -271,6 +308,12 @@ def _select_held(
     index = tl.load(old_indices + lane, mask=old, other=0)
     value = tl.where(old, value, tl.load(scores + lane - old_count, mask=inside & (lane >= old_count), other=0.0))
     index = tl.where(old, index, tile_start + lane - old_count)
+    _keep_held(value, index, inside, take, new_scores, new_indices)
+
+
+@triton.jit
+def _keep_held(value, index, inside, take, new_scores, new_indices):
+    """Write the best `take` of the entries that are `inside`, in order; there are at least so many."""
     bits = tl.where(inside, _ordered_bits(value), 0).to(tl.uint32)
     kth = _bisect(bits, inside, take, take)
     above = (inside & (bits > kth)).to(tl.int32)
@@ -305,20 +348,65 @@ def _select_read(
     _keep(scores, old_indices, tile_start, tile_count, kth, needed, kept, new_scores, new_indices, False, BLOCK)
 
 
-@triton.jit(do_not_specialize=[*_FILTER_SCALARS, "filtered"], do_not_specialize_on_alignment=_LIST_POINTERS)
-def select_kernel(
+@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
+def rest_kernel(
     scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, new_scores, new_indices,
     positions,
-    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity, filtered,
+    rows, row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
+    MOST_LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPLICIT: tl.constexpr,
+):  # fmt: skip
+    """The rows that `finish_kernel` left: selected from their survivors where these were too many for the registers,
+    from all scores where the sample misled. Grid: (rows of the chunk / ROWS,), since there are seldom any."""
+    first = tl.program_id(0) * ROWS
+    member = first + tl.arange(0, ROWS)
+    counts = tl.load(survivor_counts + member, mask=member < rows, other=0)
+    left = tl.sum(((counts < 0) | (counts > MOST_LANES)).to(tl.int32), axis=0)
+    row = first
+    while left > 0:
+        survivors = tl.load(survivor_counts + row)
+        if (survivors < 0) | (survivors > MOST_LANES):
+            left -= 1
+            place = row.to(tl.int64)
+            if survivors < 0:
+                visible = visible_keys(positions, first_position, row, row_start, ratio, length, EXPLICIT)
+                old_count = tl.minimum(tl.minimum(visible, tile_start), top_k)
+                tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
+                _select_read(
+                    old_scores + place * top_k, old_indices + place * top_k, old_count, scores + place * score_stride,
+                    tile_start, tile_count, top_k, new_scores + place * top_k, new_indices + place * top_k, BLOCK,
+                )  # fmt: skip
+                _pad(old_count + tile_count, top_k, new_scores + place * top_k, new_indices + place * top_k, BLOCK)
+            else:  # they stand for candidates and tile alike
+                _select_read(
+                    survivor_scores + place * capacity, survivor_indices + place * capacity, survivors, scores,
+                    tile_start, survivors * 0, top_k, new_scores + place * top_k, new_indices + place * top_k, BLOCK,
+                )  # fmt: skip
+        row += 1
+
+
+@triton.jit
+def _pad(count, top_k, new_scores, new_indices, BLOCK: tl.constexpr):
+    """Fill what `count` entries leave of a row's top_k."""
+    lane = tl.arange(0, BLOCK)
+    for start in range(tl.minimum(count, top_k), top_k, BLOCK):
+        unused = start + lane < top_k
+        tl.store(new_scores + start + lane, float("-inf"), mask=unused)
+        tl.store(new_indices + start + lane, -1, mask=unused)
+
+
+@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
+def select_kernel(
+    scores, old_scores, old_indices, new_scores, new_indices, positions,
+    row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
     LANES: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
     """The best top_k of (candidates so far, this tile's scores) of one row, in index order, padded. Grid: (rows of
-    the chunk,).
+    the chunk,). For tiles that are not filtered.
 
     scores: [rows, score_stride] float32 of keys tile_start to tile_start + tile_keys. Candidates so far have smaller
     indices than any key of the tile and stand in index order, so "first in order" is "smallest index" across both.
-    filtered: where the filter found the row's survivors, only they are read. MANY: only rows of more than LANES
-    entries, else only the others: two launches, for what many entries need of registers would slow down few.
+    MANY: only rows of more than LANES entries, else only the others: two launches, for what many entries need of
+    registers would slow down few.
     """
     row = tl.program_id(0)
     visible = visible_keys(positions, first_position, row, row_start, ratio, length, EXPLICIT)
@@ -329,13 +417,6 @@ def select_kernel(
     old_indices += row.to(tl.int64) * top_k
     new_scores += row.to(tl.int64) * top_k
     new_indices += row.to(tl.int64) * top_k
-    if filtered != 0:
-        survivors = tl.load(survivor_counts + row)
-        if survivors >= 0:  # they stand for candidates and tile alike
-            old_scores = survivor_scores + row.to(tl.int64) * capacity
-            old_indices = survivor_indices + row.to(tl.int64) * capacity
-            old_count = survivors
-            tile_count = survivors * 0
     total = old_count + tile_count
     mine = total > LANES if MANY else total <= LANES
     if mine:
@@ -354,8 +435,4 @@ def select_kernel(
                 old_scores, old_indices, old_count, scores, tile_start, tile_count, top_k, new_scores, new_indices,
                 BLOCK,
             )  # fmt: skip
-        lane = tl.arange(0, BLOCK)
-        for start in range(tl.minimum(total, top_k), top_k, BLOCK):
-            unused = start + lane < top_k
-            tl.store(new_scores + start + lane, float("-inf"), mask=unused)
-            tl.store(new_indices + start + lane, -1, mask=unused)
+        _pad(total, top_k, new_scores, new_indices, BLOCK)

@@ -40,7 +40,8 @@ def _fill_by_threads(problem: Problem, plan: Plan, start: int, stop: int) -> Non
     the one that does not run (100 times slower, measured with 2 threads on 2 cores that something else uses too).
     """
     parts = min(torch.get_num_threads(), stop - start)
-    if parts <= 1:
+    # A single row goes to the pool too: torch may add up in another order where it has all its threads.
+    if torch.get_num_threads() == 1:
         _fill(problem, plan, start, stop)
         return
     cuts = [start + (stop - start) * part // parts for part in range(parts + 1)]

@@ -32,8 +32,9 @@ from streamindex_service.ops.topk.order import Order
 from streamindex_service.ops.topk.plan import KernelTiles, Plan, ScoreKernel
 from streamindex_service.ops.topk.problem import Problem
 from streamindex_service.ops.topk.selection import (
-    collect_kernel,
+    finish_kernel,
     mark_kernel,
+    rest_kernel,
     select_kernel,
     threshold_kernel,
     visible_keys,
@@ -128,7 +129,7 @@ _INTERPRETED = not isinstance(_score_kernel, triton.JITFunction)
 
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
-    kernels = [_score_kernel, threshold_kernel, mark_kernel, collect_kernel, select_kernel]
+    kernels = [_score_kernel, threshold_kernel, mark_kernel, finish_kernel, rest_kernel, select_kernel]
     hopper = sys.modules.get("streamindex_service.ops.topk.hopper")
     if hopper is not None:
         kernels.append(hopper.score_kernel)
@@ -295,9 +296,8 @@ def _launch_hopper(
     problem: Problem, tiles: KernelTiles, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int,
 ) -> None:  # fmt: skip
     rows = chunk.stop - chunk.start
-    group = planning.balanced_group(-(-keys // tiles.block_keys), rows, processors, tiles.query_group)
     hopper.launch_scores(
-        problem, tiles, described_queries, scores, chunk.positions, chunk.start, rows, tile_start, keys, group
+        problem, tiles, described_queries, scores, chunk.positions, chunk.start, rows, tile_start, keys, processors
     )
 
 
@@ -319,26 +319,32 @@ def _launch_select(
     )  # fmt: skip
     # short tiles are read faster than sampled; the answer is the same, so this may depend on the length
     filtered = planning.is_filtered(keys, p.top_k, tiles)
-    if filtered:
-        threshold_kernel[(rows,)](
-            b.scores, b.thresholds, positions, *scalars,
-            LANES=tiles.sample_lanes, EVERY=tiles.sample_every, EXPLICIT=explicit, num_warps=tiles.select_warps,
-        )  # fmt: skip
-        mark_kernel[(triton.cdiv(keys, tiles.mark_block), rows)](
-            b.scores, b.thresholds, b.marks, positions, *scalars,
-            BLOCK=tiles.mark_block, EXPLICIT=explicit, num_warps=tiles.select_warps,
-        )  # fmt: skip
-        collect_kernel[(rows,)](
-            b.scores, b.thresholds, b.marks, *old, *b.survivors, b.counts, positions, *scalars,
-            WORDS=tiles.mark_block // 4, BLOCK=tiles.select_block // 4, EXPLICIT=explicit, num_warps=tiles.select_warps,
-        )  # fmt: skip
-    # what an unfiltered tile does not use must be as aligned as what it stands for
-    survivors = (*b.survivors, b.counts) if filtered else (b.scores, b.lists[0][1], b.lists[0][1])
-    arguments = (b.scores, *old, *survivors, *new, positions, *scalars, int(filtered))
-    select = {"LANES": tiles.select_lanes, "BLOCK": tiles.select_block, "EXPLICIT": explicit}
-    select_kernel[(rows,)](*arguments, **select, MANY=False, num_warps=tiles.select_warps)
-    if keys + min(tile_start, p.top_k) > tiles.select_lanes:
-        select_kernel[(rows,)](*arguments, **select, MANY=True, num_warps=2 * tiles.select_warps)
+    if not filtered:
+        arguments = (b.scores, *old, *new, positions, *scalars)
+        select = {"LANES": tiles.select_lanes, "BLOCK": tiles.select_block, "EXPLICIT": explicit}
+        select_kernel[(rows,)](*arguments, **select, MANY=False, num_warps=tiles.select_warps)
+        if keys + min(tile_start, p.top_k) > tiles.select_lanes:
+            select_kernel[(rows,)](*arguments, **select, MANY=True, num_warps=2 * tiles.select_warps)
+        return
+    threshold_kernel[(rows,)](
+        b.scores, b.thresholds, positions, *scalars,
+        LANES=tiles.sample_lanes, EVERY=tiles.sample_every, EXPLICIT=explicit, num_warps=tiles.select_warps,
+    )  # fmt: skip
+    mark_kernel[(triton.cdiv(keys, tiles.mark_block), rows)](
+        b.scores, b.thresholds, b.marks, positions, *scalars,
+        BLOCK=tiles.mark_block, EXPLICIT=explicit, num_warps=tiles.select_warps,
+    )  # fmt: skip
+    held = planning.survivor_lanes(p.top_k)
+    finish_kernel[(rows,)](
+        b.scores, b.thresholds, b.marks, *old, *b.survivors, b.counts, *new, positions, *scalars,
+        LANES=held.lanes, MOST_LANES=held.most_lanes, WORDS=tiles.mark_block // 4, BLOCK=tiles.select_block // 4,
+        EXPLICIT=explicit, num_warps=held.warps,
+    )  # fmt: skip
+    rest_kernel[(triton.cdiv(rows, tiles.rest_rows),)](
+        b.scores, *old, *b.survivors, b.counts, *new, positions, rows, *scalars,
+        MOST_LANES=held.most_lanes, ROWS=tiles.rest_rows, BLOCK=tiles.select_block, EXPLICIT=explicit,
+        num_warps=2 * tiles.select_warps,
+    )  # fmt: skip
 
 
 def _chunk_positions(problem: Problem, start: int, stop: int) -> Tensor | None:
