@@ -103,6 +103,10 @@ def _log_log(axes: Axes, what: str) -> None:
     axes.grid(visible=True, which="major", alpha=0.3)
 
 
+def _short(tokens: float) -> str:
+    return f"{tokens / 1024:g}K" if tokens < 1 << 20 else f"{tokens / 2**20:g}M"
+
+
 def _design(table: str, header: JsonRow, rows: Sequence[JsonRow]) -> Pictures:
     """Query chunk × key tile, coloured by seconds; one picture for each implementation and element type, a square for
     each top_k."""

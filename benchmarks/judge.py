@@ -78,7 +78,7 @@ def _recall(prefill: Prefill, indices: Tensor) -> Tensor:
     counts[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]  # a key counts once
     reach = torch.gather(scores + bounds, 1, ordered.clamp(0, width - 1)) >= floor[:, None]
     hits = torch.minimum((counts & reach).sum(dim=1), expected)
-    return torch.where(expected > 0, hits / expected.clamp(min=1), 1.0).double().cpu()
+    return torch.where(expected > 0, hits.double() / expected.clamp(min=1), 1.0).cpu()
 
 
 def _exact_scores(prefill: Prefill, width: int) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,9 @@ def tiled_search(prefill: Prefill, implementation: str, query_chunk: int, key_ti
 
 def run_model(bench: Bench, model: Model, arguments: argparse.Namespace) -> None:
     """All rows of one model."""
-    for key_format in formats_of(arguments, [KeyFormat.BF16, KeyFormat.FP8_E4M3]):
+    for key_format in formats_of(
+        arguments, [KeyFormat.BF16] if arguments.quick else [KeyFormat.BF16, KeyFormat.FP8_E4M3]
+    ):
         prefill = bench.prefill(model, arguments.sizes[0], key_format)
         names = usable(arguments.implementations, bench.device, key_format)
         for top_k in arguments.top_ks:
@@ -68,7 +70,7 @@ def run_tiles(bench: Bench, prefill: Prefill, names: list[str], arguments: argpa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__, quick=f"{QUICK_TOKENS} tokens and fewer tiles")
+    parser = options(__doc__, quick=f"{QUICK_TOKENS} tokens in bf16, fewer tiles")
     parser.add_argument("--query-chunks", type=int, nargs="+", help="rows")
     parser.add_argument("--key-tiles", type=int, nargs="+", help="keys, multiples of 256")
     parser.add_argument("--top-ks", type=int, nargs="+")

@@ -70,7 +70,9 @@ def run_size(bench: Bench, prefill: Prefill, names: list[str]) -> None:
 
 def run_model(bench: Bench, model: Model, arguments: argparse.Namespace) -> None:
     """All rows of one model."""
-    sizes = arguments.sizes or (CPU_SIZES if bench.device == "cpu" else sizes_of(model))
+    few, more, filtered = sizes_of(model)
+    on_device = [few, filtered] if arguments.quick else [few, more, filtered]
+    sizes = arguments.sizes or (CPU_SIZES if bench.device == "cpu" else on_device)
     quick_formats = [KeyFormat.BF16, KeyFormat.FP8_E4M3]
     for key_format in formats_of(arguments, quick_formats if arguments.quick else list(KeyFormat)):
         names = usable(arguments.implementations, bench.device, key_format)
@@ -79,7 +81,7 @@ def run_model(bench: Bench, model: Model, arguments: argparse.Namespace) -> None
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options(__doc__, quick="only bf16 and fp8, few repeats")
+    parser = options(__doc__, quick="only bf16 and fp8, fewer lengths")
     parser.set_defaults(models=list(MODELS), implementations=["triton", "chunked"])
     arguments = parser.parse_args(argv)
     bench = begin(TABLE, arguments)

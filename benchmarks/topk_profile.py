@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cpu":
         parser.error("a profile of the kernels needs a CUDA device")
     bench = begin(TABLE, arguments)
+    bench.budget_s = 0.5  # a chunk takes milliseconds
     for model in (MODELS[name] for name in arguments.models):
         for key_format in formats_of(arguments, [KeyFormat.FP8_E4M3, KeyFormat.BF16]):
             chosen = choose_score_kernel(

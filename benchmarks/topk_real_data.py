@@ -32,6 +32,7 @@ from benchmarks.searches import (
 )
 from streamindex_service.ops import KeyFormat, PagedKeys
 from streamindex_service.ops.topk import Order
+from streamindex_service.ops.topk.plan import is_filtered
 from streamindex_service.ops.topk.problem import Problem
 
 TABLE = "topk_real_data"
@@ -76,16 +77,19 @@ def real_prefill(tensors: dict[str, Tensor], name: str, key_format: KeyFormat, d
     return Prefill(model, q.to(dtype).to(device), w.contiguous().to(device), keys, tensors["position"])
 
 
-def fallback_rows(prefill: Prefill) -> int:
-    """Rows that the sampled threshold misled, so that the selection read them whole."""
+def fallback_rows(prefill: Prefill) -> int | None:
+    """Rows that the sampled threshold misled, so that the selection read them whole; None where nothing is sampled."""
     from streamindex_service.ops.topk.triton import survivor_counts
 
-    model = prefill.model
+    model, plan = prefill.model, planned(prefill, "triton", _ONE_CHUNK_BYTES)
+    assert plan.tiles is not None
+    if not is_filtered(int(prefill.visible().max()), model.top_k, plan.tiles):
+        return None
     out = torch.empty((prefill.rows, model.top_k), dtype=torch.int32, device=prefill.device)
     problem = Problem(
         prefill.q, prefill.w, prefill.keys, prefill.positions, model.ratio, model.top_k, Order.INDEX, out, None
     )
-    return int((survivor_counts(problem, planned(prefill, "triton", _ONE_CHUNK_BYTES)) < 0).sum())
+    return int((survivor_counts(problem, plan) < 0).sum())
 
 
 def run_top_k(bench: Bench, prefill: Prefill, names: list[str], checked_rows: int) -> None:
@@ -96,7 +100,9 @@ def run_top_k(bench: Bench, prefill: Prefill, names: list[str], checked_rows: in
         baseline = bench.run(prefill, chunked_search(*_CHUNKED_TILES), judged=judged)
     if "triton" in names:
         misled = fallback_rows(prefill)
-        note = f"{misled} of {prefill.rows} rows fell back ({misled / prefill.rows:.2%})"
+        note = "not filtered"
+        if misled is not None:
+            note = f"{misled} of {prefill.rows} rows fell back ({misled / prefill.rows:.2%})"
         bench.run(prefill, product_search("triton", note=note, fallback_rows=misled), baseline, judged)
 
 
