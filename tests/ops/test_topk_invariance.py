@@ -11,7 +11,7 @@ from streamindex_service.ops import KeyFormat
 from streamindex_service.ops.topk import MIN_WORKSPACE_BYTES, Order, TopkResult, plan_for
 from tests.ops.cases import Inputs, kernel_device, make_inputs, same, small_plan
 
-ROWS, KEYS, TOP_K = 6, 900, 30
+ROWS, KEYS, TOP_K, RATIO = 6, 600, 20, 2
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Batch:
 batches = st.builds(
     Batch,
     order=st.permutations(range(ROWS)),
-    strangers=st.lists(st.integers(0, ROWS), max_size=6).map(sorted),
-    chunk=st.integers(1, ROWS + 6),
-    tile=st.integers(1, 4),
+    strangers=st.lists(st.integers(0, ROWS), max_size=4).map(sorted),
+    chunk=st.integers(1, ROWS + 4),
+    tile=st.integers(1, 3),
     group=st.sampled_from([16, 32]),
     repeats=st.integers(1, 2),
 )
@@ -43,11 +43,11 @@ formats = st.sampled_from([(KeyFormat.BF16, 16, 32), (KeyFormat.FP8_E4M3, 3, 48)
 
 def _inputs(shape: tuple[KeyFormat, int, int], device: str, seed: int = 0) -> Inputs:
     key_format, heads, head_dim = shape
-    # the positions rise and fall, and one row sees nothing
-    positions = torch.tensor([899, 40, 0, 600, 29, 777]) if seed == 0 else torch.tensor([3, 899, 450, 0, 898, 61])
+    visible = [600, 41, 0, 400, 20, 578] if seed == 0 else [4, 600, 450, 0, 599, 61]
+    positions = torch.tensor([seen * RATIO - 1 if seen else 0 for seen in visible])
     return make_inputs(
-        rows=ROWS, heads=heads, head_dim=head_dim, keys=KEYS, key_format=key_format, top_k=TOP_K, device=device,
-        positions=positions, seed=seed,
+        rows=ROWS, heads=heads, head_dim=head_dim, keys=KEYS, key_format=key_format, top_k=TOP_K, ratio=RATIO,
+        device=device, positions=positions, seed=seed,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def _together(rows: Inputs, others: Inputs, batch: Batch) -> tuple[Inputs, list[
     w = torch.stack([source.w[row] for source, row in lines])
     positions = torch.stack([source.positions[row] for source, row in lines])
     places = [place for place, (source, _) in enumerate(lines) if source is rows]
-    return Inputs(q, w, rows.keys, positions, 1, TOP_K), places
+    return Inputs(q, w, rows.keys, positions, RATIO, TOP_K), places
 
 
 def _picked(result: TopkResult, rows: list[int]) -> TopkResult:
@@ -83,7 +83,7 @@ def test_chunked(shape: tuple[KeyFormat, int, int], batch: Batch) -> None:
     _invariant("chunked", shape, batch, "cpu")
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(shape=formats, batch=batches)
 def test_triton(shape: tuple[KeyFormat, int, int], batch: Batch) -> None:
     _invariant("triton", shape, batch, kernel_device())
