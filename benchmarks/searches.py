@@ -27,6 +27,7 @@ from streamindex_service.ops.topk.problem import Problem
 from streamindex_service.ops.topk.reference import run_reference
 
 MIB = 1 << 20
+UNWRITTEN = -77  # an index that no search gives
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ class Bench:
         judged: Callable[[Prefill, Tensor], Judgement] = judge,
     ) -> TopkRow:
         """Measure, judge and add one row. Out of memory is a result: a row without figures."""
-        out = torch.empty((prefill.rows, prefill.model.top_k), dtype=torch.int32, device=self.device)
+        # no answer: memory given back by the last row may hold a right one
+        out = torch.full((prefill.rows, prefill.model.top_k), UNWRITTEN, dtype=torch.int32, device=self.device)
         roof = self.roof(prefill.keys.format)
         timing, reason = self._measure(lambda: search.work(prefill, out))
         if timing is None:

@@ -38,8 +38,8 @@ def _wrong_rows(row: JsonRow) -> str:
     if row["wrong_rows"] is None:
         return NOTHING
     checked = f" of {row['checked_rows']}" if row.get("checked_rows") else ""
-    # the result of leaving a part out, not a mistake: said in the figure itself
-    return f"{row['wrong_rows']}{checked}" + ("" if row.get("exact", True) else " (as expected)")
+    # the result of leaving a part out, not a mistake: said beside the figure itself
+    return f"{row['wrong_rows']}{checked}" + ("" if row.get("exact", True) else f" (no {row['left_out']})")
 
 
 COLUMNS = (

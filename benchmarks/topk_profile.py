@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness import MODELS, Model
 from benchmarks.inputs import Prefill, make_prefill
 from benchmarks.judge import Judgement, judge
-from benchmarks.searches import Bench, TopkRow, begin, formats_of, options
+from benchmarks.searches import UNWRITTEN, Bench, TopkRow, begin, formats_of, options
 from benchmarks.timing import Timing, measure
 from streamindex_service.ops import KeyFormat
 from streamindex_service.ops.topk import DEFAULT_WORKSPACE_BYTES, Order, api
@@ -105,7 +105,7 @@ def profile(bench: Bench, model: Model, tokens: int, key_format: KeyFormat, kern
 
     bench.give_back()
     prefill, plan = last_chunk(model, tokens, key_format, kernel)
-    out = torch.empty((prefill.rows, model.top_k), dtype=torch.int32, device="cuda")
+    out = torch.full((prefill.rows, model.top_k), UNWRITTEN, dtype=torch.int32, device="cuda")
     problem = Problem(
         prefill.q, prefill.w, prefill.keys, prefill.positions, model.ratio, model.top_k, Order.INDEX, out, None
     )

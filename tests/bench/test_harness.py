@@ -91,6 +91,12 @@ class TestGate:
         assert row.wrong_rows == 1
         assert bench.report.finish(None) == 1
 
+    def test_a_search_that_writes_nothing_is_caught(self, tiny: Model) -> None:
+        bench, prefill = _bench(), make_prefill(tiny, 300, BF16, "cpu")
+        bench.run(prefill, chunked_search(64, 256))  # its buffer is free again, and right
+        row = bench.run(prefill, Search("idle", "idle", lambda prefill, out: None))
+        assert row.wrong_rows == row.checked_rows == 64
+
 
 class TestRows:
     def test_form_of_a_result_file(self, tiny: Model, tmp_path: Path) -> None:
