@@ -16,7 +16,7 @@ ARGS ?=
 BENCH ?=
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: help demo test lint format stubs gpu-check bench wheelhouse clean
+.PHONY: help demo test lint format stubs gpu-check bench render wheelhouse clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
@@ -53,6 +53,10 @@ gpu-check:  ## on a CUDA host: tests marked gpu, then the benchmarks, results as
 
 bench:  ## the benchmarks that a CPU host can run
 	$(PYTHON) -m benchmarks --out $(RESULTS) $(BENCH)
+
+render: $(READY)  ## tables and pictures of the results in RESULTS, on any host
+	$(if $(VENV),$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]')
+	$(PYTHON) -m benchmarks.render $(RESULTS)
 
 wheelhouse: $(READY)  ## .wheels/: what an offline CUDA host with Python 3.12, torch and triton lacks
 	$(PYTHON) tools/wheelhouse.py .wheels

@@ -1,4 +1,7 @@
-"""Runs the benchmarks, each in a process of its own: python -m benchmarks --out DIR [--only NAME] [--quick]."""
+"""Runs the benchmarks, each in a process of its own: python -m benchmarks --out DIR [--only NAME] [--quick].
+
+`--data FILE` is the data set of topk_real_data, by default the one that ships.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,53 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tables import COLUMNS
+
 # name -> whether it needs a GPU
-BENCHMARKS = {"topk_scaling": True, "topk_profile": True, "upload_throughput": False, "search_stream": False}
+BENCHMARKS = {
+    "topk_parity": False,
+    "topk_real_data": False,
+    "topk_scaling": True,
+    "topk_profile": True,
+    "topk_design": True,
+    "topk_ablations": True,
+    "upload_throughput": False,
+    "search_stream": False,
+}
+SHOWN = ("case", "dtype", "seconds", "of the roof", "ratio", "wrong rows", "recall", "note")
 _TIMEOUT_S = 3600
 _PLAIN_WIDTH = 160
 
 
-def run_one(name: str, out: Path, quick: bool) -> bool:
+def run_one(name: str, out: Path, options: list[str]) -> bool:
     """Run one benchmark; whether its answers were right."""
     target = out / f"{name}.json"
     target.unlink(missing_ok=True)  # no old figures under a new run's name
     command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(target)]
     print(f"== {name}", flush=True)
+    begin = time.monotonic()
     try:
-        return subprocess.run(command + ["--quick"] * quick, check=False, timeout=_TIMEOUT_S).returncode == 0
+        right = subprocess.run(command + options, check=False, timeout=_TIMEOUT_S).returncode == 0
     except subprocess.TimeoutExpired:
         print(f"{name}: not done in {_TIMEOUT_S} s", file=sys.stderr)
         return False
+    print(f"== {name}: {time.monotonic() - begin:.0f} s", flush=True)
+    return right
+
+
+def options_of(name: str, arguments: argparse.Namespace) -> list[str]:
+    """What is handed on to that benchmark."""
+    options = ["--quick"] * arguments.quick
+    if arguments.data is not None and name == "topk_real_data":
+        options += ["--data", str(arguments.data)]
+    return options
 
 
 def show(name: str, path: Path) -> None:
@@ -36,13 +63,11 @@ def show(name: str, path: Path) -> None:
     result = json.loads(path.read_text())
     header = result["header"]
     table = Table(title=f"{name} on {header['device']}, torch {header['torch']}, commit {header['commit']}")
-    for column in ("case", "dtype", "seconds", "ratio", "wrong rows", "note"):
-        table.add_column(column)
+    columns = [column for column in COLUMNS if column.title in SHOWN]
+    for column in columns:
+        table.add_column(column.title)
     for row in result["rows"]:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.4g}"
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} × {row['ratio_to']}"
-        wrong = "" if row["wrong_rows"] is None else str(row["wrong_rows"])
-        table.add_row(row["case"], row["dtype"], seconds, ratio, wrong, row["note"])
+        table.add_row(*(column.shown(row) for column in columns))
     Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
 
 
@@ -51,6 +76,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where NAME.json goes")
     parser.add_argument("--only", choices=list(BENCHMARKS), action="append", help="may be given more than once")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="safetensors, for topk_real_data")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -58,7 +84,7 @@ def main() -> int:
         if BENCHMARKS[name] and not torch.cuda.is_available():
             print(f"== {name}: needs a GPU, left out", flush=True)
             continue
-        if not run_one(name, arguments.out, arguments.quick):
+        if not run_one(name, arguments.out, options_of(name, arguments)):
             failed.append(name)
         if (path := arguments.out / f"{name}.json").is_file():
             show(name, path)

@@ -1,30 +1,22 @@
-"""What every benchmark shares: models and inputs, timing, the roof, the correctness gate, and the form of a result
-file.
+"""What every benchmark shares: models, the form of a result file, and the gate that no wrong answer passes.
 
-A row is only written with its count of wrong rows, and a run with any wrong row exits with an error. The roof is the
-8192³ matrix product of the same element type, measured in the same run.
+A row is only written with its count of wrong rows, and a run with a wrong row exits with an error and writes nothing.
+Only a row that says which part of the algorithm it leaves out may have wrong rows as its result
+(`benchmarks.searches.TopkRow`). Inputs are made in `benchmarks.inputs`, times taken in `benchmarks.timing`, answers
+judged in `benchmarks.judge`; `benchmarks.render` turns result files into tables and pictures.
 """
 
 import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from streamindex_service.ops import KeyFormat, PagedKeys
-from streamindex_service.ops.topk import check_topk
-
-ROOF_SIZE = 8192
-_CHECKED_ROWS = 64
-_FILL_ROWS = 4096
+from benchmarks.tables import CONSOLE_COLUMNS, head, line
 
 
 @dataclass(frozen=True)
@@ -40,12 +32,17 @@ class Model:
     def keys(self, tokens: int) -> int:
         return tokens // self.ratio
 
+    @property
+    def pair_flop(self) -> int:
+        """Floating-point operations of the products of one (token, key) pair."""
+        return 2 * self.heads * self.head_dim
+
     def useful_flop(self, tokens: int) -> int:
         """2 · heads · head_dim for each (token, key) pair that the token sees."""
         whole, rest = divmod(tokens, self.ratio)
         # token t sees (t + 1) // ratio keys: each count 0..whole-1 occurs `ratio` times, but the first and the last
         pairs = self.ratio * whole * (whole - 1) // 2 + whole * (rest + 1)
-        return 2 * self.heads * self.head_dim * pairs
+        return self.pair_flop * pairs
 
 
 V4_FLASH = Model("V4-Flash", heads=64, head_dim=128, ratio=4, top_k=512)
@@ -53,126 +50,6 @@ V4_PRO = Model("V4-Pro", heads=64, head_dim=128, ratio=4, top_k=1024)
 V3_2 = Model("V3.2", heads=64, head_dim=128, ratio=1, top_k=2048)
 GLM_5 = Model("GLM-5", heads=32, head_dim=128, ratio=1, top_k=2048)
 MODELS = {model.name: model for model in (V4_FLASH, V4_PRO, V3_2, GLM_5)}
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """A whole causal prefill: every token of a sequence queries the keys before it."""
-
-    model: Model
-    tokens: int
-    q: Tensor
-    w: Tensor
-    keys: PagedKeys
-
-
-def make_prefill(model: Model, tokens: int, key_format: KeyFormat, device: str, seed: int = 0) -> Prefill:
-    """Independent normal inputs, drawn in parts so that nothing larger than the inputs is ever allocated."""
-    generator = torch.Generator(device).manual_seed(seed)
-    dtype = key_format.torch_dtype
-
-    def normal(*shape: int) -> Tensor:
-        whole = torch.empty(shape, dtype=dtype, device=device)
-        for start in range(0, shape[0], _FILL_ROWS):
-            part = whole[start : start + _FILL_ROWS]
-            part.copy_(torch.randn(part.shape, generator=generator, device=device))
-        return whole
-
-    q, k = normal(tokens, model.heads, model.head_dim), normal(model.keys(tokens), model.head_dim)
-    w = torch.randn((tokens, model.heads), generator=generator, device=device)
-    w *= model.head_dim**-0.5 * model.heads**-0.5
-    scales = None
-    if key_format.has_scales:
-        scales = 0.5 + torch.rand(k.shape[0], generator=generator, device=device)
-    return Prefill(model, tokens, q, w, PagedKeys.from_contiguous(k, scales))
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median seconds of the timed repeats, and the peak of device bytes beyond what was held before."""
-
-    seconds: float
-    peak_bytes: int
-    repeats: int
-
-
-def measure(work: Callable[[], object], device: str, *, budget_s: float = 6.0, max_repeats: int = 10) -> Timing:
-    """Run once to warm up, then as often as the budget allows (at least once), and take the median.
-
-    On CUDA the time is between device events and the peak is the allocator's; on a CPU the peak is reported as 0.
-    """
-    if device == "cpu":
-        return _measure_cpu(work, budget_s, max_repeats)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    first = _event_seconds(work)
-    peak = torch.cuda.max_memory_allocated() - before
-    repeats = max(1, min(max_repeats, int(budget_s / max(first, 1e-6))))
-    return Timing(statistics.median(_event_seconds(work) for _ in range(repeats)), peak, repeats)
-
-
-def _event_seconds(work: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def _measure_cpu(work: Callable[[], object], budget_s: float, max_repeats: int) -> Timing:
-    def seconds() -> float:
-        begin = time.perf_counter()
-        work()
-        return time.perf_counter() - begin
-
-    first = seconds()
-    repeats = max(1, min(max_repeats, int(budget_s / max(first, 1e-6))))
-    return Timing(statistics.median(seconds() for _ in range(repeats)), 0, repeats)
-
-
-def roof_tflops(key_format: KeyFormat, device: str) -> float:
-    """TFLOP/s of a dense product [8192, 8192]² of that element type by the vendor's library (512² on a CPU, for smoke
-    tests)."""
-    n = ROOF_SIZE if device != "cpu" else 512
-    a, b = (torch.randn((n, n), device=device) for _ in range(2))
-    if key_format is KeyFormat.FP8_E4M3 and device != "cpu":
-        one = torch.ones((), device=device)
-        x, y = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
-
-        def product() -> Tensor:
-            return torch._scaled_mm(x, y, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-    else:
-        dtype = torch.float32 if device == "cpu" else key_format.torch_dtype
-        x, y = a.to(dtype), b.to(dtype)
-
-        def product() -> Tensor:
-            return torch.mm(x, y)
-
-    def ten() -> None:
-        for _ in range(10):
-            product()
-
-    return 10 * 2 * n**3 / measure(ten, device, budget_s=1.0).seconds / 1e12
-
-
-def wrong_rows(prefill: Prefill, indices: Tensor, sample: int = _CHECKED_ROWS, first_position: int = 0) -> int:
-    """Rows of a sample, spread over the sequence and always with its ends, that the re-scoring check finds wrong."""
-    rows = torch.linspace(0, prefill.tokens - 1, min(sample, prefill.tokens), dtype=torch.float64).long().unique()
-    on_device = rows.to(indices.device)
-    report = check_topk(
-        indices[on_device],
-        prefill.q.view(torch.uint8)[on_device].view(prefill.q.dtype),  # not every float format can be indexed
-        prefill.w[on_device],
-        prefill.keys,
-        rows + first_position,
-        ratio=prefill.model.ratio,
-        top_k=prefill.model.top_k,
-    )
-    if report.wrong_rows:
-        print(f"WRONG: {report}", file=sys.stderr)
-    return report.wrong_rows
 
 
 @dataclass(frozen=True)
@@ -193,6 +70,11 @@ class Row:
     repeats: int = 0
     note: str = ""
 
+    @property
+    def errors(self) -> int:
+        """Wrong rows that must not be."""
+        return self.wrong_rows or 0
+
 
 class Report:
     """Rows of one run under one header, written as JSON and printed as markdown."""
@@ -201,19 +83,23 @@ class Report:
         self.header = header(device)
         self.rows: list[Row] = []
 
+    def start(self) -> None:
+        """Print the header and the head of the table."""
+        print(self.header, head(CONSOLE_COLUMNS), sep="\n", flush=True)
+
     def add(self, row: Row) -> Row:
         self.rows.append(row)
-        print(_markdown(row), flush=True)
+        print(line(asdict(row), CONSOLE_COLUMNS), flush=True)
         return row
 
     @property
-    def wrong_rows(self) -> int:
-        return sum(row.wrong_rows or 0 for row in self.rows)
+    def errors(self) -> int:
+        return sum(row.errors for row in self.rows)
 
     def finish(self, out: Path | None) -> int:
         """Write the figures, unless an answer was wrong; the exit code of the run."""
-        if self.wrong_rows:
-            print(f"{self.wrong_rows} wrong or missing rows: nothing is written", file=sys.stderr)
+        if self.errors:
+            print(f"{self.errors} wrong or missing rows: nothing is written", file=sys.stderr)
             return 1
         if out is not None:
             self.write(out)
@@ -223,30 +109,6 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         body = {"header": self.header, "rows": [asdict(row) for row in self.rows]}
         path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-
-
-MARKDOWN_HEAD = (
-    "| case | dtype | seconds | useful TFLOP/s | of the roof | ratio | peak MiB | wrong rows |\n|" + "---|" * 8
-)
-
-
-def _markdown(row: Row) -> str:
-    def shown(value: float | None, form: str) -> str:
-        return "—" if value is None else format(value, form)
-
-    ratio = "—" if row.ratio is None else f"{row.ratio:.2f} × {row.ratio_to}"
-    peak = "—" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
-    cells = [
-        f"{row.case} {row.note}".strip(),
-        row.dtype,
-        shown(row.seconds, ".4g"),
-        shown(row.useful_tflops, ".1f"),
-        shown(row.roof_fraction, ".3f"),
-        ratio,
-        peak,
-        shown(row.wrong_rows, "d"),
-    ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def header(device: str) -> dict[str, str]:
