@@ -89,7 +89,6 @@ def test_triton(shape: tuple[KeyFormat, int, int], batch: Batch) -> None:
     _invariant("triton", shape, batch, kernel_device())
 
 
-@pytest.mark.xfail(reason="a chunk of one row is multiplied by several threads, others by one")
 @pytest.mark.parametrize("heads", [5, 6, 7])
 def test_a_chunk_of_one_row(heads: int) -> None:
     before = torch.get_num_threads()
