@@ -235,8 +235,10 @@ def _halves(x):
     QUERIES: gl.constexpr = x.shape[1]
     HEADS: gl.constexpr = x.shape[2]
     if HEADS == 8:
-        return gl.split(gl.reshape(x, (KEYS, QUERIES, 4, 2)))
-    return gl.split(gl.permute(gl.reshape(x, (KEYS, QUERIES, 2, HEADS // 2)), (0, 1, 3, 2)))
+        paired = gl.reshape(x, (KEYS, QUERIES, 4, 2))
+    else:
+        paired = gl.permute(gl.reshape(x, (KEYS, QUERIES, 2, HEADS // 2)), (0, 1, 3, 2))
+    return gl.split(paired)
 
 
 @gluon.jit
@@ -246,9 +248,11 @@ def _chain(x, gate, total, FIRST: gl.constexpr):
     gate_of_one, gate_of_other = _halves(gate)
     if x.shape[2] == 8:
         total = one * gate_of_one if FIRST else gl.fma(one, gate_of_one, total)
-        return gl.fma(other, gate_of_other, total)
-    total = _chain(one, gate_of_one, total, FIRST)
-    return _chain(other, gate_of_other, total, False)
+        total = gl.fma(other, gate_of_other, total)
+    else:
+        total = _chain(one, gate_of_one, total, FIRST)
+        total = _chain(other, gate_of_other, total, False)
+    return total
 
 
 @gluon.jit
