@@ -93,6 +93,10 @@ class MemorySettings(_Section):
         ByteSize(0), description="pages and workspaces on the device; 0: 85 % of a GPU, 20 % of a CPU's memory"
     )
     host_budget_bytes: ByteSize = Field(ByteSize(0), description="keys in host memory; 0: half of the memory")
+    spare_bytes: ByteSize = Field(
+        ByteSize(512 * _MIB),
+        description="freed memory of the host budget that is kept for the next keys, as long as nothing else needs it",
+    )
     ingress_budget_bytes: Annotated[ByteSize, Field(ge=4 * _MIB)] = Field(
         ByteSize(512 * _MIB), description="query rows received and not yet answered, and their answers"
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
+from streamindex_service.core.spares import Spares
 from streamindex_service.errors import HostMemoryError
 from streamindex_service.frontend.tensors import Bytes, as_bytes
 from streamindex_service.ipc.segments import Segment
@@ -36,22 +37,42 @@ class SharedSegment:
 
 
 class HostExtents:
-    """The segments of the host page pool. `dropped(segment_id)` is told of every segment that goes."""
+    """The segments of the host page pool. `dropped(segment_id)` is told of every segment that goes.
 
-    def __init__(self, dropped: Callable[[int], None]) -> None:
+    Up to `spare_limit_bytes` of segments without an extent are kept for the next extents, as they are: whoever makes
+    pages visible sees to it that no old byte is left in them.
+    """
+
+    def __init__(self, dropped: Callable[[int], None], ledger: Ledger, spare_limit_bytes: int) -> None:
         self._dropped = dropped
+        self._spares = Spares(ledger, spare_limit_bytes, self._close)
         self._segments: dict[int, SharedSegment] = {}
 
     def make(self, extent_id: int, extent_bytes: int) -> None:
-        """Make the segment of an extent. Raises HostMemoryError when the system has no memory or descriptors left."""
-        try:
-            self._segments[extent_id] = SharedSegment.create(extent_bytes, writable_by_worker=False)
-        except OSError as error:
-            raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
+        """Find a segment for an extent whose bytes are reserved.
+
+        Raises HostMemoryError when the system has no memory or descriptors left.
+        """
+        shared = self._spares.take(extent_bytes)
+        if shared is None:
+            self._spares.make_room()
+            shared = self._create(extent_bytes)
+        self._segments[extent_id] = shared
 
     def drop(self, extent_id: int) -> None:
-        """Let go of it."""
+        """The extent is gone, and its bytes are released; its segment may stay for another."""
         shared = self._segments.pop(extent_id)
+        self._spares.keep(shared, shared.segment.size_bytes)
+
+    def _create(self, size_bytes: int) -> SharedSegment:
+        try:
+            return SharedSegment.create(size_bytes, writable_by_worker=False)
+        except OSError as error:
+            if self._spares.drop_all():  # what is spare must not be what the system lacks
+                return self._create(size_bytes)
+            raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
+
+    def _close(self, shared: SharedSegment) -> None:
         self._dropped(shared.segment_id)
         shared.segment.close()
 

@@ -10,7 +10,7 @@ from streamindex.checksum import combine, crc32c
 from streamindex.framing import Chunk
 from streamindex.v1 import key_cache_pb2 as pb
 
-from streamindex_service.core.caches import edges
+from streamindex_service.core.caches import blank_rows, edges
 from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, key_row_bytes
 from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import (
@@ -265,4 +265,8 @@ def commit_upload(service: Service, upload: Upload, row_bytes: tuple[int, int]) 
             new = page_rows(service, upload.staged[page - first_page], row_bytes, row, count)
             for source, target in zip(old, new, strict=True):
                 target[:] = source
+        # The memory may have been another caller's; a visible page holds nothing but its own cache's rows.
+        blank = blank_rows(layer, upload.first_row, upload.row_count)
+        for target in page_rows(service, upload.staged[-1], row_bytes, PAGE_KEYS - blank, blank):
+            target[:] = 0
     service.uploads.commit(upload)
