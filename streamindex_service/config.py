@@ -106,7 +106,7 @@ class MemorySettings(_Section):
     search_block_bytes: Annotated[ByteSize, Field(ge=262_144, le=64 * _MIB)] = Field(
         ByteSize(2 * _MIB), description="unit of a search's ingress memory; it also bounds a tile"
     )
-    ingest_threads: Annotated[int, Field(ge=1, le=64)] = Field(4, description="threads that check and copy chunks")
+    ingest_threads: Annotated[int, Field(ge=1, le=64)] = Field(8, description="threads that check and copy chunks")
     search_blocks: Annotated[int, Field(ge=2)] = Field(4, description="blocks that one search may hold")
     workspace_bytes: Annotated[ByteSize, Field(ge=16 * _MIB)] = Field(
         ByteSize(256 * _MIB), description="device workspace that a search takes when it is free"

@@ -80,19 +80,24 @@ class HostExtents:
         """The segment that a page lies in."""
         return self._segments[slot.extent_id]
 
-    def write(self, pieces: Sequence[tuple[int, int, memoryview]]) -> None:
+    def write(self, pieces: Sequence[tuple[int, int, memoryview]]) -> list[Bytes]:
         """Write pieces at (extent, byte within the extent). Lets go of the interpreter lock; raises HostMemoryError.
 
         Through the descriptor, not the mapping: the first touch of a mapped page costs about twice as much as the
-        write itself. Pieces that lie one after the other are written together.
+        write itself. Pieces that lie one after the other are written together; what was written together is given as it
+        lies there.
         """
+        written = []
         start = 0
         for stop in range(1, len(pieces) + 1):
             if stop == len(pieces) or not _adjacent(pieces[stop - 1], pieces[stop]) or stop - start == _MAX_PIECES:
                 extent_id, offset, _ = pieces[start]
                 buffers = [piece for _, _, piece in pieces[start:stop]]
-                _write_all(self._segments[extent_id].segment.fd, buffers, offset)
+                shared = self._segments[extent_id]
+                end = _write_all(shared.segment.fd, buffers, offset)
+                written.append(shared.data[offset:end])
                 start = stop
+        return written
 
     def bytes_at(self, slot: PageSlot, start: int, size_bytes: int) -> Bytes:
         """Bytes [start, start + size) of a page."""
@@ -105,11 +110,13 @@ def _adjacent(one: tuple[int, int, memoryview], other: tuple[int, int, memoryvie
     return extent_id == next_extent_id and offset + len(data) == next_offset
 
 
-def _write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
+def _write_all(fd: int, buffers: list[memoryview], offset: int) -> int:
+    """Write buffers one after the other; where they end."""
+    end = offset + sum(map(len, buffers))
     try:
         written = os.pwritev(fd, buffers, offset)
-        if written == sum(map(len, buffers)):
-            return
+        if offset + written == end:
+            return end
         # Cut short by a signal, say; rare enough to go on in the simplest way.
         rest = memoryview(b"".join(buffers))[written:]
         while rest:
@@ -117,6 +124,7 @@ def _write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
             rest = rest[count:]
     except OSError as error:
         raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
+    return end
 
 
 class IngressBudget:
