@@ -1,8 +1,9 @@
 """One attempt's stream on an asyncio channel.
 
 Two tasks of the stream's own. The builder takes the sender's steps in order and has messages built (the copy and the
-checksum) on a thread, at most `MESSAGES_AHEAD` before the sender takes them: one message is built while another is
-sent, and the event loop does neither.
+checksum), at most `MESSAGES_AHEAD` before the sender takes them. Long messages are built on a thread, beside the event
+loop that sends the one before. Whether a message will be long is told by the one before it: a stream of short ones is
+over sooner than a thread would start.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AioStream"]
 
+_LONG_MESSAGE_BYTES = 65_536
 _STATUS_LOST = "Internal error from Core"
 _CALL_IS_OVER = (grpc.RpcError, grpc.aio.InternalError, asyncio.InvalidStateError, grpc.aio.UsageError)
 
@@ -43,6 +45,7 @@ class AioStream:
         self._ready: asyncio.Queue[bytes | None] = asyncio.Queue()  # None is the end
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="streamindex-build")
         self._building: Future[bytes] | None = None
+        self._long = False  # the message before was
         self._write = self._writer()
         self._tasks = [asyncio.ensure_future(self._build()), asyncio.ensure_future(self._send())]
 
@@ -82,13 +85,18 @@ class AioStream:
         """The next message, when there is one; None at the end."""
         while (step := self._duplex.next_step()) is not Pause.HALF_CLOSE:
             if not isinstance(step, Pause):
-                self._building = self._threads.submit(step)
-                return await asyncio.wrap_future(self._building)
+                message = await self._on_thread(step) if self._long else step()
+                self._long = len(message) >= _LONG_MESSAGE_BYTES
+                return message
             if step is Pause.NEED_INPUT:
                 await self._run.pull(self._duplex)
             else:
                 await self._run.wait()
         return None
+
+    async def _on_thread(self, step: Callable[[], bytes]) -> bytes:
+        self._building = self._threads.submit(step)
+        return await asyncio.wrap_future(self._building)
 
     async def _send(self) -> None:
         try:

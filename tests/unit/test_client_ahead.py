@@ -20,16 +20,21 @@ from streamindex_client.effects import Open, Pause, Step
 from streamindex_client.options import MESSAGES_AHEAD
 from streamindex_client.sync_stream import SyncStream
 
-from tests.unit.test_client_fake import HEAD_DIM, HEADS, WORKER_LOST, FakeService, Fault, error, fake
+from tests.unit.test_client_fake import HEAD_DIM, HEADS, WORKER_LOST, FakeService, Fault, error
 
-__all__ = ["fake"]
 PATIENCE_S = 30
-OPTIONS = ClientOptions(chunk_bytes=4096, retry=RetryPolicy(initial_s=0.005, max_s=0.02))
+CHUNK_BYTES = 1 << 17  # long enough for a thread; 4096 rows
+OPTIONS = ClientOptions(chunk_bytes=CHUNK_BYTES, retry=RetryPolicy(initial_s=0.005, max_s=0.02))
 SPEC = {"heads": HEADS, "head_dim": HEAD_DIM, "ratio": 4, "key_format": "bf16", "layers": 1}
 
 
+def message(number: int) -> bytes:
+    """A long one, so that it is built on a thread."""
+    return str(number).encode().ljust(1 << 17)
+
+
 class Numbered:
-    """Steps that build b"0", b"1", ...; `stop` of them, or without end. `built` counts."""
+    """Steps that build `message(0)`, `message(1)`, ...; `stop` of them, or without end. `built` counts."""
 
     wants_input = False
 
@@ -46,7 +51,7 @@ class Numbered:
         assert number == self.built, "messages are built in the order of their steps"
         self._hook(number)
         self.built += 1
-        return str(number).encode()
+        return message(number)
 
     def feed(self, block: Any) -> None:
         raise AssertionError(block)
@@ -117,6 +122,13 @@ async def stays(count: Callable[[], int], expected: int) -> None:
     assert count() == expected
 
 
+@pytest.fixture
+def fake(tmp_path):
+    service = FakeService(f"unix://{tmp_path}/s.sock", max_chunk_bytes=CHUNK_BYTES, window_bytes=8 * CHUNK_BYTES)
+    yield service
+    service.stop()
+
+
 def builders() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("streamindex-build")]
 
@@ -135,7 +147,7 @@ async def test_a_blocking_stream_builds_a_few_messages_ahead_and_no_more():
     stream, driver, _ = sync_stream(duplex)
     for taken in range(5):
         await stays(lambda: duplex.built, taken + MESSAGES_AHEAD)
-        assert next(driver.messages) == str(taken).encode()
+        assert next(driver.messages) == message(taken)
     stream.close()
     assert not builders()  # closing waits for it
     assert list(driver.messages) == []
@@ -150,19 +162,27 @@ async def test_an_asyncio_stream_builds_a_few_messages_ahead_and_no_more():
         call.may_write.release()
     await until(lambda: len(call.written) == 5)
     await stream.close()
-    assert list(call.written) == [b"0", b"1", b"2", b"3", b"4"]
+    assert list(call.written) == [message(number) for number in range(5)]
 
 
 async def test_all_messages_are_sent_before_the_half_close():
     stream, driver, _ = sync_stream(Numbered(7))
-    assert list(driver.messages) == [str(number).encode() for number in range(7)]
+    assert list(driver.messages) == [message(number) for number in range(7)]
     stream.close()
     asynchronous, call, _ = aio_stream(Numbered(7))
     for _ in range(7):
         call.may_write.release()
     await until(lambda: call.half_closed)
-    assert list(call.written) == [str(number).encode() for number in range(7)]
+    assert list(call.written) == [message(number) for number in range(7)]
     await asynchronous.close()
+
+
+async def test_short_asyncio_messages_need_no_thread(fake):
+    async with streamindex_client.connect_async(fake.address, options=OPTIONS) as client:
+        cache = await client.create_key_cache(**SPEC)
+        seen: list[str] = []
+        appended = await cache.append(layer=0, keys=keys(500), progress=lambda done, total: seen.extend(builders()))
+        assert (appended, seen) == (500, [])
 
 
 async def test_a_message_that_cannot_be_built_ends_the_stream():
@@ -186,11 +206,12 @@ async def test_a_message_that_cannot_be_built_ends_the_stream():
 async def test_closing_waits_for_the_message_that_is_being_built():
     building, go_on = threading.Event(), threading.Event()
 
-    def wait_at_0(number: int) -> None:
-        building.set()
-        assert go_on.wait(PATIENCE_S)
+    def wait_at_1(number: int) -> None:
+        if number == 1:
+            building.set()
+            assert go_on.wait(PATIENCE_S)
 
-    stream, _, _ = sync_stream(Numbered(hook=wait_at_0))
+    stream, _, _ = sync_stream(Numbered(hook=wait_at_1))
     assert building.wait(PATIENCE_S)
     closing = asyncio.create_task(asyncio.to_thread(stream.close))
     await asyncio.sleep(0.05)
@@ -199,7 +220,7 @@ async def test_closing_waits_for_the_message_that_is_being_built():
     await closing
     building.clear()
     go_on.clear()
-    asynchronous, _, _ = aio_stream(Numbered(hook=wait_at_0))
+    asynchronous, _, _ = aio_stream(Numbered(hook=wait_at_1))
     await until(building.is_set)
     aclosing = asyncio.create_task(asynchronous.close())
     await asyncio.sleep(0.05)
@@ -212,10 +233,10 @@ async def test_closing_waits_for_the_message_that_is_being_built():
 
 
 class Torn(np.ndarray):
-    """Rows from 600 on cannot be read."""
+    """Rows from 20,000 on cannot be read."""
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice) and (index.stop or 0) > 600:
+        if isinstance(index, slice) and (index.stop or 0) > 20_000:
             raise LookupError("the tensor is torn")
         return super().__getitem__(index)
 
@@ -237,7 +258,7 @@ async def each_client(fake: FakeService, work: Callable[[Any], Any]) -> None:
 async def test_what_a_tensor_raises_in_the_middle_reaches_the_caller(fake):
     async def work(append: Any) -> None:
         with pytest.raises(LookupError, match="the tensor is torn"):
-            await append(keys=keys(2000).view(Torn))
+            await append(keys=keys(60_000).view(Torn))
 
     await each_client(fake, work)
 
@@ -246,10 +267,10 @@ async def test_what_a_tensor_raises_in_the_middle_reaches_the_caller(fake):
 async def test_chunks_built_for_a_broken_stream_are_built_again_for_the_next(fake, after):
     async def work(append: Any) -> None:
         fake.faults["AppendKeys"] = [Fault(after=after, error=WORKER_LOST), Fault(after=1, error=WORKER_LOST)]
-        rows = keys(1500)
-        assert await append(keys=rows) == 1500  # the service compares the digest
+        rows = keys(50_000)
+        assert await append(keys=rows) == 50_000  # the service compares the digest
         assert fake.layers[0] == rows.tobytes()
-        assert sum(count for _, count in fake.chunk_rows) == 1500
+        assert sum(count for _, count in fake.chunk_rows) == 50_000
         fake.chunk_rows.clear()
 
     await each_client(fake, work)
@@ -260,7 +281,7 @@ async def test_a_refused_upload_leaves_no_thread(fake):
         for after in range(3):
             fake.faults["AppendKeys"] = [Fault(after=after, error=error(grpc.StatusCode.INVALID_ARGUMENT))]
             with pytest.raises(errors.InvalidRequestError):
-                await append(keys=keys(5000))
+                await append(keys=keys(60_000))
             await until(lambda: not builders())
 
     await each_client(fake, work)
@@ -271,7 +292,7 @@ async def test_a_cancelled_append_leaves_no_thread(fake):
         cache = await client.create_key_cache(**SPEC)
         gate = threading.Event()
         fake.faults["AppendKeys"] = [Fault(after=2, error=WORKER_LOST, hook=lambda: gate.wait(PATIENCE_S))]
-        appending = asyncio.create_task(cache.append(layer=0, keys=keys(5000), first_row=0))
+        appending = asyncio.create_task(cache.append(layer=0, keys=keys(60_000), first_row=0))
         await until(lambda: len(fake.chunk_rows) >= 2)
         appending.cancel()
         with pytest.raises(asyncio.CancelledError):
