@@ -305,7 +305,7 @@ def _health_status(target: str) -> str:
 
 def _load_fields(load_now: Load) -> dict[str, Any]:
     ledgers = {
-        name: {each: getattr(ledger, each) for each in ("limit_bytes", "reserved_bytes", "peak_bytes")}
+        name: {each: getattr(ledger, each) for each in ("limit_bytes", "reserved_bytes", "peak_bytes", "spare_bytes")}
         for name, ledger in load_now.ledgers.items()
     }
     names = [name for name in type(load_now).__dataclass_fields__ if name != "ledgers"]
@@ -313,12 +313,12 @@ def _load_fields(load_now: Load) -> dict[str, Any]:
 
 
 def _print_load(console: Console, load_now: Load) -> None:
-    ledgers = Table("budget", "limit MiB", "reserved MiB", "peak MiB", "used")
+    ledgers = Table("budget", "limit MiB", "reserved MiB", "peak MiB", "spare MiB", "used")
     for column in ledgers.columns[1:]:
         column.justify = "right"
     for name, ledger in load_now.ledgers.items():
         share = ledger.reserved_bytes / ledger.limit_bytes if ledger.limit_bytes else 0.0
-        sizes = (ledger.limit_bytes, ledger.reserved_bytes, ledger.peak_bytes)
+        sizes = (ledger.limit_bytes, ledger.reserved_bytes, ledger.peak_bytes, ledger.spare_bytes)
         ledgers.add_row(name, *(f"{size / (1 << 20):,.1f}" for size in sizes), f"{share:.1%}")
     console.print(ledgers)
     figures = Table("figure", "value", box=None)

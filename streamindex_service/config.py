@@ -93,6 +93,10 @@ class MemorySettings(_Section):
         ByteSize(0), description="pages and workspaces on the device; 0: 85 % of a GPU, 20 % of a CPU's memory"
     )
     host_budget_bytes: ByteSize = Field(ByteSize(0), description="keys in host memory; 0: half of the memory")
+    spare_bytes: ByteSize = Field(
+        ByteSize(512 * _MIB),
+        description="freed memory of the host budget that is kept for the next keys, as long as nothing else needs it",
+    )
     ingress_budget_bytes: Annotated[ByteSize, Field(ge=4 * _MIB)] = Field(
         ByteSize(512 * _MIB), description="query rows received and not yet answered, and their answers"
     )
@@ -102,7 +106,7 @@ class MemorySettings(_Section):
     search_block_bytes: Annotated[ByteSize, Field(ge=262_144, le=64 * _MIB)] = Field(
         ByteSize(2 * _MIB), description="unit of a search's ingress memory; it also bounds a tile"
     )
-    ingest_threads: Annotated[int, Field(ge=1, le=64)] = Field(4, description="threads that check and copy chunks")
+    ingest_threads: Annotated[int, Field(ge=1, le=64)] = Field(8, description="threads that check and copy chunks")
     search_blocks: Annotated[int, Field(ge=2)] = Field(4, description="blocks that one search may hold")
     workspace_bytes: Annotated[ByteSize, Field(ge=16 * _MIB)] = Field(
         ByteSize(256 * _MIB), description="device workspace that a search takes when it is free"

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from streamindex.joining import Buffer, join
 from streamindex.v1 import key_cache_pb2, search_pb2
 
 __all__ = [
@@ -34,8 +35,6 @@ _CHUNK_TAG = (2 << 3) | _BYTES  # field 2 of every stream message is its chunk
 _FIRST_PART = 3
 _LENGTH_DIGITS, _NUMBER_DIGITS = 4, 9  # of a varint in the ordinary case: lengths below 2^28, numbers below 2^63
 _MAX_UINT32, _MAX_UINT64 = (1 << 32) - 1, (1 << 64) - 1
-
-Buffer = bytes | bytearray | memoryview
 
 
 class FramingError(ValueError):
@@ -211,4 +210,4 @@ def _encode(row_offset: int, row_count: int, parts: tuple[Buffer, ...], crc32c: 
         head += bytes([((_FIRST_PART + len(parts)) << 3) | _FIXED32]) + crc32c.to_bytes(4, "little")
     pieces.append(bytes(head))
     inner = sum(memoryview(piece).nbytes for piece in pieces)
-    return b"".join([bytes([_CHUNK_TAG]) + _varint(inner), *pieces])
+    return join([bytes([_CHUNK_TAG]) + _varint(inner), *pieces])

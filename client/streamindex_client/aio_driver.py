@@ -1,7 +1,7 @@
 """Runs operations on an asyncio gRPC channel.
 
-All on the event loop: the caller's task runs the operation and reads the stream, a task of the stream's own sends.
-Fetching from the caller's iterator is a third task, which outlives an attempt: a retry goes on with its block.
+On the event loop: the caller's task runs the operation and reads its stream; `aio_stream` sends, with tasks of its own.
+Fetching from the caller's iterator is another task, which outlives an attempt: a retry goes on with its block.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import grpc
 import grpc.aio
 
+from streamindex_client.aio_stream import AioStream
 from streamindex_client.contract import REQUEST_ID, Method
-from streamindex_client.effects import Call, Close, Emit, Notify, Open, Pause, Read, Sleep
+from streamindex_client.effects import Call, Close, Emit, Notify, Open, Read, Sleep
 from streamindex_client.errors import UnavailableError, from_rpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from streamindex_client.effects import Duplex, Effect, Operation
-    from streamindex_client.errors import StreamIndexError
 
-__all__ = ["AioDriver"]
+__all__ = ["AioDriver", "Run"]
 
 _Result = TypeVar("_Result")
 Metadata = tuple[tuple[str, str], ...]
-_STATUS_LOST = "Internal error from Core"
-_CALL_IS_OVER = (grpc.RpcError, grpc.aio.InternalError, asyncio.InvalidStateError, grpc.aio.UsageError)
 
 
 class AioDriver:
@@ -41,14 +39,14 @@ class AioDriver:
 
     async def run(self, operation: Operation[_Result]) -> _Result:
         """The result of an operation that emits nothing."""
-        run = _Run(self, operation, None)
+        run = Run(self, operation, None)
         async for _ in run.events():
             raise AssertionError("an operation that is run emits nothing")
         return run.result
 
     def events(self, operation: Operation[Any], blocks: Any = None) -> AsyncGenerator[Any, None]:
         """What the operation emits, as the caller asks for it; `blocks` (sync or async) feeds its stream."""
-        return _Run(self, operation, blocks).events()
+        return Run(self, operation, blocks).events()
 
     async def close(self) -> None:
         """Close the channel; calls that run fail."""
@@ -85,7 +83,7 @@ class AioDriver:
         return grpc.aio.Metadata(*self._metadata, (REQUEST_ID, request_id))
 
 
-class _Run(Generic[_Result]):
+class Run(Generic[_Result]):
     """One operation on its way."""
 
     result: _Result
@@ -97,7 +95,7 @@ class _Run(Generic[_Result]):
             blocks = aiter(blocks) if hasattr(blocks, "__aiter__") else iter(blocks)
         self._blocks = blocks
         self._moved = asyncio.Event()
-        self._stream: _Stream | None = None
+        self._stream: AioStream | None = None
         self._pulling: asyncio.Task[Any] | None = None
         self._source_failure: BaseException | None = None
 
@@ -151,7 +149,7 @@ class _Run(Generic[_Result]):
             case Open():
                 await self._close()
                 call, request_id = self._driver.open(effect.method, effect.timeout_s)
-                self._stream = _Stream(self, effect.duplex, call, request_id)
+                self._stream = AioStream(self, effect.duplex, call, request_id)
             case Close():
                 await self._close()
         return None
@@ -202,68 +200,6 @@ class _Run(Generic[_Result]):
         if hasattr(self._blocks, "__anext__"):
             return await anext(self._blocks, _END)
         return _END if self._blocks is None else next(self._blocks, _END)
-
-
-class _Stream:
-    """One attempt's stream, and the task that sends."""
-
-    def __init__(self, run: _Run[Any], duplex: Duplex, call: Any, request_id: str) -> None:
-        self._run = run
-        self._duplex = duplex
-        self.call = call
-        self.request_id = request_id
-        self._write = self._writer()
-        self._sender: asyncio.Task[None] = asyncio.ensure_future(self._send())
-
-    def explain(self, error: grpc.RpcError) -> StreamIndexError:
-        """The typed error of a stream that broke."""
-        if isinstance(error, grpc.aio.AioRpcError) and error.details() == _STATUS_LOST:
-            return UnavailableError("the stream broke while sending", reason="BROKEN_STREAM")
-        return from_rpc(error, self.request_id)
-
-    async def close(self) -> None:
-        """Cancel the call and end the sender."""
-        self._sender.cancel()
-        self.call.cancel()
-        await asyncio.wait([self._sender])
-
-    async def _send(self) -> None:
-        try:
-            await self.call.wait_for_connection()
-            while (message := await self._next_message()) is not None:
-                await self._write(message)
-            await self.call.done_writing()
-        except Exception as error:
-            if self._run.failed:
-                self.call.cancel()
-            elif not isinstance(error, _CALL_IS_OVER):
-                raise
-            # otherwise the reader learns why
-
-    async def _next_message(self) -> bytes | None:
-        """The next message to send, when there is one; None at the end."""
-        try:
-            while (step := self._duplex.next_step()) is not Pause.HALF_CLOSE:
-                if not isinstance(step, Pause):
-                    return step()
-                if step is Pause.NEED_INPUT:
-                    await self._run.pull(self._duplex)
-                else:
-                    await self._run.wait()
-        except Exception as error:
-            self._run.fail(error)
-            raise
-        return None
-
-    def _writer(self) -> Callable[[bytes], Awaitable[None]]:
-        """How to send a message.
-
-        `call.write` answers a failed send by ending the call with a status of its own making: the refusal that the
-        server sent, in-band and in the trailers, can then no longer be read. What it calls itself does not.
-        """
-        core = getattr(self.call, "_cython_call", None)
-        send: Callable[[bytes], Awaitable[None]] = getattr(core, "send_serialized_message", None) or self.call.write
-        return send
 
 
 _END: Any = object()

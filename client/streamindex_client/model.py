@@ -142,11 +142,12 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """One budget of the server, in bytes."""
+    """One budget of the server, in bytes. `spare_bytes`: freed memory kept for reuse, beside what is reserved."""
 
     limit_bytes: int
     reserved_bytes: int
     peak_bytes: int
+    spare_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,10 @@ class Load:
         """From a message."""
         return cls(
             answer.ready,
-            {each.name: Ledger(each.limit_bytes, each.reserved_bytes, each.peak_bytes) for each in answer.ledgers},
+            {
+                each.name: Ledger(each.limit_bytes, each.reserved_bytes, each.peak_bytes, each.spare_bytes)
+                for each in answer.ledgers
+            },
             answer.queued_searches,
             answer.running_searches,
             answer.key_caches,

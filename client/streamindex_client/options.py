@@ -11,6 +11,9 @@ __all__ = ["ClientOptions", "RetryPolicy"]
 MAX_MESSAGE_BYTES = 64 << 20
 """Longest gRPC message sent or taken; chunks are about 1 MiB, a SearchBatch is the long one."""
 
+MESSAGES_AHEAD = 2
+"""Messages of a stream that are built, or being built, before gRPC has taken the one before."""
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:

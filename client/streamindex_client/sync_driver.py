@@ -1,8 +1,7 @@
 """Runs operations on a blocking gRPC channel.
 
-Threads. The caller's thread runs the operation and reads the stream; gRPC's own thread for the stream asks for
-messages. Both sides of a session are touched only under `_changed`; building a message (the copy and the checksum)
-and fetching from the caller's iterator happen outside it, in gRPC's thread.
+The caller's thread runs the operation and reads its stream; `sync_stream` sends, on threads of its own. Both sides of
+a session are touched only under the run's `changed`.
 """
 
 from __future__ import annotations
@@ -14,15 +13,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import grpc
 
 from streamindex_client.contract import REQUEST_ID, Method
-from streamindex_client.effects import Call, Close, Emit, Notify, Open, Pause, Read, Sleep
+from streamindex_client.effects import Call, Close, Emit, Notify, Open, Read, Sleep
 from streamindex_client.errors import UnavailableError, from_rpc
+from streamindex_client.sync_stream import SyncStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
-    from streamindex_client.effects import Duplex, Effect, Operation, Step
+    from streamindex_client.effects import Effect, Operation
 
-__all__ = ["SyncDriver"]
+__all__ = ["Run", "SyncDriver"]
 
 _Result = TypeVar("_Result")
 Metadata = tuple[tuple[str, str], ...]
@@ -49,7 +49,7 @@ class SyncDriver:
 
     def events(self, operation: Operation[_Result], blocks: Any = None) -> Generator[Any, None, _Result]:
         """What the operation emits, as the caller asks for it; `blocks` feeds its stream."""
-        return _Run(self, operation, blocks).events()
+        return Run(self, operation, blocks).events()
 
     def close(self) -> None:
         """Close the channel; calls that run fail."""
@@ -86,16 +86,16 @@ class SyncDriver:
         return (*self._metadata, (REQUEST_ID, request_id))
 
 
-class _Run(Generic[_Result]):
+class Run(Generic[_Result]):
     """One operation on its way."""
 
     def __init__(self, driver: SyncDriver, operation: Operation[_Result], blocks: Any) -> None:
         self._driver = driver
         self._operation = operation
         self._blocks = None if blocks is None else iter(blocks)
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._pulling = threading.Lock()
-        self._stream: _Stream | None = None
+        self._stream: SyncStream | None = None
         self._source_failure: BaseException | None = None
 
     @property
@@ -110,9 +110,9 @@ class _Run(Generic[_Result]):
         try:
             while True:
                 try:
-                    with self._changed:
+                    with self.changed:
                         effect = self._resume(result, failure)
-                        self._changed.notify_all()
+                        self.changed.notify_all()
                 except StopIteration as stop:
                     final: _Result = stop.value
                     return final
@@ -145,7 +145,7 @@ class _Run(Generic[_Result]):
                 effect.callback(effect.done, effect.total)
             case Open():
                 self._close()
-                self._stream = _Stream(self, effect.duplex)
+                self._stream = SyncStream(self, effect.duplex)
                 self._stream.start(self._driver, effect)
             case Close():
                 self._close()
@@ -167,17 +167,7 @@ class _Run(Generic[_Result]):
             self._stream.close()
             self._stream = None
 
-    def take_step(self, stream: _Stream) -> Step:
-        """The sender's next step; blocks while there is nothing to send. Half-close once the stream is closed."""
-        with self._changed:
-            while not stream.closed:
-                step = stream.duplex.next_step()
-                if step is not Pause.WAIT:
-                    return step
-                self._changed.wait()
-        return Pause.HALF_CLOSE
-
-    def pull(self, stream: _Stream) -> None:
+    def pull(self, stream: SyncStream) -> None:
         """Fetch one block of the caller's iterator.
 
         A thread of an earlier attempt may still be fetching: then its block is what this attempt wanted.
@@ -185,66 +175,23 @@ class _Run(Generic[_Result]):
         with self._pulling:
             if self._source_failure is not None:
                 raise self._source_failure
-            with self._changed:
+            with self.changed:
                 if stream.closed or not stream.duplex.wants_input:
                     return
             block = next(self._blocks, _END) if self._blocks is not None else _END
-            with self._changed:
+            with self.changed:
                 if block is _END:
                     stream.duplex.end_input()
                 else:
                     stream.duplex.feed(block)
-                self._changed.notify_all()
+                self.changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """The caller's iterator or tensor has raised: end the operation with that."""
         self._source_failure = error
-        stream = self._stream
+        stream = self._stream  # a later attempt's, when the thread of an earlier one was still fetching
         if stream is not None:
             stream.cancel()
-
-
-class _Stream:
-    """One attempt's stream, and the thread side of its sender."""
-
-    def __init__(self, run: _Run[Any], duplex: Duplex) -> None:
-        self._run = run
-        self.duplex = duplex
-        self.closed = False
-        self.call: Any = None
-        self.request_id = ""
-
-    def start(self, driver: SyncDriver, effect: Open) -> None:
-        self.call, self.request_id = driver.open(effect.method, self._requests(), effect.timeout_s)
-        if self._run.failed:  # before there was a call to cancel
-            self.cancel()
-
-    def close(self) -> None:
-        with self._run._changed:
-            self.closed = True
-            self._run._changed.notify_all()
-        self.cancel()
-
-    def cancel(self) -> None:
-        if self.call is not None:
-            self.call.cancel()
-
-    def _requests(self) -> Generator[bytes, None, None]:
-        while True:
-            step = self._run.take_step(self)
-            if step is Pause.HALF_CLOSE:
-                return
-            try:
-                if not isinstance(step, Pause):
-                    message = step()
-                else:
-                    self._run.pull(self)
-                    continue
-            except BaseException as error:
-                self._run.fail(error)
-                self.cancel()
-                return
-            yield message
 
 
 _END: Any = object()

@@ -245,3 +245,10 @@ def edges(layer: Layer, first_row: int, rows: int) -> list[tuple[int, int, int]]
     if kept > 0:
         found.append((tail_page, end - tail_page * PAGE_KEYS, kept))
     return found
+
+
+def blank_rows(layer: Layer, first_row: int, rows: int) -> int:
+    """Rows at the end of the last staged page that a commit of [first_row, first_row + rows) gives no content."""
+    end = max(first_row + rows, layer.length_keys)
+    page_end = pages_of(first_row + rows) * PAGE_KEYS
+    return max(0, page_end - end)

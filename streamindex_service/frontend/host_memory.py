@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
+from streamindex_service.core.spares import Spares
 from streamindex_service.errors import HostMemoryError
 from streamindex_service.frontend.tensors import Bytes, as_bytes
 from streamindex_service.ipc.segments import Segment
@@ -36,22 +37,42 @@ class SharedSegment:
 
 
 class HostExtents:
-    """The segments of the host page pool. `dropped(segment_id)` is told of every segment that goes."""
+    """The segments of the host page pool. `dropped(segment_id)` is told of every segment that goes.
 
-    def __init__(self, dropped: Callable[[int], None]) -> None:
+    Up to `spare_limit_bytes` of segments without an extent are kept for the next extents, as they are: whoever makes
+    pages visible sees to it that no old byte is left in them.
+    """
+
+    def __init__(self, dropped: Callable[[int], None], ledger: Ledger, spare_limit_bytes: int) -> None:
         self._dropped = dropped
+        self._spares = Spares(ledger, spare_limit_bytes, self._close)
         self._segments: dict[int, SharedSegment] = {}
 
     def make(self, extent_id: int, extent_bytes: int) -> None:
-        """Make the segment of an extent. Raises HostMemoryError when the system has no memory or descriptors left."""
-        try:
-            self._segments[extent_id] = SharedSegment.create(extent_bytes, writable_by_worker=False)
-        except OSError as error:
-            raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
+        """Find a segment for an extent whose bytes are reserved.
+
+        Raises HostMemoryError when the system has no memory or descriptors left.
+        """
+        shared = self._spares.take(extent_bytes)
+        if shared is None:
+            self._spares.make_room()
+            shared = self._create(extent_bytes)
+        self._segments[extent_id] = shared
 
     def drop(self, extent_id: int) -> None:
-        """Let go of it."""
+        """The extent is gone, and its bytes are released; its segment may stay for another."""
         shared = self._segments.pop(extent_id)
+        self._spares.keep(shared, shared.segment.size_bytes)
+
+    def _create(self, size_bytes: int) -> SharedSegment:
+        try:
+            return SharedSegment.create(size_bytes, writable_by_worker=False)
+        except OSError as error:
+            if self._spares.drop_all():  # what is spare must not be what the system lacks
+                return self._create(size_bytes)
+            raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
+
+    def _close(self, shared: SharedSegment) -> None:
         self._dropped(shared.segment_id)
         shared.segment.close()
 
@@ -59,19 +80,24 @@ class HostExtents:
         """The segment that a page lies in."""
         return self._segments[slot.extent_id]
 
-    def write(self, pieces: Sequence[tuple[int, int, memoryview]]) -> None:
+    def write(self, pieces: Sequence[tuple[int, int, memoryview]]) -> list[Bytes]:
         """Write pieces at (extent, byte within the extent). Lets go of the interpreter lock; raises HostMemoryError.
 
         Through the descriptor, not the mapping: the first touch of a mapped page costs about twice as much as the
-        write itself. Pieces that lie one after the other are written together.
+        write itself. Pieces that lie one after the other are written together; what was written together is given as it
+        lies there.
         """
+        written = []
         start = 0
         for stop in range(1, len(pieces) + 1):
             if stop == len(pieces) or not _adjacent(pieces[stop - 1], pieces[stop]) or stop - start == _MAX_PIECES:
                 extent_id, offset, _ = pieces[start]
                 buffers = [piece for _, _, piece in pieces[start:stop]]
-                _write_all(self._segments[extent_id].segment.fd, buffers, offset)
+                shared = self._segments[extent_id]
+                end = _write_all(shared.segment.fd, buffers, offset)
+                written.append(shared.data[offset:end])
                 start = stop
+        return written
 
     def bytes_at(self, slot: PageSlot, start: int, size_bytes: int) -> Bytes:
         """Bytes [start, start + size) of a page."""
@@ -84,11 +110,13 @@ def _adjacent(one: tuple[int, int, memoryview], other: tuple[int, int, memoryvie
     return extent_id == next_extent_id and offset + len(data) == next_offset
 
 
-def _write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
+def _write_all(fd: int, buffers: list[memoryview], offset: int) -> int:
+    """Write buffers one after the other; where they end."""
+    end = offset + sum(map(len, buffers))
     try:
         written = os.pwritev(fd, buffers, offset)
-        if written == sum(map(len, buffers)):
-            return
+        if offset + written == end:
+            return end
         # Cut short by a signal, say; rare enough to go on in the simplest way.
         rest = memoryview(b"".join(buffers))[written:]
         while rest:
@@ -96,6 +124,7 @@ def _write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
             rest = rest[count:]
     except OSError as error:
         raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
+    return end
 
 
 class IngressBudget:

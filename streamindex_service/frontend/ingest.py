@@ -3,7 +3,9 @@
 The event loop of an asyncio server is what bounds its throughput, so it hears of this work rarely: a lane hands chunks
 to threads through a queue and takes word of many at a time. A future and a wake-up for each chunk would cost the loop a
 quarter of the time in which it receives one. A thread spends much of its time waiting for the interpreter lock, which
-the loop holds; so several chunks of a stream are worked on at once.
+the loop holds: after every call that let go of it, up to the switch interval. So a thread takes chunks that wait
+together, so that the calls can be fewer, and a second one works while the first waits (on 16 cores, of a bare stream's
+throughput: five threads with three chunks each 0.83, two with four 0.87).
 """
 
 from __future__ import annotations
@@ -11,20 +13,27 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any
 
 from streamindex_service.frontend.host_memory import IngressBudget
 
-_AHEAD = 6  # chunks of one stream that wait for a thread or are worked on
-_AT_ONCE = 3  # of which are worked on at a time
+_AHEAD = 12  # chunks of one stream that wait for a thread or are worked on
+_AT_ONCE = 2  # threads that work on one stream
+_TOGETHER = 4  # chunks that a thread takes at a time
 _NEWS_AFTER_S = 0.02  # when little happens, the loop looks after so long
+
+
+Work = Callable[[list[Any]], Sequence[Callable[[], None]]]
+"""Works on chunks that follow each other; for each, what counts it as done."""
 
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    work: Callable[[], Callable[[], None]]
+    work: Work
+    chunk: Any
     size_bytes: int
     count: Callable[[], None] | None = None  # what the work has returned
     error: Exception | None = None
@@ -33,9 +42,10 @@ class _Piece:
 class IngestLane:
     """One stream's chunks. All methods are for the event loop; the work runs on the executor's threads.
 
-    The work on a chunk returns what counts the chunk as done; that is called (on some thread) once all chunks before it
-    are counted. `news` is called on the loop after some were, `failed` when a piece of work raised: no chunk behind it
-    is counted then, and `put` and `settle` raise the same.
+    The work on chunks returns what counts each as done; that is called (on some thread) once all chunks before it are
+    counted. Work that raises for several chunks is done again for each, so that those before the bad one are counted.
+    `news` is called on the loop after some were, `failed` when a piece of work raised: no chunk behind it is counted
+    then, and `put` and `settle` raise the same.
     """
 
     def __init__(
@@ -67,11 +77,11 @@ class IngestLane:
         self._done_bytes = 0
         self._error: Exception | None = None  # the first; nothing is worked on or counted after it
 
-    async def put(self, work: Callable[[], Callable[[], None]], size_bytes: int) -> None:
+    async def put(self, work: Work, chunk: Any, size_bytes: int) -> None:
         """Queue work on a chunk of so many bytes, after waiting for room. Raises what earlier work has raised."""
         await self._until(_AHEAD - 1)
         await self._budget.reserve(size_bytes)
-        piece = _Piece(work, size_bytes)
+        piece = _Piece(work, chunk, size_bytes)
         with self._lock:
             error = self._error
             if error is None:
@@ -169,15 +179,19 @@ class IngestLane:
                     if self._awaited:
                         self._loop.call_soon_threadsafe(self._hear)
                     return
-                piece = self._waiting.popleft()
-            try:
-                piece.count = piece.work()
-            except Exception as error:  # handed to the stream, which raises it
-                piece.error = error
+                pieces = self._take()
+            _do(pieces)
             with self._lock:
                 tell = self._count()
             if tell:
                 self._loop.call_soon_threadsafe(self._hear)
+
+    def _take(self) -> list[_Piece]:
+        """The first of what waits, and those behind it that can be worked on with it."""
+        pieces = [self._waiting.popleft()]
+        while self._waiting and len(pieces) < _TOGETHER and self._waiting[0].work == pieces[0].work:
+            pieces.append(self._waiting.popleft())
+        return pieces
 
     def _count(self) -> bool:
         """Count what is done and has nothing undone before it; True when the loop is to hear of it at once."""
@@ -197,3 +211,15 @@ class IngestLane:
             self._done += 1
             self._done_bytes += first.size_bytes
         return bool(self._done) and (self._awaited or self._done_bytes >= self._news_bytes)
+
+
+def _do(pieces: list[_Piece]) -> None:
+    try:
+        for piece, count in zip(pieces, pieces[0].work([piece.chunk for piece in pieces]), strict=True):
+            piece.count = count
+    except Exception as error:
+        if len(pieces) == 1:
+            pieces[0].error = error  # handed to the stream, which raises it
+            return
+        for piece in pieces:
+            _do([piece])

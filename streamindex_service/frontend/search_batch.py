@@ -19,7 +19,7 @@ from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import INDICES, POSITIONS, SCORES, BlockLayout, Q, W, fill_rows
 from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.service import Service
-from streamindex_service.frontend.upload_stream import commit_upload, write_rows
+from streamindex_service.frontend.staging import commit_upload, write_rows
 
 _ITEM_OVERHEAD_BYTES = 1024  # of the answer message: lengths, or an error with its figures
 # Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
@@ -195,7 +195,7 @@ def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.Search
     upload = service.uploads.start(cache, layer, append.first_row, append.row_count, most)
     try:
         service.uploads.hold(upload, append.row_count)
-        write_rows(service, upload, chunk, row_bytes)
+        write_rows(service, upload, [chunk], row_bytes)
         upload.rows_held = append.row_count
         commit_upload(service, upload, row_bytes)
     finally:

@@ -59,6 +59,7 @@ class ServerServicer:
                     limit_bytes=ledger.limit_bytes,
                     reserved_bytes=ledger.reserved_bytes,
                     peak_bytes=ledger.peak_bytes,
+                    spare_bytes=ledger.spare_bytes,
                 )
                 for ledger in (service.hbm, service.host, service.ingress)
             ],

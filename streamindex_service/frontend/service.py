@@ -40,10 +40,8 @@ class Service:
         self.host = Ledger("host", host_limit)
         self.ingress = Ledger("ingress", int(memory.ingress_budget_bytes))
         self.hbm = Ledger("hbm", int(memory.device_budget_bytes))
-        self.device = DeviceWorker(
-            HostExtents(self._segment_dropped), settings.worker.poison_deaths, settings.worker.tile_s, clock
-        )
-        self.host_extents = self.device.extents
+        self.host_extents = HostExtents(self._segment_dropped, self.host, int(memory.spare_bytes))
+        self.device = DeviceWorker(self.host_extents, settings.worker.poison_deaths, settings.worker.tile_s, clock)
         host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
         device_pool = PagePool(self.hbm, int(memory.extent_bytes), self.device.make_extent, self.device.drop_extent)
         self.caches = CacheStore(host_pool, self._drop_device_page, clock, settings.server.max_caches)

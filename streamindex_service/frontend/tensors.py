@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from streamindex.checksum import crc32c
+from streamindex.checksum import combine, crc32c
 from streamindex.framing import Chunk
 
 from streamindex_service.core.sizes import KeyFormat
@@ -68,8 +68,29 @@ def verify_checksum(chunk: Chunk) -> tuple[int, int]:
     for part in chunk.parts[1:]:
         running = crc32c(part, running)
     if chunk.crc32c is not None and running != chunk.crc32c:
-        raise ChecksumError("the chunk's bytes do not have the checksum that came with them", field="chunk.crc32c")
+        raise _damaged()
     return first, running
+
+
+def verify_joined(stretches: Sequence[Bytes], chunks: Sequence[Chunk]) -> list[int]:
+    """Check chunks of one part that lie in stretches of memory, one after the other, by their joined CRC-32C.
+
+    Every chunk must have one. Returns those of the chunks. Raises ChecksumError if any chunk is damaged.
+    """
+    sums = [chunk.crc32c for chunk in chunks if chunk.crc32c is not None]
+    assert len(sums) == len(chunks)
+    expected = running = 0
+    for chunk, crc in zip(chunks, sums, strict=True):
+        expected = combine(expected, crc, chunk.payload_bytes)
+    for stretch in stretches:
+        running = crc32c(stretch, running)
+    if running != expected:
+        raise _damaged()
+    return sums
+
+
+def _damaged() -> ChecksumError:
+    return ChecksumError("the chunk's bytes do not have the checksum that came with them", field="chunk.crc32c")
 
 
 def copy_rows(chunk: Chunk, ranges: Sequence[RowRange], row_bytes: Sequence[int]) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from streamindex.checksum import combine, crc32c
 from streamindex.framing import Chunk
 from streamindex.v1 import key_cache_pb2 as pb
 
-from streamindex_service.core.caches import edges
-from streamindex_service.core.sizes import PAGE_KEYS, SCALE_BYTES, KeyFormat, key_row_bytes
+from streamindex_service.core.sizes import SCALE_BYTES, KeyFormat, key_row_bytes
 from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import (
     DigestError,
@@ -24,7 +24,8 @@ from streamindex_service.frontend import tensors
 from streamindex_service.frontend.ingest import IngestLane
 from streamindex_service.frontend.rpc import MessageWriter, read_message
 from streamindex_service.frontend.service import Service
-from streamindex_service.frontend.tensors import Bytes, RowRange
+from streamindex_service.frontend.staging import commit_upload, page_ranges, page_rows, write_rows
+from streamindex_service.frontend.tensors import RowRange
 
 
 class UploadStream:
@@ -139,11 +140,11 @@ class UploadStream:
         tensors.check_part_sizes(chunk, ("keys", "scales"), self._row_bytes)
         if self._upload.is_repeat(chunk.row_offset, chunk.row_count, self._rows_taken):
             await self._lane.settle()  # what it repeats must be there to be compared
-            await self._lane.put(lambda: self._compare(chunk), chunk.payload_bytes)
+            await self._lane.put(self._compare, chunk, chunk.payload_bytes)
         else:
             self._service.uploads.hold(self._upload, chunk.row_offset + chunk.row_count)
             self._rows_taken += chunk.row_count
-            await self._lane.put(lambda: self._store(chunk), chunk.payload_bytes)
+            await self._lane.put(self._store, chunk, chunk.payload_bytes)
 
     async def _acknowledge(self) -> None:
         while True:
@@ -152,31 +153,50 @@ class UploadStream:
             acknowledged = pb.UploadAcknowledged(row_offset=self._upload.rows_held)
             await self._writer.write(pb.AppendKeysResponse(acknowledged=acknowledged))
 
-    # On threads; what is returned counts the chunk, in order.
+    # On threads, with chunks that follow each other; what is returned counts them, in order.
 
-    def _compare(self, chunk: Chunk) -> Callable[[], None]:
+    def _compare(self, chunks: Sequence[Chunk]) -> list[Callable[[], None]]:
+        for chunk in chunks:
+            self._compare_one(chunk)
+        return [lambda: None] * len(chunks)
+
+    def _compare_one(self, chunk: Chunk) -> None:
         tensors.verify_checksum(chunk)
         targets = [
             RowRange(first, count, page_rows(self._service, self._upload.staged[page], self._row_bytes, row, count))
             for page, row, first, count in page_ranges(self._upload, chunk.row_offset, chunk.row_count)
         ]
         tensors.compare_rows(chunk, targets, self._row_bytes)
-        return lambda: None
 
-    def _store(self, chunk: Chunk) -> Callable[[], None]:
+    def _store(self, chunks: Sequence[Chunk]) -> list[Callable[[], None]]:
+        """Check and write chunks. What is found wrong after the write was never counted, and is written over."""
+        if self._format.has_scales:
+            sums = [tensors.verify_checksum(chunk)[0] for chunk in chunks]
+            self._check_chunks(chunks)
+            write_rows(self._service, self._upload, chunks, self._row_bytes)
+        else:
+            # Where they lie now, many chunks are one tensor: three calls check them all. Every call that lets go of the
+            # interpreter lock has to wait for it afterwards, and makes the loop wait.
+            stretches = write_rows(self._service, self._upload, chunks, self._row_bytes)
+            sums = tensors.verify_joined(stretches, chunks)
+            row = chunks[0].row_offset
+            for stretch in stretches:
+                tensors.check_finite(stretch, self._format, self._row_elements, "keys", row)
+                row += len(stretch) // self._row_bytes[0]
+        return [partial(self._count, chunk, keys_crc32c) for chunk, keys_crc32c in zip(chunks, sums, strict=True)]
+
+    def _check_chunks(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            keys, scales = chunk.parts
+            tensors.check_finite(keys, self._format, self._row_elements, "keys", chunk.row_offset)
+            tensors.check_finite(scales, KeyFormat.FP32, 1, "scales", chunk.row_offset)
+
+    def _count(self, chunk: Chunk, keys_crc32c: int) -> None:
         upload = self._upload
-        keys_crc32c, _ = tensors.verify_checksum(chunk)
         keys, scales = chunk.parts
-        tensors.check_finite(keys, self._format, self._row_elements, "keys", chunk.row_offset)
-        tensors.check_finite(scales, KeyFormat.FP32, 1, "scales", chunk.row_offset)
-        write_rows(self._service, upload, chunk, self._row_bytes)
-
-        def count() -> None:
-            upload.keys_crc32c = combine(upload.keys_crc32c, keys_crc32c, len(keys))
-            upload.scales_crc32c = crc32c(scales, upload.scales_crc32c)
-            upload.rows_held += chunk.row_count
-
-        return count
+        upload.keys_crc32c = combine(upload.keys_crc32c, keys_crc32c, len(keys))
+        upload.scales_crc32c = crc32c(scales, upload.scales_crc32c)
+        upload.rows_held += chunk.row_count
 
     async def _finish(self, finish: pb.AppendKeysFinish) -> None:
         upload = self._upload
@@ -205,64 +225,3 @@ class UploadStream:
                 if not self._upload.committed:
                     self._service.uploads.drop(self._upload)
                 raise DigestError("the rows held do not have the digest of the finish", field=f"finish.{name}")
-
-
-def page_ranges(upload: Upload, row_offset: int, row_count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Where rows of an upload lie, page by page: (staged page, row within it, row of the chunk, rows)."""
-    done = 0
-    while done < row_count:
-        page, row = upload.place(row_offset + done)
-        count = min(row_count - done, PAGE_KEYS - row)
-        yield page, row, done, count
-        done += count
-
-
-def write_rows(service: Service, upload: Upload, chunk: Chunk, row_bytes: tuple[int, int]) -> None:
-    """Write a chunk's rows to the upload's staged pages. Raises HostMemoryError."""
-    keys, scales = chunk.parts
-    key_bytes, scale_bytes = row_bytes
-    page_bytes = upload.cache.spec.page_bytes
-    pieces = []
-    run = None  # pages without scales that lie one after the other take one piece
-    for page, row, first, count in page_ranges(upload, chunk.row_offset, chunk.row_count):
-        extent, offset = upload.staged[page]
-        if run is not None and (extent, offset) == run[:2] and not row:
-            run = (extent, offset + page_bytes, *run[2:4], first + count)
-            continue
-        if run is not None:
-            pieces.append(_piece(run, keys, key_bytes))
-        run = (extent, offset + page_bytes, offset + row * key_bytes, first, first + count)
-        if scale_bytes:
-            pieces.append(_piece(run, keys, key_bytes))
-            run = None
-            part = scales[first * scale_bytes : (first + count) * scale_bytes]
-            pieces.append((extent, offset + PAGE_KEYS * key_bytes + row * scale_bytes, part))
-    if run is not None:
-        pieces.append(_piece(run, keys, key_bytes))
-    service.host_extents.write(pieces)
-
-
-def _piece(run: tuple[int, int, int, int, int], keys: memoryview, key_bytes: int) -> tuple[int, int, memoryview]:
-    extent, _, offset, first, stop = run
-    return extent, offset, keys[first * key_bytes : stop * key_bytes]
-
-
-def page_rows(service: Service, slot: Any, row_bytes: tuple[int, int], row: int, count: int) -> tuple[Bytes, Bytes]:
-    """Rows [row, row + count) of a page in host memory: their keys and their scales, as bytes."""
-    key_bytes, scale_bytes = row_bytes
-    keys = service.host_extents.bytes_at(slot, row * key_bytes, count * key_bytes)
-    scales = service.host_extents.bytes_at(slot, PAGE_KEYS * key_bytes + row * scale_bytes, count * scale_bytes)
-    return keys, scales
-
-
-def commit_upload(service: Service, upload: Upload, row_bytes: tuple[int, int]) -> None:
-    """Make a complete upload visible. Raises CacheNotFoundError, LayerChangedError."""
-    layer = upload.layer
-    if upload.first_row <= layer.length_keys:  # else the commit refuses; so it does when the cache is gone
-        first_page = upload.first_row // PAGE_KEYS
-        for page, row, count in edges(layer, upload.first_row, upload.row_count):
-            old = page_rows(service, layer.pages[page].host, row_bytes, row, count)
-            new = page_rows(service, upload.staged[page - first_page], row_bytes, row, count)
-            for source, target in zip(old, new, strict=True):
-                target[:] = source
-    service.uploads.commit(upload)

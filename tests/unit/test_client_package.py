@@ -31,7 +31,7 @@ def test_nothing_but_grpc_protobuf_numpy_is_imported():
     assert set(run.stdout.split()) <= {"streamindex", "streamindex_client", "crc32c", "_crc32c"}
 
 
-@pytest.mark.parametrize("module", ["streamindex_client", *MODULES, "streamindex.checksum"])
+@pytest.mark.parametrize("module", ["streamindex_client", *MODULES, "streamindex.checksum", "streamindex.joining"])
 def test_all_names_exist_and_are_documented(module):
     loaded = importlib.import_module(module)
     assert loaded.__doc__

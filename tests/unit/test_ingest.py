@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.frontend.host_memory import IngressBudget
-from streamindex_service.frontend.ingest import IngestLane
+from streamindex_service.frontend.ingest import _AHEAD, _AT_ONCE, _TOGETHER, IngestLane
 
 
 class Bench:
     """A lane, what it has counted, and gates at which its work waits."""
 
     def __init__(self, limit_bytes: int = 1000, news_bytes: int = 1) -> None:
-        self.threads = ThreadPoolExecutor(4)
+        self.threads = ThreadPoolExecutor(_AT_ONCE)
         self.ledger = Ledger("ingress", limit_bytes)
         self.counted: list[int] = []
         self.failed = 0
@@ -28,11 +29,11 @@ class Bench:
         self.failed += 1
 
     def work(self, number: int, error: Exception | None = None):
-        def run():
+        def run(chunks):
             assert self.gates[number].wait(30)
             if error is not None:
                 raise error
-            return lambda: self.counted.append(number)
+            return [lambda: self.counted.append(number)]
 
         return run
 
@@ -53,7 +54,7 @@ async def bench():
 
 async def test_chunks_are_counted_in_order_whichever_is_done_first(bench):
     for number in range(3):
-        await bench.lane.put(bench.work(number), 10)
+        await bench.lane.put(bench.work(number), None, 10)
     for number in (2, 1):
         bench.gates[number].set()
     await asyncio.sleep(0.05)
@@ -66,21 +67,21 @@ async def test_chunks_are_counted_in_order_whichever_is_done_first(bench):
 
 async def test_nothing_behind_a_failure_is_counted_and_the_budget_is_released_once(bench):
     error = ValueError("bad")
-    await bench.lane.put(bench.work(0), 10)
-    await bench.lane.put(bench.work(1, error), 10)
-    await bench.lane.put(bench.work(2), 10)
+    await bench.lane.put(bench.work(0), None, 10)
+    await bench.lane.put(bench.work(1, error), None, 10)
+    await bench.lane.put(bench.work(2), None, 10)
     for number in (2, 1, 0):
         bench.gates[number].set()
     with pytest.raises(ValueError, match="bad"):
         await bench.lane.settle()
     with pytest.raises(ValueError, match="bad"):
-        await bench.lane.put(bench.work(3), 10)
+        await bench.lane.put(bench.work(3), None, 10)
     assert bench.counted == [0]
     assert bench.failed == 1
 
 
 async def test_a_chunk_put_between_a_failure_and_the_news_of_it(bench):
-    await bench.lane.put(bench.work(0, ValueError("bad")), 10)
+    await bench.lane.put(bench.work(0, ValueError("bad")), None, 10)
     bench.gates[0].set()
     bench.gates[1].set()
     # the thread has failed; the loop, which does not run meanwhile, has not heard of it
@@ -88,7 +89,7 @@ async def test_a_chunk_put_between_a_failure_and_the_news_of_it(bench):
     while bench.lane._error is None:
         deadline.wait(0.001)
     with pytest.raises(ValueError, match="bad"):
-        await bench.lane.put(bench.work(1), 10)
+        await bench.lane.put(bench.work(1), None, 10)
     await asyncio.sleep(0.05)
     assert bench.counted == []
 
@@ -97,8 +98,8 @@ async def test_a_lane_waits_for_room_in_the_budget():
     bench = Bench(limit_bytes=25)
     try:
         for number in range(2):
-            await bench.lane.put(bench.work(number), 10)
-        third = asyncio.create_task(bench.lane.put(bench.work(2), 10))
+            await bench.lane.put(bench.work(number), None, 10)
+        third = asyncio.create_task(bench.lane.put(bench.work(2), None, 10))
         await asyncio.sleep(0.05)
         assert not third.done()
         bench.gates[0].set()
@@ -109,12 +110,38 @@ async def test_a_lane_waits_for_room_in_the_budget():
 
 
 async def test_closing_drops_what_no_thread_has_begun(bench):
-    for number in range(6):
-        await bench.lane.put(bench.work(number), 10)
+    for number in range(_AT_ONCE + 3):
+        await bench.lane.put(bench.work(number), None, 10)
     closing = asyncio.create_task(bench.lane.close())
     await asyncio.sleep(0.05)
     assert not closing.done()
     for gate in bench.gates:
         gate.set()
     await closing
-    assert bench.counted == [0, 1, 2]
+    assert bench.counted == list(range(_AT_ONCE))
+
+
+@pytest.mark.parametrize("bad", [None, 0, 1, _TOGETHER, _AHEAD - _AT_ONCE - 1])
+async def test_chunks_that_wait_are_worked_on_together_and_a_bad_one_is_found_among_them(bench, bad):
+    many = _AHEAD - _AT_ONCE
+    calls: list[list[int]] = []
+
+    def work(chunks):
+        calls.append(chunks)
+        if bad in chunks:
+            raise ValueError(str(bad))
+        return [partial(bench.counted.append, chunk) for chunk in chunks]
+
+    for number in range(_AT_ONCE):  # then no thread is free
+        await bench.lane.put(bench.work(number), None, 10)
+    for chunk in range(many):
+        await bench.lane.put(work, chunk, 10)
+    for gate in bench.gates:
+        gate.set()
+    if bad is None:
+        await bench.lane.settle()
+    else:
+        with pytest.raises(ValueError, match=str(bad)):
+            await bench.lane.settle()
+    assert max(map(len, calls)) == _TOGETHER
+    assert bench.counted == [*range(_AT_ONCE), *range(many if bad is None else bad)]

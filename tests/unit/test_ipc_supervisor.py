@@ -11,6 +11,7 @@ import time
 import pytest
 
 from streamindex_service.core.caches import Page
+from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
 from streamindex_service.frontend.device import DeviceWorker, TilePlace, TileSpec, View
@@ -86,7 +87,7 @@ async def stand_in(tmp_path, monkeypatch):
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     options = WorkerOptions("cpu", "", 0, 1, 20.0, 0.05, 0.4, 100.0, 0.05, 0.2, environment)
     events = Events()
-    device = DeviceWorker(HostExtents(lambda segment_id: None), 2, 1.0, time.monotonic)
+    device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30), 0), 2, 1.0, time.monotonic)
 
     class Governor(OneEpoch):
         def device_ready(self):
@@ -261,7 +262,7 @@ class OneLink:
 
 async def test_pages_that_lost_their_place_before_they_were_copied():
     """A search is let in, cancelled before it says what it reads, and its pages are evicted and freed."""
-    extents = HostExtents(lambda segment_id: None)
+    extents = HostExtents(lambda segment_id: None, Ledger("host", 1 << 30), 0)
     extents.make(1, 8192)
     device = DeviceWorker(extents, 2, 1.0, time.monotonic)
     device.governor = OneEpoch()

@@ -88,16 +88,18 @@ class GetLoadResponse(_message.Message):
     def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ...) -> None: ...
 
 class Ledger(_message.Message):
-    __slots__ = ("name", "limit_bytes", "reserved_bytes", "peak_bytes")
+    __slots__ = ("name", "limit_bytes", "reserved_bytes", "peak_bytes", "spare_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPARE_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     limit_bytes: int
     reserved_bytes: int
     peak_bytes: int
-    def __init__(self, name: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+    spare_bytes: int
+    def __init__(self, name: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., spare_bytes: _Optional[int] = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
     __slots__ = ()

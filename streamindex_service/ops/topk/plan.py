@@ -67,17 +67,22 @@ class KernelTiles:
     sample_every: int  # one line of 32 scores in so many is sampled, or fewer:
     sample_lanes: int  # the most scores of a sample
     mark_block: int
+    collect_words: int  # marks, of 32 keys each, that are unpacked at a time
     rest_rows: int  # rows that one block looks through for what the filter left over
     score_kernel: ScoreKernel = ScoreKernel.PORTABLE
 
 
 @dataclass(frozen=True)
 class SurvivorLanes:
-    """Compile-time shape of the selection among survivors: it holds `lanes` of them in registers, or `most_lanes`."""
+    """Compile-time shape of the selection among survivors: it holds `lanes` of them in registers, or `most_lanes`.
+
+    registers: the most a thread may take, so that enough blocks run at a time; None where the compiler decides.
+    """
 
     lanes: int
     most_lanes: int
     warps: int
+    registers: int | None
 
 
 @dataclass(frozen=True)
@@ -231,7 +236,9 @@ def survivor_lanes(top_k: int) -> SurvivorLanes:
     """The shape for a top_k: one of four, so few are ever compiled."""
     # the threshold lets through up to twice top_k, relatively fewer for a large one
     lanes = min(max(1024, _power_of_two(2 * top_k)), 8192)
-    return SurvivorLanes(lanes, min(2 * lanes, 8192), warps=4 if lanes <= 2048 else 8)
+    return SurvivorLanes(
+        lanes, min(2 * lanes, 8192), warps=4 if lanes <= 2048 else 8, registers=80 if lanes == 1024 else None
+    )
 
 
 def choose_score_kernel(
@@ -276,7 +283,8 @@ def kernel_tiles(
         filter_keys=2049,  # one more than select_lanes
         sample_every=8,
         sample_lanes=4096,
-        mark_block=4096,
+        mark_block=2048,
+        collect_words=1024,
         rest_rows=32,
         score_kernel=score_kernel,
     )

@@ -348,7 +348,7 @@ def _select_read(
     _keep(scores, old_indices, tile_start, tile_count, kth, needed, kept, new_scores, new_indices, False, BLOCK)
 
 
-@triton.jit(do_not_specialize=_FILTER_SCALARS, do_not_specialize_on_alignment=_LIST_POINTERS)
+@triton.jit(do_not_specialize=["rows", *_FILTER_SCALARS], do_not_specialize_on_alignment=_LIST_POINTERS)
 def rest_kernel(
     scores, old_scores, old_indices, survivor_scores, survivor_indices, survivor_counts, new_scores, new_indices,
     positions,

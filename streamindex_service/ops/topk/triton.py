@@ -337,8 +337,8 @@ def _launch_select(
     held = planning.survivor_lanes(p.top_k)
     finish_kernel[(rows,)](
         b.scores, b.thresholds, b.marks, *old, *b.survivors, b.counts, *new, positions, *scalars,
-        LANES=held.lanes, MOST_LANES=held.most_lanes, WORDS=tiles.mark_block // 4, BLOCK=tiles.select_block // 4,
-        EXPLICIT=explicit, num_warps=held.warps,
+        LANES=held.lanes, MOST_LANES=held.most_lanes, WORDS=tiles.collect_words, BLOCK=tiles.select_block // 4,
+        EXPLICIT=explicit, num_warps=held.warps, maxnreg=held.registers,
     )  # fmt: skip
     rest_kernel[(triton.cdiv(rows, tiles.rest_rows),)](
         b.scores, *old, *b.survivors, b.counts, *new, positions, rows, *scalars,
