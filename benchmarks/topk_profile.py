@@ -109,7 +109,9 @@ def profile(bench: Bench, model: Model, tokens: int, key_format: KeyFormat, kern
     problem = Problem(
         prefill.q, prefill.w, prefill.keys, prefill.positions, model.ratio, model.top_k, Order.INDEX, out, None
     )
+    before = bench.measure_roof(prefill.keys.format)
     whole = measure(lambda: run_triton(problem, plan), "cuda", budget_s=bench.budget_s)
+    roof = (before + bench.measure_roof(prefill.keys.format)) / 2
     parts = kernel_seconds(problem, plan)
     judgement = judge(prefill, out)
     misled, note = None, "not filtered"
@@ -117,7 +119,7 @@ def profile(bench: Bench, model: Model, tokens: int, key_format: KeyFormat, kern
     if is_filtered(prefill.keys.length, model.top_k, plan.tiles):
         misled = int((survivor_counts(problem, plan) < 0).sum())
         note = f"{misled} rows fell back"
-    chunk = Chunk(bench, prefill, tokens, kernel, judgement, note, misled)
+    chunk = Chunk(bench, prefill, tokens, kernel, judgement, note, misled, roof)
     chunk.add("chunk", whole)
     for name, seconds in parts.items():
         chunk.add(name, Timing(seconds, 0, REPEATS))
@@ -134,6 +136,7 @@ class Chunk:
     judgement: Judgement
     note: str
     fallback_rows: int | None
+    roof_tflops: float
 
     def add(self, part: str, timing: Timing) -> None:
         """The row of one part. Only products are useful work: the other kernels have no share of the roof."""
@@ -146,7 +149,8 @@ class Chunk:
                 dtype=key_format.value,
                 seconds=timing.seconds,
                 useful_tflops=tflops,
-                roof_fraction=None if tflops is None else tflops / self.bench.roof(key_format),
+                roof_fraction=None if tflops is None else tflops / self.roof_tflops,
+                roof_tflops=None if tflops is None else self.roof_tflops,
                 ratio=None,
                 ratio_to=None,
                 peak_bytes=timing.peak_bytes if part == "chunk" else None,
