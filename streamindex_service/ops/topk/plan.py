@@ -19,9 +19,6 @@ MAX_QUERY_CHUNK = 8192
 _FULL_WIDTH_ROWS = 128
 _TILED_ROWS = 256
 _ROW_STEP = 8
-# torch.sort by score: sorted values and int64 permutation, with the sort's own double buffers.
-_SORT_BYTES_PER_ENTRY = 48
-_SORT_ENTRIES = 1 << 18  # sorted at once, in whole rows
 _PART_ALIGNMENT = 256
 _FILTERED_TOP_K = 4  # a row of fewer than so many times top_k keys is not filtered
 
@@ -77,12 +74,14 @@ class SurvivorLanes:
     """Compile-time shape of the selection among survivors: it holds `lanes` of them in registers, or `most_lanes`.
 
     registers: the most a thread may take, so that enough blocks run at a time; None where the compiler decides.
+    ordered: results of a row that are put in order of score at a time, top_k of them used.
     """
 
     lanes: int
     most_lanes: int
     warps: int
     registers: int | None
+    ordered: int
 
 
 @dataclass(frozen=True)
@@ -139,10 +138,9 @@ def plan_chunked(shape: Shape, workspace_bytes: int, *, on_cuda: bool) -> Plan:
 
 
 def triton_workspace_bytes(shape: Shape, query_chunk: int, key_tile: int) -> int:
-    """Peak bytes of the fused kernels: the arena of a chunk × tile, and the final sort."""
+    """Peak bytes of the fused kernels: the arena of a chunk × tile."""
     tiles = kernel_tiles(shape.format_name, shape.heads, shape.head_dim)  # no score kernel changes a byte of it
-    sort = sort_rows(shape.top_k, query_chunk) * shape.top_k * _SORT_BYTES_PER_ENTRY
-    return arena_bytes(shape.top_k, query_chunk, key_tile, tiles) + sort + _SLACK_BYTES
+    return arena_bytes(shape.top_k, query_chunk, key_tile, tiles) + _SLACK_BYTES
 
 
 def arena_bytes(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> int:
@@ -160,11 +158,6 @@ def arena_parts(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> list[
         survivors, survivors, rows * stride // 32 * filtered, rows * filtered, rows * filtered,
     ]  # fmt: skip
     return [_round_up(4 * count, _PART_ALIGNMENT) for count in words]
-
-
-def sort_rows(top_k: int, query_chunk: int) -> int:
-    """Rows of candidates that are sorted at once."""
-    return max(1, min(query_chunk, _SORT_ENTRIES // top_k))
 
 
 def score_stride(width: int) -> int:
@@ -237,7 +230,11 @@ def survivor_lanes(top_k: int) -> SurvivorLanes:
     # the threshold lets through up to twice top_k, relatively fewer for a large one
     lanes = min(max(1024, _power_of_two(2 * top_k)), 8192)
     return SurvivorLanes(
-        lanes, min(2 * lanes, 8192), warps=4 if lanes <= 2048 else 8, registers=80 if lanes == 1024 else None
+        lanes,
+        most_lanes=min(2 * lanes, 8192),
+        warps=min(lanes // 256, 16),
+        registers=80 if lanes == 1024 else None,
+        ordered=lanes // 2,
     )
 
 

@@ -436,3 +436,30 @@ def select_kernel(
                 BLOCK,
             )  # fmt: skip
         _pad(total, top_k, new_scores, new_indices, BLOCK)
+
+
+@triton.jit(
+    do_not_specialize=["top_k"],
+    do_not_specialize_on_alignment=["old_scores", "old_indices", "new_scores", "new_indices"],
+)
+def order_kernel(
+    old_scores, old_indices, new_scores, new_indices, top_k, LANES: tl.constexpr, WANT_SCORES: tl.constexpr
+):  # fmt: skip
+    """One row's results, from index order to score order, equal scores by index; padding stays last. Grid: (rows,).
+
+    Score bits and place in one number, so that no two are equal and any sorting network is stable.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    inside = lane < top_k
+    score = tl.load(old_scores + row * top_k + lane, mask=inside, other=float("-inf")).to(tl.int32, bitcast=True)
+    ordered = score ^ ((score >> 31) & 0x7FFFFFFF)  # signed integers in the order of the floats
+    packed = (ordered.to(tl.int64) << 32) | (LANES - 1 - lane).to(tl.int64)
+    packed = tl.sort(packed, descending=True)
+    place = LANES - 1 - (packed & (LANES - 1)).to(tl.int32)
+    index = tl.load(old_indices + row * top_k + place, mask=inside, other=-1)
+    tl.store(new_indices + row * top_k + lane, index, mask=inside)
+    if WANT_SCORES:
+        best = (packed >> 32).to(tl.int32)
+        best = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        tl.store(new_scores + row * top_k + lane, best, mask=inside)

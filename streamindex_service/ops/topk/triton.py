@@ -34,6 +34,7 @@ from streamindex_service.ops.topk.problem import Problem
 from streamindex_service.ops.topk.selection import (
     finish_kernel,
     mark_kernel,
+    order_kernel,
     rest_kernel,
     select_kernel,
     threshold_kernel,
@@ -129,7 +130,7 @@ _INTERPRETED = not isinstance(_score_kernel, triton.JITFunction)
 
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
-    kernels = [_score_kernel, threshold_kernel, mark_kernel, finish_kernel, rest_kernel, select_kernel]
+    kernels = [_score_kernel, threshold_kernel, mark_kernel, finish_kernel, rest_kernel, select_kernel, order_kernel]
     hopper = sys.modules.get("streamindex_service.ops.topk.hopper")
     if hopper is not None:
         kernels.append(hopper.score_kernel)
@@ -177,7 +178,6 @@ class _Run:
         rows = min(plan.query_chunk, problem.rows)
         self.arena_bytes = planning.arena_bytes(problem.top_k, rows, plan.key_tile, plan.tiles)
         self.arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=problem.q.device)
-        self.sort_rows = planning.sort_rows(problem.top_k, rows)
         self.launch_scores = _launch_scores
         if plan.tiles.score_kernel is ScoreKernel.HOPPER:
             # imported here: Gluon is an experimental part of Triton
@@ -255,19 +255,27 @@ def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
         _launch_select(run, buffers, chunk, tile_start, tile_keys, old, new)
         old, new = new, old
     if problem.order is Order.SCORE:
-        for first in range(0, stop - start, run.sort_rows):
-            rows = slice(first, min(first + run.sort_rows, stop - start))
-            _write_sorted(problem, start + first, old[0][rows], old[1][rows])
+        _launch_order(problem, start, *old)
     return buffers
 
 
-def _write_sorted(problem: Problem, start: int, scores: Tensor, indices: Tensor) -> None:
-    # stable: equal scores stay in index order
-    scores, permutation = torch.sort(scores, dim=1, descending=True, stable=True)
-    rows = slice(start, start + scores.shape[0])
-    torch.gather(indices, 1, permutation, out=problem.out_indices[rows])
+def _launch_order(problem: Problem, start: int, scores: Tensor, indices: Tensor) -> None:
+    """Put the results of rows `start` on, which stand in index order, in order of score: to the outputs."""
+    rows, top_k = scores.shape
+    window = slice(start, start + rows)
+    out, out_scores = problem.out_indices[window], scores  # the scores stay where they are if nobody wants them
     if problem.out_scores is not None:
-        problem.out_scores[rows] = scores
+        out_scores = problem.out_scores[window]
+    if _INTERPRETED:  # a sorting network takes minutes; its test has a small one
+        ordered, permutation = torch.sort(scores, dim=1, descending=True, stable=True)
+        torch.gather(indices, 1, permutation, out=out)
+        out_scores.copy_(ordered)
+        return
+    held = planning.survivor_lanes(top_k)
+    order_kernel[(rows,)](
+        scores, indices, out_scores, out, top_k,
+        LANES=held.ordered, WANT_SCORES=problem.out_scores is not None, num_warps=min(held.warps, 8),
+    )  # fmt: skip
 
 
 def _launch_scores(
