@@ -103,9 +103,9 @@ def test_a_chunk_of_one_row(heads: int) -> None:
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
 def test_a_workspace_that_cuts_differently(implementation: str) -> None:
     device = kernel_device() if implementation == "triton" else "cpu"
-    # long lists make even few rows too many for the least workspace
+    # long lists make a few hundred rows too many for the least workspace
     inputs = make_inputs(
-        rows=60,
+        rows=210,
         heads=1,
         head_dim=16,
         keys=4100,
@@ -117,12 +117,12 @@ def test_a_workspace_that_cuts_differently(implementation: str) -> None:
 
     def tiles(workspace_bytes: int) -> tuple[int, int]:
         plan = plan_for(
-            implementation, device, KeyFormat.BF16, rows=60, heads=1, head_dim=16, keys=4100, top_k=4096,
+            implementation, device, KeyFormat.BF16, rows=210, heads=1, head_dim=16, keys=4100, top_k=4096,
             workspace_bytes=workspace_bytes,
         )  # fmt: skip
         assert plan is not None
         return plan.query_chunk, plan.key_tile
 
-    assert tiles(MIN_WORKSPACE_BYTES) != tiles(256 << 20) == (60, 4352)
+    assert tiles(MIN_WORKSPACE_BYTES) != tiles(256 << 20) == (210, 4352)
     least = inputs.search(implementation, order=Order.INDEX, workspace_bytes=MIN_WORKSPACE_BYTES)
     assert same(inputs.search(implementation, order=Order.INDEX, workspace_bytes=256 << 20), least)
