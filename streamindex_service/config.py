@@ -81,8 +81,7 @@ class LimitSettings(_Section):
     )
     max_batch_items: Count = Field(1024, description="items of a SearchBatch")
     max_batch_rows: Count = Field(4096, description="query rows of a SearchBatch; rows that an item appends")
-    max_queued_searches: Count = Field(256, description="searches that wait; one more is refused with QUEUE_FULL")
-    max_running_searches: Count = Field(64, description="searches admitted at a time")
+    max_open_searches: Count = Field(1024, description="searches between header and end; one more gets QUEUE_FULL")
     slow_consumer_s: Seconds = Field(30.0, description="a stream whose caller does not read or send for so long ends")
 
 
@@ -116,13 +115,35 @@ class MemorySettings(_Section):
     )
 
 
+class SchedulerSettings(_Section):
+    """Who gets the device next."""
+
+    max_queued_tiles: Count = Field(256, description="tiles that wait; a search beyond gets QUEUE_FULL")
+    max_queued_bytes: Annotated[ByteSize, Field(ge=_MIB)] = Field(
+        ByteSize(384 * _MIB), description="query rows that wait; a search beyond gets QUEUE_FULL"
+    )
+    max_queued_s: Seconds = Field(30.0, description="device seconds that wait; a search beyond gets QUEUE_FULL")
+    max_wait_s: Seconds = Field(60.0, description="a tile that has waited so long ends its search, with QUEUE_FULL")
+    max_device_tiles: Annotated[int, Field(ge=2)] = Field(
+        16, description="tiles that the device has at a time; two, or as many as take `worker.tile_s` together"
+    )
+    ageing_s: Seconds = Field(2.0, description="a priority band that has waited so long is given tiles in between")
+    ageing_tiles: Annotated[int, Field(ge=2)] = Field(4, description="such a band gets one tile in so many")
+    fair_quantum_s: Seconds = Field(
+        0.5, description="device seconds that a caller with work waiting may fall behind its equal share"
+    )
+
+
 class WorkerSettings(_Section):
     """The device process."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d+)$")] = Field("auto", description="auto, cpu or cuda:N")
     implementation: str = Field("", description='top-k implementation by name; "" takes the device\'s default')
     cpu_threads: Annotated[int, Field(ge=0)] = Field(0, description="threads of a CPU device; 0: all cores")
-    tile_s: Seconds = Field(1.0, description="searches are cut in tiles of about so long, by the speed seen so far")
+    tile_s: Seconds = Field(0.1, description="searches are cut in tiles of about so long, by the speed seen so far")
+    memory_retries: Count = Field(
+        3, description="tries of a tile for which the device had no memory: alone, then in ever smaller tiles"
+    )
     ready_timeout_s: Seconds = Field(180.0, description="a worker that is not ready by then is replaced")
     heartbeat_s: Seconds = Field(1.0, description="how often the worker is asked for a sign of life")
     heartbeat_timeout_s: Seconds = Field(10.0, description="a worker that is silent for so long is replaced")
@@ -150,6 +171,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     limits: LimitSettings = LimitSettings()
     memory: MemorySettings = MemorySettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
 
@@ -166,6 +188,8 @@ class Settings(BaseSettings):
             raise ValueError(f"limits.max_message_bytes must exceed limits.max_chunk_bytes by {_FRAMING_BYTES}")
         if memory.workspace_bytes < memory.workspace_floor_bytes:
             raise ValueError("memory.workspace_bytes must be at least memory.workspace_floor_bytes")
+        if self.scheduler.fair_quantum_s < 3 * self.worker.tile_s:
+            raise ValueError("scheduler.fair_quantum_s must be at least three times worker.tile_s")
         return self
 
     @classmethod

@@ -260,13 +260,17 @@ class SearchSession:
         self._tell(
             layer_keys=accepted.layer_keys,
             implementation=accepted.implementation,
-            queued_ms=self.summary.queued_ms + accepted.queued_ms,
         )
 
     def _end(self, done: search_pb2.SearchDone) -> None:
         if not self.complete or done.row_count != self._answered - self._attempt.base:
             raise ProtocolError(f"the search was ended after {done.row_count} rows, {self.kept_rows} are not answered")
-        self._tell(rows=self._answered, device_us=self.summary.device_us + done.device_us)
+        before = self.summary
+        self._tell(
+            rows=self._answered,
+            device_us=before.device_us + done.device_us,
+            queued_ms=before.queued_ms + done.queued_ms,
+        )
         self._attempt.done = True
 
     def _take(self, chunk: framing.Chunk) -> SearchPart:

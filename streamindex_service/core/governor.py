@@ -1,83 +1,141 @@
-"""The memory governor: ledgers, what is on the device, and who waits for it.
+"""The memory governor: estimate, reserve, run, give back when the device has really finished.
 
-Estimate, reserve, run, release. A search needs its layer's pages on the device, pinned while it runs, and a workspace
-of at least `floor_bytes`; it is given as much more, up to `want_bytes`, as is free. What does not fit now waits first
-in, first out; what can never fit is refused at once, with figures.
+A search is open from its header to its end, and holds nothing on the device for that. What runs there is a turn, one
+tile of a search: its layer's pages, pinned, and a workspace of at least `floor_bytes`, given as much more, up to
+`want_bytes`, as is free. The scheduler says whose turn is next; the governor sees that it fits. A turn that does not
+fit at this moment waits until the turns before it have given back what they hold, which takes as long as they run and
+no longer: nothing overtakes it. What can never fit is refused at once, with figures.
 
-Pure decisions: `load` is called for every page to be copied to the device, in the order of the decisions, and the
-commands that follow it on the same link find the page there.
+When a turn that fitted finds the device without memory in spite of all, it comes again `alone`: nothing else runs, and
+every page that it does not need has gone.
+
+Pure decisions: what they mean for the device is told through callbacks, in the order in which they were made.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from streamindex_service.core.caches import Page, Snapshot
+from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.ledger import Ledger
-from streamindex_service.core.pages import PagePool, PageSlot
-from streamindex_service.errors import DeadlineUnreachableError, ExceedsBudgetError, QueueFullError
+from streamindex_service.core.residency import Residency
+from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
+from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError
+
+_BUSY_TURNS = 2  # the device always may have so many, however long they are: one runs, one is ready
+
+
+@dataclass(frozen=True, slots=True)
+class GovernorLimits:
+    """Bounds; times in seconds.
+
+    max_open: searches open at a time. max_device_turns: turns that the device may have; more than two only as long as
+    they take less than `queue.max_turn_s` together. max_wait_s: a turn that has waited longer is refused.
+    """
+
+    max_open: int = 1024
+    max_device_turns: int = 16
+    max_wait_s: float = 60.0
+    queue: QueueLimits = field(default_factory=QueueLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory."""
+
+    pages: Sequence[Page]
+    floor_bytes: int
+    want_bytes: int
+    flop: int
+    size_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class OpenSearch:
+    """A search between its header and its end. `turns` wait, `grants` are with the device."""
+
+    caller: str
+    band: Band
+    snapshot: Snapshot
+    turns: int = 0
+    grants: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Grant:
-    """A search that may run: its pages are pinned, its workspace is reserved."""
+    """A turn that may run: its pages are pinned, its workspace is reserved."""
 
-    snapshot: Snapshot
+    turn: SearchTurn
     workspace_bytes: int
-    queued_s: float
-    granted_at: float
+    waited_s: float
     epoch: int  # of the device memory that the pages are on
 
 
 @dataclass(slots=True, eq=False)
-class Waiter:
-    """A search in the queue."""
+class SearchTurn(Turn):
+    """A turn, what it needs, and who is told: `granted` when it may run, `refused` when it never will."""
 
-    snapshot: Snapshot
-    floor_bytes: int
-    want_bytes: int
-    arrived_at: float
-    granted: Callable[[Grant], None]
+    open_search: OpenSearch = field(kw_only=True)
+    need: Need = field(kw_only=True)
+    granted: Callable[[Grant], None] = field(kw_only=True)
+    refused: Callable[[ServiceError], None] = field(kw_only=True)
+    waiting: bool = True
 
 
 class Governor:
-    """Admits searches to one worker's device memory."""
+    """Admits turns to one worker's device memory."""
 
     def __init__(
         self,
-        hbm: Ledger,
-        device: PagePool,
-        load: Callable[[Page], None],
+        residency: Residency,
         clock: Callable[[], float],
-        max_queued: int,
-        max_running: int,
+        limits: GovernorLimits,
+        speed: DeviceSpeed | None = None,
     ) -> None:
-        self.hbm = hbm
-        self.device = device
-        self.evicted_pages = 0
-        self._load = load
+        self.residency = residency
+        self.limits = limits
+        self.speed = speed or DeviceSpeed()
+        self.scheduler = Scheduler(limits.queue)
         self._clock = clock
-        self._max_queued = max_queued
-        self._max_running = max_running
-        self._queue: deque[Waiter] = deque()
-        self._mean_run_s = 0.0
+        self._open: set[OpenSearch] = set()
+        self._grants: set[Grant] = set()
+        self._in_flight_s = 0.0
         self._epoch = 0
         self._paused = True  # until the first worker is ready
         self._resume_when_idle = False
-        self._grants: set[Grant] = set()
-        self._resident: dict[Page, None] = {}  # least recently used first
+        self._pumping = False
 
     @property
-    def running(self) -> int:
-        """Searches admitted and not finished."""
-        return len(self._grants)
+    def hbm(self) -> Ledger:
+        """Device memory."""
+        return self.residency.hbm
+
+    @property
+    def open_searches(self) -> int:
+        """Searches between their header and their end."""
+        return len(self._open)
 
     @property
     def queued(self) -> int:
-        """Searches that wait."""
-        return len(self._queue)
+        """Of them, those that wait for the device and have nothing there."""
+        return sum(search.turns > 0 and search.grants == 0 for search in self._open)
+
+    @property
+    def running(self) -> int:
+        """The others."""
+        return self.open_searches - self.queued
+
+    @property
+    def in_flight(self) -> int:
+        """Turns that the device has."""
+        return len(self._grants)
+
+    @property
+    def in_flight_s(self) -> float:
+        """Their estimated device seconds."""
+        return self._in_flight_s
 
     @property
     def epoch(self) -> int:
@@ -86,185 +144,199 @@ class Governor:
 
     @property
     def paused(self) -> bool:
-        """True: nobody is admitted, for there is no device."""
+        """True: nothing runs, for there is no device."""
         return self._paused
 
-    def submit(
-        self,
-        snapshot: Snapshot,
-        floor_bytes: int,
-        want_bytes: int,
-        deadline_s: float | None,
-        granted: Callable[[Grant], None],
-    ) -> Waiter:
-        """Queue a search; `granted` is called, perhaps at once, when it may run.
+    def open(
+        self, snapshot: Snapshot, caller: str, band: Band, least: Need, run_s: float, deadline_s: float | None
+    ) -> OpenSearch:
+        """A search begins. The caller holds the snapshot until after `close`.
 
-        `deadline_s` is the caller's remaining time. Raises ExceedsBudgetError for what can never fit, QueueFullError
-        and DeadlineUnreachableError with the figures. The caller holds the snapshot until after `finish` or `cancel`.
+        least: the smallest turn that the search can be cut to; run_s: device seconds of all of it, 0 when unknown;
+        deadline_s: the caller's remaining time. Raises ExceedsBudgetError for what can never fit, QueueFullError and
+        DeadlineUnreachableError, with the figures.
         """
-        needed = len(snapshot.pages) * snapshot.spec.page_bytes + floor_bytes
+        self.refuse_what_never_fits(least)
+        if len(self._open) >= self.limits.max_open:
+            figures: dict[str, int | str] = {"open": len(self._open), "limit": self.limits.max_open}
+            raise QueueFullError("as many searches are open as may be", metadata=figures)
+        run_s = run_s if self.speed.measured else 0.0
+        self.scheduler.refuse_hopeless(caller, band, self._in_flight_s, run_s, deadline_s)
+        search = OpenSearch(caller, band, snapshot)
+        self._open.add(search)
+        return search
+
+    def refuse_what_never_fits(self, need: Need) -> None:
+        """Raises ExceedsBudgetError, with the figures, when not even an empty device would do."""
+        needed = sum(page.page_bytes for page in need.pages) + need.floor_bytes
         if needed > self.hbm.limit_bytes:
             raise ExceedsBudgetError(
                 "the layer and the smallest workspace do not fit the device memory budget",
                 metadata={"needed_bytes": needed, "budget_bytes": self.hbm.limit_bytes},
             )
-        if self._queue or self.running >= self._max_running:
-            self._refuse_hopeless(deadline_s)
-        waiter = Waiter(snapshot, floor_bytes, want_bytes, self._clock(), granted)
-        self._queue.append(waiter)
-        self.pump()
-        return waiter
 
-    def cancel(self, waiter: Waiter) -> None:
-        """A search stops waiting."""
-        self._queue.remove(waiter)
+    def close(self, search: OpenSearch) -> None:
+        """A search is over. Its turns have been finished or cancelled."""
+        assert not search.turns, "a search ends and its turns still wait"
+        assert not search.grants, "a search ends and the device still works for it"
+        self._open.remove(search)
+
+    def request(
+        self,
+        search: OpenSearch,
+        need: Need,
+        granted: Callable[[Grant], None],
+        refused: Callable[[ServiceError], None],
+        *,
+        alone: bool = False,
+    ) -> SearchTurn:
+        """Queue a turn. Exactly one of `granted` and `refused` is called, perhaps at once, unless it is cancelled."""
+        promotion_s = self.speed.promotion_s(self.residency.missing_bytes(need.pages))
+        turn = SearchTurn(
+            search.caller,
+            search.band,
+            search,
+            self.speed.seconds(need.flop) + promotion_s,
+            need.size_bytes,
+            self._clock(),
+            promotion_s,
+            alone,
+            open_search=search,
+            need=need,
+            granted=granted,
+            refused=refused,
+        )
+        search.turns += 1
+        self.scheduler.add(turn)
+        self.pump()
+        return turn
+
+    def grow(self, turn: SearchTurn, need: Need) -> None:
+        """A turn that still waits has become larger."""
+        assert turn.waiting
+        turn.need = need
+        cost_s = self.speed.seconds(need.flop) + turn.promotion_s
+        self.scheduler.reprice(turn, cost_s, need.size_bytes, turn.promotion_s)
+
+    def cancel(self, turn: SearchTurn) -> None:
+        """A turn waits no longer; nobody is told."""
+        self._leave_queue(turn)
         self.pump()
 
-    def finish(self, grant: Grant) -> None:
-        """A search is over and the device has really finished with it: give everything back."""
-        self._grants.discard(grant)
+    def finish(self, grant: Grant, device_s: float | None = None) -> None:
+        """The device has really finished with a turn: give everything back.
+
+        device_s: what it took; None when it was not done.
+        """
+        self._grants.remove(grant)
+        turn = grant.turn
+        turn.open_search.grants -= 1
+        self._in_flight_s = self._in_flight_s - turn.cost_s if self._grants else 0.0
         if grant.epoch == self._epoch:  # else the device memory, and with it the pins, went with its worker
-            _unpin(grant.snapshot)
+            self.residency.unpin(turn.need.pages)
         self.hbm.release(grant.workspace_bytes)
+        if device_s is not None:
+            self.speed.observe(turn.need.flop, device_s)
         if self._resume_when_idle and not self._grants:
             self._resume_when_idle = self._paused = False
-        run_s = self._clock() - grant.granted_at
-        self._mean_run_s = run_s if self._mean_run_s == 0.0 else 0.9 * self._mean_run_s + 0.1 * run_s
         self.pump()
 
     def pump(self) -> None:
-        """Admit from the head of the queue for as long as it fits."""
-        while self._queue and not self._paused and self.running < self._max_running:
-            grant = self._try_admit(self._queue[0])
-            if grant is None:
-                return
-            waiter = self._queue.popleft()
-            self._grants.add(grant)
-            waiter.granted(grant)
+        """Let turns run for as long as there is room."""
+        if self._pumping:  # a callback came back here: the loop below goes on after it
+            return
+        self._pumping = True
+        try:
+            while not self._paused:
+                turn = self.scheduler.next_turn(self._clock())
+                if turn is None or not self._device_takes(turn):
+                    return
+                assert isinstance(turn, SearchTurn)
+                grant = self._try_grant(turn)
+                if grant is None:
+                    return
+                turn.granted(grant)
+        finally:
+            self._pumping = False
+
+    def expire(self) -> int:
+        """Refuse every turn that has waited for `max_wait_s`; return how many."""
+        oldest = self._clock() - self.limits.max_wait_s
+        expired = [turn for turn in self.scheduler if turn.arrived_at <= oldest]
+        for turn in expired:
+            assert isinstance(turn, SearchTurn)
+            if turn.waiting:  # telling one may end the search of another
+                self._leave_queue(turn)
+                turn.refused(self._waited_too_long())
+        self.pump()
+        return len(expired)
 
     def device_lost(self) -> None:
-        """The worker is gone and its memory with it: nothing is resident any more, and nobody is admitted."""
+        """The worker is gone and its memory with it: nothing is resident any more, and nothing runs."""
         self._forget_device()
         self._paused, self._resume_when_idle = True, False
 
     def device_in_doubt(self) -> None:
         """What is on the device may not be what is believed here: forget all of it.
 
-        Searches that run keep their memory there, which no ledger counts any more; so nobody is admitted before they
-        are done.
+        Turns that run keep their memory there, which no ledger counts any more; so nothing else runs before they are
+        done.
         """
         self._forget_device()
-        self._paused = self._resume_when_idle = bool(self._grants)
+        if not self._paused and self._grants:
+            self._paused = self._resume_when_idle = True
         self.pump()
 
     def device_ready(self) -> None:
-        """A worker is ready: admit."""
+        """A worker is ready."""
         self._paused = False
         self.pump()
 
-    def _forget_device(self) -> None:
-        self._epoch += 1
-        for page in self._resident:
-            page.device = None
-            page.pins = 0
-        self._resident.clear()
-        self.device.reset()
+    def _device_takes(self, turn: Turn) -> bool:
+        """Whether the device should have one more turn."""
+        alone = turn.alone or any(grant.turn.alone for grant in self._grants)
+        if len(self._grants) < (1 if alone else _BUSY_TURNS):
+            return True
+        if alone or len(self._grants) >= self.limits.max_device_turns:
+            return False
+        return self._in_flight_s + turn.cost_s <= self.limits.queue.max_turn_s
 
-    def drop_device(self, page: Page) -> None:
-        """A page is gone; free its copy on the device."""
-        assert page.device is not None
-        self.device.free(page.device)
-        page.device = None
-        del self._resident[page]
-
-    def _refuse_hopeless(self, deadline_s: float | None) -> None:
-        figures: dict[str, int | str] = {"queued": len(self._queue), "limit": self._max_queued}
-        if len(self._queue) >= self._max_queued:
-            raise QueueFullError("the queue is full", metadata=figures)
-        wait_s = (len(self._queue) + 1) * self._mean_run_s / max(1, self.running)
-        if deadline_s is not None and wait_s > deadline_s:
-            figures["estimated_wait_ms"] = int(wait_s * 1000)
-            raise DeadlineUnreachableError("the wait would be longer than the deadline", metadata=figures)
-
-    def _try_admit(self, waiter: Waiter) -> Grant | None:
-        grant = self._place(waiter)
-        if grant is None and not self._grants:
+    def _try_grant(self, turn: SearchTurn) -> Grant | None:
+        need, placed = turn.need, False
+        if turn.alone:  # the device has less than was thought: what is not needed now goes
+            self.residency.evict_all()
+        placed = self.residency.try_place(need.pages, need.floor_bytes)
+        if not placed and not self._grants:
             # Nothing runs, so all of it fits an empty device. What is in the way is the search's own pages, scattered
             # over extents that are empty otherwise.
-            victims = self._victims()
-            while self._evict_one(victims):
-                pass
-            grant = self._place(waiter)
-        return grant
-
-    def _place(self, waiter: Waiter) -> Grant | None:
-        # Pinned first: pages may be shared with a layer that is about to be evicted for this very search.
-        _pin(waiter.snapshot)
-        if not self._reserve(waiter.floor_bytes):
-            _unpin(waiter.snapshot)
+            self.residency.evict_all()
+            placed = self.residency.try_place(need.pages, need.floor_bytes)
+        if not placed:
             return None
-        if not self._make_resident(waiter.snapshot):
-            self.hbm.release(waiter.floor_bytes)
-            _unpin(waiter.snapshot)
-            return None
+        self.scheduler.take(turn)
+        turn.waiting = False
+        turn.open_search.turns -= 1
+        turn.open_search.grants += 1
         # Elastic: what is free anyway makes the tiles larger. Nothing is evicted for it.
-        more = max(0, min(waiter.want_bytes - waiter.floor_bytes, self.hbm.free_bytes))
+        more = max(0, min(need.want_bytes - need.floor_bytes, self.hbm.free_bytes))
         reserved = self.hbm.try_reserve(more)
         assert reserved
-        now = self._clock()
-        return Grant(waiter.snapshot, waiter.floor_bytes + more, now - waiter.arrived_at, now, self._epoch)
+        grant = Grant(turn, need.floor_bytes + more, self._clock() - turn.arrived_at, self._epoch)
+        self._grants.add(grant)
+        self._in_flight_s += turn.cost_s
+        return grant
 
-    def _reserve(self, size_bytes: int) -> bool:
-        if self.hbm.try_reserve(size_bytes):
-            return True
-        victims = self._victims()
-        while not self.hbm.try_reserve(size_bytes):
-            if not self._evict_one(victims):
-                return False
-        return True
+    def _leave_queue(self, turn: SearchTurn) -> None:
+        self.scheduler.remove(turn)
+        turn.waiting = False
+        turn.open_search.turns -= 1
 
-    def _make_resident(self, snapshot: Snapshot) -> bool:
-        placed: list[tuple[Page, PageSlot]] = []
-        victims: Iterator[Page] | None = None
-        for page in snapshot.pages:
-            if page.device is not None:
-                continue
-            slot = self.device.try_allocate(page.page_bytes)
-            while slot is None:
-                victims = self._victims() if victims is None else victims
-                if not self._evict_one(victims):
-                    for _, taken in placed:
-                        self.device.free(taken)
-                    return False
-                slot = self.device.try_allocate(page.page_bytes)
-            placed.append((page, slot))
-        for page, slot in placed:
-            page.device = slot
-            self._load(page)
-        for page in snapshot.pages:  # the most recently used are last
-            self._resident.pop(page, None)
-            self._resident[page] = None
-        return True
+    def _waited_too_long(self) -> ServiceError:
+        waited = {"waited_ms": int(1000 * self.limits.max_wait_s)}
+        if self._paused:
+            return NotReadyError("no device process is ready", metadata={**waited})
+        return QueueFullError("the device was busy with others for too long", metadata={**waited})
 
-    def _victims(self) -> Iterator[Page]:
-        """Pages that may leave the device, the least recently used first."""
-        return iter([page for page in self._resident if page.pins == 0])
-
-    def _evict_one(self, victims: Iterator[Page]) -> bool:
-        page = next(victims, None)
-        if page is None:
-            return False
-        self.drop_device(page)
-        self.evicted_pages += 1
-        return True
-
-
-def _pin(snapshot: Snapshot) -> None:
-    for page in snapshot.pages:
-        page.pins += 1
-
-
-def _unpin(snapshot: Snapshot) -> None:
-    for page in snapshot.pages:
-        page.pins -= 1
-        assert page.pins >= 0, "a page was unpinned twice"
+    def _forget_device(self) -> None:
+        self._epoch += 1
+        self.residency.forget()

@@ -45,7 +45,7 @@ class PagePool:
     ) -> None:
         self.ledger = ledger
         self.pages_in_use = 0
-        self._extent_bytes = extent_bytes
+        self.extent_bytes = extent_bytes
         self._make_extent = make_extent
         self._drop_extent = drop_extent
         self._extents: dict[int, _Extent] = {}
@@ -106,7 +106,7 @@ class PagePool:
         return None
 
     def _add_extent(self, page_bytes: int) -> int | None:
-        slots = min(max(1, self._extent_bytes // page_bytes), self.ledger.free_bytes // page_bytes)
+        slots = min(max(1, self.extent_bytes // page_bytes), self.ledger.free_bytes // page_bytes)
         if slots == 0 or not self.ledger.try_reserve(slots * page_bytes):
             return None
         extent_id = self._next_extent_id

@@ -1,104 +1,132 @@
-"""From the governor's callbacks to `async with`: a search holds what it needs, and gives all of it back."""
+"""A search between its header and its end: what it holds, and that all of it comes back."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
 from streamindex_service.core.caches import KeyCache
-from streamindex_service.core.governor import Grant
+from streamindex_service.core.estimates import TopkWork
+from streamindex_service.core.governor import Grant, Need, OpenSearch, SearchTurn
+from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import requests
-from streamindex_service.frontend.device import View
+from streamindex_service.frontend.device import TileSpec, View
+from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.service import Service
 
 
 class GivesBack(Protocol):
-    """Something that runs on a view."""
+    """Something that runs in a search."""
 
     async def give_back(self) -> None:
         """Stop; the device is done with it when this returns."""
 
 
 class AdmittedSearch:
-    """A snapshot of a layer, a grant of the governor, a view on the worker, for the length of an `async with`.
+    """An open search: a snapshot of a layer, its place among the others, and while it has tiles a view on the worker.
 
-    `users` are what runs on the view; they are stopped before anything is given back. Giving back goes on to its end
-    even when the call is cancelled in the middle of it.
+    For the length of an `async with`. `users` are what runs in it; they are stopped before anything is given back.
+    Giving back goes on to its end even when the call is cancelled in the middle of it.
     """
 
-    view: View
-    grant: Grant
-
-    def __init__(self, service: Service, cache: KeyCache, layer: int, deadline_s: float | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        cache: KeyCache,
+        layer: int,
+        parameters: SearchParameters,
+        deadline_s: float | None,
+    ) -> None:
         self.users: list[GivesBack] = []
-        self._service = service
+        self.service = service
         self._cache = cache
-        self._deadline_s = deadline_s
+        self._view: View | None = None
+        spec = cache.spec
         self.snapshot = service.caches.snapshot(cache, layer)
+        self.spec = TileSpec(spec.heads, spec.ratio, parameters.top_k, parameters.order)
+        self.work = TopkWork(
+            spec.key_format,
+            spec.heads,
+            spec.head_dim,
+            self.snapshot.length_keys,
+            parameters.top_k,
+            parameters.want_scores,
+            service.require_worker_info().implementation,
+        )
+        try:
+            least = Need(self.snapshot.pages, requests.search_floor_bytes(service.settings), 0, self.work.flop(1))
+            run_s = service.governor.speed.seconds(self.work.flop(max(1, parameters.row_count)))
+            self._search: OpenSearch = service.governor.open(
+                self.snapshot, cache.owner, parameters.band, least, run_s, deadline_s
+            )
+        except BaseException:
+            service.caches.release_snapshot(self.snapshot)
+            raise
+        cache.busy += 1
 
     async def __aenter__(self) -> AdmittedSearch:
-        self._cache.busy += 1
-        try:
-            while True:
-                self.grant = await self._admit()
-                if self.grant.epoch == self._service.governor.epoch:
-                    break
-                self._service.governor.finish(self.grant)  # what it was granted has gone with its device
-        except BaseException:
-            self._cache.busy -= 1
-            self._service.caches.release_snapshot(self.snapshot)
-            raise
-        try:
-            self.view = self._service.device.define_view(self.snapshot)
-        except BaseException:
-            self._release()
-            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.shield(self._service.background(self._give_back()))
-
-    async def _admit(self) -> Grant:
-        settings = self._service.settings
-        floor = requests.search_floor_bytes(settings)
-        want = int(settings.memory.workspace_bytes) + requests.staging_bytes(settings)
-        governor = self._service.governor
-        wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        grants: list[Grant] = []
-
-        def granted(grant: Grant) -> None:
-            grants.append(grant)
-            if not wake.done():  # it is when the call was cancelled at this very moment
-                wake.set_result(None)
-
-        waiter = governor.submit(self.snapshot, floor, want, self._deadline_s, granted)
-        try:
-            await wake
-        except asyncio.CancelledError:
-            if grants:
-                governor.finish(grants[0])
-            else:
-                governor.cancel(waiter)
-            raise
-        return grants[0]
+        await asyncio.shield(self.service.background(self._give_back()))
 
     @property
-    def workspace_bytes(self) -> int:
-        """Of the grant, what tiles may use beyond their inputs and outputs."""
-        return self.grant.workspace_bytes - requests.staging_bytes(self._service.settings)
+    def tile_rows(self) -> int:
+        """Query rows that the device computes in about `worker.tile_s`, by the speed it has shown; at least 1."""
+        return self.service.governor.speed.rows(self.work.flop(1), self.service.settings.worker.tile_s)
+
+    def request(
+        self,
+        rows: int,
+        keys: int,
+        granted: Callable[[Grant], None],
+        refused: Callable[[ServiceError], None],
+        *,
+        alone: bool = False,
+        smallest: bool = False,
+    ) -> SearchTurn:
+        """Ask for a turn on the device, for a tile of so many rows that see up to so many keys.
+
+        `smallest`: with no more workspace than any tile can do with.
+        """
+        need = self._need(rows, keys, smallest)
+        return self.service.governor.request(self._search, need, granted, refused, alone=alone)
+
+    def grow(self, turn: SearchTurn, rows: int, keys: int) -> None:
+        """A tile that still waits has come to have so many rows, and to see so many keys."""
+        self.service.governor.grow(turn, self._need(rows, keys, smallest=False))
+
+    def keys_seen(self, last_position: int) -> int:
+        """Keys that a query at this position sees."""
+        return min((last_position + 1) // self.spec.ratio, self.snapshot.length_keys)
+
+    def view(self) -> View:
+        """The layer as the worker knows it. For the moment in which a turn is granted; raises WorkerLostError."""
+        snapshot = self.snapshot
+        self._view = self.service.device.view_of(self._view, snapshot, snapshot.pages, snapshot.length_keys)
+        return self._view
+
+    def workspace_bytes(self, grant: Grant, rows: int) -> int:
+        """Of a grant, what a tile of so many rows may use beyond them and their answers."""
+        return grant.workspace_bytes - self.work.staging_bytes(rows)
+
+    def _need(self, rows: int, keys: int, smallest: bool) -> Need:
+        memory, staging = self.service.settings.memory, self.work.staging_bytes(rows)
+        floor = int(memory.workspace_floor_bytes)
+        want = floor if smallest else min(int(memory.workspace_bytes), max(floor, self.work.workspace_bytes(rows)))
+        return Need(self.snapshot.pages, floor + staging, want + staging, self.work.flop(rows, keys), staging)
 
     async def _give_back(self) -> None:
         await asyncio.gather(*(user.give_back() for user in self.users))
-        self._service.device.drop_view(self.view)
-        self._release()
-
-    def _release(self) -> None:
-        self._service.governor.finish(self.grant)
-        self._service.caches.release_snapshot(self.snapshot)
+        if self._view is not None:
+            self.service.device.drop_view(self._view)
+        self.service.governor.close(self._search)
+        self.service.caches.release_snapshot(self.snapshot)
         # Pages that only this search still held are gone with it: somebody may wait for their memory.
-        self._service.governor.pump()
+        self.service.governor.pump()
         self._cache.busy -= 1
-        self._cache.used_at = self._service.clock()
+        self._cache.used_at = self.service.clock()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streamindex_service.core.caches import Page, Snapshot
 from streamindex_service.core.governor import Governor
+from streamindex_service.core.pages import PageSlot
 from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
 from streamindex_service.frontend.host_memory import Block, HostExtents, SharedSegment
 from streamindex_service.ipc.link import PAGES_PER_MESSAGE
@@ -17,16 +18,24 @@ from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _MAX_SUSPECTS = 1024
 _SUSPICION_S = 3600.0  # a request is tried again after so long
-_MEASURED_FLOP_PER_S = 1e10  # before anything was measured
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class View:
-    """The pages of a snapshot as one worker knows them."""
+    """Pages of a snapshot as one worker knows them.
+
+    `moves` is what the governor's residency counted when it was made; `extents` are what its pages lie in. While tiles
+    of it are with the worker it stays, `stale` or not.
+    """
 
     view_id: int
     worker: WorkerLink
     defined: asyncio.Future[pb.FromWorker]
+    places: tuple[PageSlot | None, ...]
+    extents: frozenset[int]
+    moves: int
+    tiles: int = 0
+    stale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,6 @@ class TileSpec:
     ratio: int
     top_k: int
     order: int
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +63,13 @@ class TilePlace:
 class DeviceWorker:
     """One worker behind one governor."""
 
-    def __init__(self, extents: HostExtents, poison_deaths: int, tile_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, extents: HostExtents, poison_deaths: int, clock: Callable[[], float]) -> None:
         self.supervisor: Supervisor | None = None  # set by the owner, once
         self.governor: Governor | None = None  # likewise
         self.extents = extents
         self._poison_deaths = poison_deaths
-        self._tile_s = tile_s
         self._clock = clock
-        self._flop_per_s = _MEASURED_FLOP_PER_S
+        self._views: set[View] = set()
         self._mapped: set[int] = set()
         self._loads: deque[Page] = deque()
         self._device_extents: set[int] = set()
@@ -81,8 +88,10 @@ class DeviceWorker:
         self._watch(worker.request(pb.ToWorker(allocate_extent=message), operation))
 
     def drop_extent(self, extent_id: int) -> None:
-        """Have the worker give it back."""
+        """Have the worker give it back. Views that a search keeps for its next tile would hold the memory: they go."""
         self._device_extents.discard(extent_id)
+        for view in [view for view in self._views if extent_id in view.extents]:
+            self._retire(view)
         self._worker().send(pb.ToWorker(free_extent=pb.FreeExtent(extent_id=extent_id)))
 
     def load(self, page: Page) -> None:
@@ -104,6 +113,9 @@ class DeviceWorker:
         self._loads.clear()
         self._mapped.clear()
         self._device_extents.clear()
+        for view in self._views:
+            view.stale = True
+        self._views.clear()
         self.governor.device_lost()
 
     def on_lost(self, blamed: bool) -> None:
@@ -126,40 +138,68 @@ class DeviceWorker:
                 metadata={"workers_lost": deaths},
             )
 
-    def define_view(self, snapshot: Snapshot) -> View:
-        """Tell the worker which pages a search reads, after the copies that the governor decided on."""
-        worker = self._worker()
+    def view_of(self, view: View | None, snapshot: Snapshot, pages: Sequence[Page], length_keys: int) -> View:
+        """A view of resident pages, after the copies that the governor decided on: this one, if it still is right."""
+        assert self.governor is not None
+        worker, moves = self._worker(), self.governor.residency.moves
         self._send_loads(worker)
+        if view is not None and not view.stale and view.worker is worker and view.moves == moves:
+            return view
+        places = tuple(page.device for page in pages)
+        if view is not None:
+            if not view.stale and view.worker is worker and view.places == places:
+                view.moves = moves
+                return view
+            self._retire(view)
         view_id = worker.next_id()
-        pages = snapshot.pages
-        count = max(1, -(-len(pages) // PAGES_PER_MESSAGE))
+        defined = self._define(worker, view_id, snapshot, places, length_keys)
+        extents = frozenset(place.extent_id for place in places if place is not None)
+        view = View(view_id, worker, defined, places, extents, moves)
+        self._views.add(view)
+        return view
+
+    def drop_view(self, view: View) -> None:
+        """The search is over."""
+        self._retire(view)
+
+    def _define(
+        self,
+        worker: WorkerLink,
+        view_id: int,
+        snapshot: Snapshot,
+        places: tuple[PageSlot | None, ...],
+        length_keys: int,
+    ) -> asyncio.Future[pb.FromWorker]:
+        count = max(1, -(-len(places) // PAGES_PER_MESSAGE))
         for part in range(count):
-            some = [page.device for page in pages[part * PAGES_PER_MESSAGE : (part + 1) * PAGES_PER_MESSAGE]]
+            some = places[part * PAGES_PER_MESSAGE : (part + 1) * PAGES_PER_MESSAGE]
             message = pb.DefineView(
                 view_id=view_id,
                 key_format=int(snapshot.spec.key_format),
                 head_dim=snapshot.spec.head_dim,
-                length_keys=snapshot.length_keys,
+                length_keys=length_keys,
                 extent_ids=[slot.extent_id for slot in some if slot is not None],
                 extent_offsets=[slot.offset_bytes for slot in some if slot is not None],
                 complete=part == count - 1,
             )
             assert len(message.extent_ids) == len(some), "a pinned page is not on the device"
-            if message.complete:
-                defined = worker.request(pb.ToWorker(define_view=message), view_id)
-                self._watch(defined)
-            else:
+            if not message.complete:
                 worker.send(pb.ToWorker(define_view=message))
-        return View(view_id, worker, defined)
+        defined = worker.request(pb.ToWorker(define_view=message), view_id)
+        self._watch(defined)
+        return defined
 
-    def drop_view(self, view: View) -> None:
-        """The search is over."""
-        view.worker.send(pb.ToWorker(drop_view=pb.DropView(view_id=view.view_id)))
+    def _retire(self, view: View) -> None:
+        """No more tiles of it; the worker forgets it once it has none."""
+        view.stale = True
+        if view.tiles == 0 and view in self._views:
+            self._views.discard(view)
+            view.worker.send(pb.ToWorker(drop_view=pb.DropView(view_id=view.view_id)))
 
     def submit(
-        self, view: View, spec: TileSpec, block: Block, place: TilePlace, request_key: str, flop: int
+        self, view: View, spec: TileSpec, block: Block, place: TilePlace, request_key: str, workspace_bytes: int
     ) -> tuple[int, asyncio.Future[pb.FromWorker]]:
-        """Have a tile of about `flop` operations computed; the future is done when the answers are in the block.
+        """Have a tile computed; the future is done when the answers are in the block.
 
         It raises WorkerLostError, DeviceMemoryError, CancelledTileError or InternalError.
         """
@@ -178,7 +218,7 @@ class DeviceWorker:
             ratio=spec.ratio,
             top_k=spec.top_k,
             order=spec.order,
-            workspace_bytes=spec.workspace_bytes,
+            workspace_bytes=workspace_bytes,
             q=span(place.q),
             w=span(place.w),
             positions=span(place.positions),
@@ -188,12 +228,9 @@ class DeviceWorker:
         if worker.alive:  # a search may not have learnt yet that its worker is gone
             self._outstanding[tile_id] = request_key
         future = worker.request(pb.ToWorker(search_tile=message), tile_id)
-        future.add_done_callback(lambda done: self._tile_done(tile_id, done, flop))
+        view.tiles += 1
+        future.add_done_callback(lambda done: self._tile_done(tile_id, view, done))
         return tile_id, future
-
-    def tile_rows(self, flop_per_row: int) -> int:
-        """Query rows that the device computes in about `worker.tile_s`, by the speed it has shown; at least 1."""
-        return max(1, int(self._flop_per_s * self._tile_s / flop_per_row))
 
     def cancel(self, view: View, tile_ids: list[int]) -> None:
         """Do not start these tiles any more; their futures still end."""
@@ -246,11 +283,10 @@ class DeviceWorker:
                 message.extent_offsets.append(page.device.offset_bytes)
             self._watch(worker.request(pb.ToWorker(load_pages=message), message.operation_id))
 
-    def _tile_done(self, tile_id: int, future: asyncio.Future[pb.FromWorker], flop: int) -> None:
-        if not future.cancelled() and future.exception() is None:
-            # Small tiles are slow for their size and say little: they bring the speed down slowly.
-            seconds = max(1e-6, future.result().tile_done.device_us / 1e6)
-            self._flop_per_s = max(flop / seconds, 0.95 * self._flop_per_s)
+    def _tile_done(self, tile_id: int, view: View, future: asyncio.Future[pb.FromWorker]) -> None:
+        view.tiles -= 1
+        if view.stale:
+            self._retire(view)
         # A tile that died with its worker stays listed until `on_down` has looked at the list.
         if future.cancelled() or not isinstance(future.exception(), WorkerLostError):
             self._outstanding.pop(tile_id, None)
@@ -266,20 +302,16 @@ class DeviceWorker:
             return
         if epoch != self.governor.epoch:
             return  # what failed is forgotten already: one failure makes those that build on it fail too
-        # What is on the device is not what the governor believes. Forget all of it: running searches keep their views
+        # What is on the device is not what the governor believes. Forget all of it: tiles that run keep their views
         # (and with them the memory), everything else is copied again when it is used.
         worker = self._worker()
+        for view in list(self._views):
+            self._retire(view)
         for extent_id in sorted(self._device_extents):
             worker.send(pb.ToWorker(free_extent=pb.FreeExtent(extent_id=extent_id)))
         self._device_extents.clear()
         self._loads.clear()
         self.governor.device_in_doubt()
-
-
-def flop_per_row(snapshot: Snapshot) -> int:
-    """Operations that one query row takes at most: a product and a sum for each key, head and element."""
-    spec = snapshot.spec
-    return max(1, 2 * snapshot.length_keys * spec.heads * spec.head_dim)
 
 
 def tile_error(view: View, error: ServiceError) -> ServiceError:

@@ -20,6 +20,7 @@ from streamindex_service.core.sizes import (
 )
 from streamindex_service.errors import InvalidArgumentError
 from streamindex_service.frontend import tensors
+from streamindex_service.frontend.device import TilePlace
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.tensors import RowRange
 
@@ -53,6 +54,11 @@ class BlockLayout:
             offset = align(offset + rows * size)
         assert offset <= block_bytes
         return cls(rows, (offsets[0], offsets[1], offsets[2], offsets[3], offsets[4]), row_bytes)
+
+    def place(self, first: int, rows: int, want_scores: bool) -> TilePlace:
+        """Where the worker finds the tensors of rows [first, first + rows)."""
+        at = [offset + first * size for offset, size in zip(self.offsets, self.row_bytes, strict=True)]
+        return TilePlace(rows, at[Q], at[W], at[POSITIONS], at[INDICES], at[SCORES] if want_scores else None)
 
     def part(self, block: Block, index: int, first: int, count: int) -> tensors.Bytes:
         """Rows [first, first + count) of one tensor, as bytes."""

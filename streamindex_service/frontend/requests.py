@@ -8,6 +8,7 @@ from streamindex.v1 import key_cache_pb2, search_pb2, types_pb2
 
 from streamindex_service.config import Settings
 from streamindex_service.core.caches import CacheSpec
+from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import MAX_POSITION, KeyFormat, pages_of, product
 from streamindex_service.errors import (
     ConventionMismatchError,
@@ -90,14 +91,9 @@ def cache_spec(
 
 
 def search_floor_bytes(settings: Settings) -> int:
-    """Device memory that every search needs beside its pages: the smallest workspace, and the rows and answers of the
-    tiles that are on the device at a time."""
-    return int(settings.memory.workspace_floor_bytes) + staging_bytes(settings)
-
-
-def staging_bytes(settings: Settings) -> int:
-    """Of that, the rows and answers."""
-    return settings.memory.search_blocks * int(settings.memory.search_block_bytes)
+    """Device memory that every search can be made to run with, beside its pages: the smallest workspace, and the rows
+    and answers of a tile, which lie in one block."""
+    return int(settings.memory.workspace_floor_bytes) + int(settings.memory.search_block_bytes)
 
 
 def _refuse_what_never_fits(spec: CacheSpec, settings: Settings, host_limit: int, device_limit: int) -> None:
@@ -115,14 +111,18 @@ def _refuse_what_never_fits(spec: CacheSpec, settings: Settings, host_limit: int
 
 @dataclass(frozen=True, slots=True)
 class SearchParameters:
-    """How a search is made. `start_position` is None when every chunk carries its rows' positions."""
+    """How a search is made.
+
+    `start_position` is None when every chunk carries its rows' positions; `row_count` is 0 when it is not announced.
+    """
 
     top_k: int
     order: int
     want_scores: bool
-    start_position: int | None
-    row_count: int
-    request_key: str
+    band: Band
+    start_position: int | None = None
+    row_count: int = 0
+    request_key: str = ""
 
 
 def search_parameters(header: search_pb2.SearchHeader, spec: CacheSpec, settings: Settings) -> SearchParameters:
@@ -141,7 +141,18 @@ def search_parameters(header: search_pb2.SearchHeader, spec: CacheSpec, settings
     if start is not None:
         _within("header.start_position", start, 0, MAX_POSITION)
     _within("header.row_count", header.row_count, 0, MAX_POSITION)
-    return SearchParameters(header.top_k, header.order, header.want_scores, start, header.row_count, header.request_key)
+    band = Band(header.priority or spec.priority)
+    return SearchParameters(
+        header.top_k, header.order, header.want_scores, band, start, header.row_count, header.request_key
+    )
+
+
+def batch_parameters(request: search_pb2.SearchBatchRequest, settings: Settings) -> SearchParameters:
+    """Check what all items of a batch have in common. Raises InvalidArgumentError naming field and limit."""
+    check_selection(request.top_k, request.mode, request.order, settings)
+    _within("priority", request.priority, 0, max(types_pb2.Priority.values()))
+    band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
+    return SearchParameters(request.top_k, request.order, request.want_scores, band)
 
 
 def check_layer_version(header: search_pb2.SearchHeader, version: int) -> None:

@@ -14,12 +14,13 @@ from streamindex_service.core.sizes import MAX_POSITION, SCALE_BYTES, KeyFormat,
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import TilePlace, TileSpec, flop_per_row, tile_error
+from streamindex_service.frontend.device import TilePlace
 from streamindex_service.frontend.host_memory import Block
-from streamindex_service.frontend.query_block import INDICES, POSITIONS, SCORES, BlockLayout, Q, W, fill_rows
+from streamindex_service.frontend.query_block import INDICES, SCORES, BlockLayout, fill_rows
 from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.staging import commit_upload, write_rows
+from streamindex_service.frontend.tile_run import TileRun
 
 _ITEM_OVERHEAD_BYTES = 1024  # of the answer message: lengths, or an error with its figures
 # Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
@@ -38,7 +39,7 @@ class BatchSearch:
     async def run(self) -> pb.SearchBatchResponse:
         """Answer all items. Raises InvalidArgumentError for what concerns the whole call."""
         request, limits = self._request, self._service.settings.limits
-        requests.check_selection(request.top_k, request.mode, request.order, self._service.settings)
+        self._parameters = requests.batch_parameters(request, self._service.settings)
         rows = sum(item.row_count for item in request.items)
         for field, value, most in (
             ("items", len(request.items), limits.max_batch_items),
@@ -115,8 +116,8 @@ class BatchSearch:
     async def _search(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
         try:
             cache = self._service.caches.get(self._owner, item.key_cache_id)
-            async with AdmittedSearch(self._service, cache, item.layer, self._deadline_s) as admitted:
-                search = _ItemSearch(self._service, self._request, item, admitted, self._layout(cache.spec))
+            async with AdmittedSearch(self._service, cache, item.layer, self._parameters, self._deadline_s) as admitted:
+                search = _ItemSearch(item, admitted, self._layout(cache.spec))
                 admitted.users.append(search)
                 result.indices, result.scores = await search.run()
         except ServiceError as error:
@@ -126,61 +127,45 @@ class BatchSearch:
 class _ItemSearch:
     """One item, in as many tiles as it takes; nearly always one."""
 
-    def __init__(
-        self,
-        service: Service,
-        request: pb.SearchBatchRequest,
-        item: pb.SearchBatchItem,
-        admitted: AdmittedSearch,
-        layout: BlockLayout,
-    ) -> None:
-        self._service = service
+    def __init__(self, item: pb.SearchBatchItem, admitted: AdmittedSearch, layout: BlockLayout) -> None:
         self._item = item
-        self._view = admitted.view
-        self._cache = admitted.snapshot.spec
+        self._admitted = admitted
         self._layout = layout
-        self._want_scores = request.want_scores
-        self._spec = TileSpec(
-            self._cache.heads, self._cache.ratio, request.top_k, request.order, admitted.workspace_bytes
-        )
-        self._flop_per_row = flop_per_row(admitted.snapshot)
-        self._running: asyncio.Future[Any] | None = None
+        self._running: TileRun | None = None
         self._block: Block | None = None
 
     async def run(self) -> tuple[bytes, bytes]:
         """Indices and scores of the rows. Raises ServiceError."""
-        item = self._item
+        item, cache = self._item, self._admitted.snapshot.spec
         positions = np.array(item.positions, dtype=np.int64).tobytes()
         parts = (memoryview(item.q), memoryview(item.w), memoryview(positions))
         chunk = Chunk(0, item.row_count, parts, None)
-        self._block = block = await self._service.blocks.acquire()
+        self._block = block = await self._admitted.service.blocks.acquire()
         indices, scores = [], []
-        for first in range(0, item.row_count, self._layout.rows):
-            count = min(self._layout.rows, item.row_count - first)
-            fill_rows(self._layout, self._cache, chunk, first, count, block, 0, first, None)
-            await self._tile(block, count)
+        first = 0
+        while first < item.row_count:
+            count = min(self._layout.rows, self._admitted.tile_rows, item.row_count - first)
+            fill_rows(self._layout, cache, chunk, first, count, block, 0, first, None)
+            keys = self._admitted.keys_seen(max(item.positions[first : first + count]))
+            # A step of many callers' sequences: no single one is to blame for a worker's death.
+            self._running = run = TileRun(self._admitted, block, self._place, 0, count, keys)
+            run.start()
+            await asyncio.shield(run.done)
             indices.append(self._layout.part(block, INDICES, 0, count).tobytes())
             scores.append(self._layout.part(block, SCORES, 0, count).tobytes())
+            first += count
         return b"".join(indices), b"".join(scores)
 
-    async def _tile(self, block: Block, rows: int) -> None:
-        at = self._layout.offsets
-        place = TilePlace(rows, at[Q], at[W], at[POSITIONS], at[INDICES], at[SCORES] if self._want_scores else None)
-        # A step of many callers' sequences: no single one is to blame for a worker's death.
-        _, self._running = self._service.device.submit(
-            self._view, self._spec, block, place, "", rows * self._flop_per_row
-        )
-        try:
-            await asyncio.shield(self._running)
-        except ServiceError as error:
-            raise tile_error(self._view, error) from None
+    def _place(self, first: int, rows: int) -> TilePlace:
+        return self._layout.place(first, rows, self._admitted.work.want_scores)
 
     async def give_back(self) -> None:
         """Wait for the device, then give the block back."""
         if self._running is not None:
-            await asyncio.gather(self._running, return_exceptions=True)
+            self._running.cancel()
+            await asyncio.gather(self._running.done, return_exceptions=True)
         if self._block is not None:
-            self._service.blocks.release(self._block)
+            self._admitted.service.blocks.release(self._block)
 
 
 def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.SearchBatchItem.Append) -> None:

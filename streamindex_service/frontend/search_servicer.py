@@ -37,12 +37,12 @@ class SearchServicer:
             key = f"{owner}/{parameters.request_key or hashlib.sha256(header.SerializeToString()).hexdigest()}"
             self._service.device.refuse_poison(key)
             requests.check_layer_version(header, self._service.caches.layer(cache, header.layer).version)
-            async with AdmittedSearch(self._service, cache, header.layer, context.time_remaining()) as admitted:
+            deadline_s = context.time_remaining()
+            async with AdmittedSearch(self._service, cache, header.layer, parameters, deadline_s) as admitted:
                 accepted = pb.SearchAccepted(
                     layer_keys=admitted.snapshot.length_keys,
                     layer_version=admitted.snapshot.version,
                     implementation=self._service.require_worker_info().implementation,
-                    queued_ms=int(1000 * admitted.grant.queued_s),
                     max_chunk_bytes=int(self._service.settings.limits.max_chunk_bytes),
                 )
                 await writer.write(pb.SearchResponse(accepted=accepted))

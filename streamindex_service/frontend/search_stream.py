@@ -1,9 +1,10 @@
 """Search: one stream of queries in and indices out.
 
 Three things go on at once. The reader takes chunks from the socket and has them copied into blocks of ingress memory;
-rows that are there are given to the worker as tiles, two at a time, so that the device has the next one when it
-finishes the first; the writer sends answers in order. While the device is behind, rows gather and tiles grow up to a
-block; while it is idle, a tile is whatever has arrived. A search holds at most a few blocks, whatever the number of its
+rows that are there go to the device as tiles, one after another in the order that the scheduler finds among all
+searches, two of a search at a time, so that the device has the next one when it finishes the first; the writer sends
+answers in order. While the device is busy with others, rows gather and tiles grow up to a block; while it is idle, a
+tile is whatever has arrived. A search holds at most a few blocks, whatever the number of its
 queries: a caller who does not read stops its own search and nothing else.
 """
 
@@ -12,33 +13,26 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_index_chunk
 from streamindex.v1 import search_pb2 as pb
 
-from streamindex_service.core.sizes import POSITION_BYTES
-from streamindex_service.errors import (
-    DeviceMemoryError,
-    InvalidArgumentError,
-    MalformedMessageError,
-    ServiceError,
-    SlowConsumerError,
-    WorkerLostError,
-)
+from streamindex_service.core.sizes import MAX_POSITION, POSITION_BYTES
+from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import TilePlace, TileSpec, flop_per_row, tile_error
+from streamindex_service.frontend.device import TilePlace
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import BlockLayout, fill_rows
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.rpc import MessageReader, MessageWriter
 from streamindex_service.frontend.service import Service
-from streamindex_service.ipc.supervisor import CancelledTileError
+from streamindex_service.frontend.tile_run import TileRun
 
-_TILES_AHEAD = 2  # tiles of one search that the worker has: one runs, one is ready
+_TILES_AHEAD = 2  # tiles of one search that wait for the device or are there: one runs, one is ready
 _ANSWER_BYTES = 1 << 20  # payload of one answer message
 
 
@@ -57,11 +51,8 @@ class _Filling:
 @dataclass(slots=True, eq=False)
 class _Tile:
     filling: _Filling
-    first: int  # row within the block
-    rows: int
+    run: TileRun
     row_offset: int  # row of the search
-    done: asyncio.Future[Any] | None = None
-    retried: bool = False
 
 
 @dataclass(slots=True)
@@ -70,6 +61,7 @@ class _Progress:
     submitted: int = 0
     answered: int = 0
     device_us: int = 0
+    queued_s: float = 0.0
     ended: bool = False
     tiles: deque[_Tile] = field(default_factory=deque)
     fillings: deque[_Filling] = field(default_factory=deque)
@@ -88,13 +80,11 @@ class SearchStream:
         writer: MessageWriter,
     ) -> None:
         self._service = service
-        self._view = admitted.view
+        self._admitted = admitted
         self._parameters = parameters
         self._blame_key = blame_key
         self._cache = cache = admitted.snapshot.spec
-        self._flop_per_row = flop_per_row(admitted.snapshot)
         self._layout = BlockLayout.of(cache, parameters.top_k, parameters.want_scores, service.blocks.block_bytes)
-        self._spec = TileSpec(cache.heads, cache.ratio, parameters.top_k, parameters.order, admitted.workspace_bytes)
         self._context = context
         self._writer = writer
         self._explicit = parameters.start_position is None
@@ -103,10 +93,9 @@ class SearchStream:
         self._blocks_held = 0
         self._block_freed = asyncio.Event()
         self._copying: asyncio.Task[None] | None = None
-        self._outstanding: dict[int, asyncio.Future[Any]] = {}
+        self._outstanding: set[TileRun] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._over = False
-        self._retrying = False  # a tile for which the device had no memory runs alone
 
     async def run(self) -> pb.SearchDone:
         """Until all rows are answered. Raises ServiceError. `give_back` must follow, whatever happens."""
@@ -117,17 +106,19 @@ class SearchStream:
         for task in (writer, reader):  # the device's failure says more than what it does to the reader
             if task in done:
                 task.result()
-        return pb.SearchDone(row_count=self._at.answered, device_us=self._at.device_us)
+        at = self._at
+        return pb.SearchDone(row_count=at.answered, device_us=at.device_us, queued_ms=int(1000 * at.queued_s))
 
     async def give_back(self) -> None:
         """Stop what still goes on and give the blocks back. The device is done with this search when this returns."""
         self._over = True
         for task in self._tasks:
             task.cancel()
-        self._service.device.cancel(self._view, list(self._outstanding))
+        for run in list(self._outstanding):
+            run.cancel()
         # A write under back-pressure may never see its cancellation: it is not waited for. What is waited for is all
         # that touches the blocks: the copy that runs, and the tiles that the device has begun.
-        pending: list[Awaitable[Any]] = [future for future in self._outstanding.values() if not future.done()]
+        pending: list[Awaitable[Any]] = [run.done for run in self._outstanding]
         if self._copying is not None:
             pending.append(self._copying)
         await asyncio.gather(*pending, return_exceptions=True)
@@ -229,34 +220,48 @@ class SearchStream:
         self._pump()
 
     def _pump(self) -> None:
-        """Give the worker what is ready, up to _TILES_AHEAD tiles."""
+        """Make tiles of what is ready, up to _TILES_AHEAD; one that still waits takes more rows first."""
         # A copy that was running when the search ended still comes here; its block is about to be given back.
-        if self._over or self._retrying:
+        if self._over:
             return
         for filling in self._at.fillings:
-            while len(self._outstanding) < _TILES_AHEAD and filling.submitted < filling.ready:
-                limit = self._service.device.tile_rows(self._flop_per_row)
-                first, rows = filling.submitted, min(filling.ready - filling.submitted, limit)
-                filling.submitted += rows
-                tile = _Tile(filling, first, rows, self._at.submitted)
-                self._at.submitted += rows
-                self._submit(tile, self._spec)
-                self._at.tiles.append(tile)
-                self._changed.set()
+            while (ready := filling.ready - filling.submitted) > 0:
+                limit = self._admitted.tile_rows
+                last = self._at.tiles[-1] if self._at.tiles else None
+                if last is not None and last.filling is filling and last.run.waiting and last.run.rows < limit:
+                    rows = min(ready, limit - last.run.rows)
+                    last.run.grow(rows, self._keys_seen(rows))
+                    self._submitted(filling, rows)
+                elif len(self._outstanding) < _TILES_AHEAD:
+                    self._submit(filling, min(ready, limit))
+                else:
+                    return
 
-    def _submit(self, tile: _Tile, spec: TileSpec) -> None:
-        layout, first = self._layout, tile.first
-        at = [offset + first * size for offset, size in zip(layout.offsets, layout.row_bytes, strict=True)]
-        scores = at[4] if self._parameters.want_scores else None
-        place = TilePlace(tile.rows, at[0], at[1], at[2], at[3], scores)
-        tile_id, tile.done = self._service.device.submit(
-            self._view, spec, tile.filling.block, place, self._blame_key, tile.rows * self._flop_per_row
-        )
-        self._outstanding[tile_id] = tile.done
-        tile.done.add_done_callback(lambda _: self._tile_done(tile_id))
+    def _submit(self, filling: _Filling, rows: int) -> None:
+        keys = self._keys_seen(rows)
+        run = TileRun(self._admitted, filling.block, self._place, filling.submitted, rows, keys, self._blame_key)
+        self._at.tiles.append(_Tile(filling, run, self._at.submitted))
+        self._submitted(filling, rows)
+        self._outstanding.add(run)
+        run.done.add_done_callback(lambda _: self._tile_done(run))
+        run.start()
+        self._changed.set()
 
-    def _tile_done(self, tile_id: int) -> None:
-        del self._outstanding[tile_id]
+    def _submitted(self, filling: _Filling, rows: int) -> None:
+        filling.submitted += rows
+        self._at.submitted += rows
+
+    def _keys_seen(self, rows: int) -> int:
+        """Of the next rows, the last. Explicit positions are not looked at: as many as there are."""
+        start = self._parameters.start_position
+        position = MAX_POSITION if start is None else start + self._at.submitted + rows - 1
+        return self._admitted.keys_seen(position)
+
+    def _place(self, first: int, rows: int) -> TilePlace:
+        return self._layout.place(first, rows, self._parameters.want_scores)
+
+    def _tile_done(self, run: TileRun) -> None:
+        self._outstanding.discard(run)
         self._pump()
         self._changed.set()
 
@@ -268,41 +273,23 @@ class SearchStream:
                 self._changed.clear()
                 await self._changed.wait()
             tile = self._at.tiles[0]
-            await self._computed(tile)
-            for first in range(0, tile.rows, self._answer_rows):
-                count = min(self._answer_rows, tile.rows - first)
+            await asyncio.shield(tile.run.done)
+            self._at.device_us += tile.run.device_us
+            self._at.queued_s += tile.run.queued_s
+            for first in range(0, tile.run.rows, self._answer_rows):
+                count = min(self._answer_rows, tile.run.rows - first)
                 await self._send(self._answer(tile, first, count))
                 self._at.answered += count
             self._at.tiles.popleft()
             self._deliver(tile)
-
-    async def _computed(self, tile: _Tile) -> None:
-        assert tile.done is not None
-        try:
-            message = await asyncio.shield(tile.done)
-        except CancelledTileError:
-            raise WorkerLostError("the tile was cancelled") from None
-        except ServiceError as error:
-            cause = tile_error(self._view, error)
-            if not isinstance(cause, DeviceMemoryError) or tile.retried or cause is not error:
-                raise cause from None
-            # Once more, alone as far as this search is concerned, in the smallest tiles.
-            tile.retried = self._retrying = True
-            floor = int(self._service.settings.memory.workspace_floor_bytes)
-            await asyncio.gather(*self._outstanding.values(), return_exceptions=True)
-            self._submit(tile, replace(self._spec, workspace_bytes=floor))
-            message = await asyncio.shield(tile.done)
-            self._retrying = False
-            self._pump()
-        self._at.device_us += message.tile_done.device_us
 
     @property
     def _answer_rows(self) -> int:
         return max(1, _ANSWER_BYTES // (self._layout.row_bytes[3] + self._layout.row_bytes[4]))
 
     def _answer(self, tile: _Tile, first: int, count: int) -> bytes:
-        indices = self._layout.part(tile.filling.block, 3, tile.first + first, count)
-        scores = self._layout.part(tile.filling.block, 4, tile.first + first, count)
+        indices = self._layout.part(tile.filling.block, 3, tile.run.first + first, count)
+        scores = self._layout.part(tile.filling.block, 4, tile.run.first + first, count)
         checksum = crc32c(scores.data, crc32c(indices.data))
         return encode_index_chunk(tile.row_offset + first, count, indices.data, scores.data, checksum)
 
@@ -311,7 +298,7 @@ class SearchStream:
 
     def _deliver(self, tile: _Tile) -> None:
         filling = tile.filling
-        filling.delivered += tile.rows
+        filling.delivered += tile.run.rows
         if filling.closed and filling.delivered == self._layout.rows:
             self._at.fillings.remove(filling)
             self._service.blocks.release(filling.block)

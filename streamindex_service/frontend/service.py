@@ -11,9 +11,11 @@ from typing import Any
 
 from streamindex_service.config import Settings
 from streamindex_service.core.caches import CacheStore, KeyCache, Page
-from streamindex_service.core.governor import Governor
+from streamindex_service.core.governor import Governor, GovernorLimits
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
+from streamindex_service.core.residency import Residency
+from streamindex_service.core.scheduler import QueueLimits
 from streamindex_service.core.sizes import KeyFormat
 from streamindex_service.core.uploads import UploadTable
 from streamindex_service.errors import NotReadyError
@@ -21,6 +23,8 @@ from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+
+_WAIT_CHECK_S = 0.5  # how often tiles that have waited too long are looked for
 
 
 class Service:
@@ -41,18 +45,12 @@ class Service:
         self.ingress = Ledger("ingress", int(memory.ingress_budget_bytes))
         self.hbm = Ledger("hbm", int(memory.device_budget_bytes))
         self.host_extents = HostExtents(self._segment_dropped, self.host, int(memory.spare_bytes))
-        self.device = DeviceWorker(self.host_extents, settings.worker.poison_deaths, settings.worker.tile_s, clock)
+        self.device = DeviceWorker(self.host_extents, settings.worker.poison_deaths, clock)
         host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
         device_pool = PagePool(self.hbm, int(memory.extent_bytes), self.device.make_extent, self.device.drop_extent)
         self.caches = CacheStore(host_pool, self._drop_device_page, clock, settings.server.max_caches)
-        self.governor = Governor(
-            self.hbm,
-            device_pool,
-            self.device.load,
-            clock,
-            settings.limits.max_queued_searches,
-            settings.limits.max_running_searches,
-        )
+        residency = Residency(self.hbm, device_pool, self.device.load)
+        self.governor = Governor(residency, clock, _governor_limits(settings))
         self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
         self.ingress_budget = IngressBudget(self.ingress)
         self.blocks = BlockPool(self.ingress_budget, int(memory.search_block_bytes), int(memory.extent_bytes))
@@ -62,19 +60,22 @@ class Service:
         )
         self.device.governor = self.governor
         self.device.supervisor = self.supervisor
-        self._sweeper: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Start the worker and the sweeper."""
         self.supervisor.start()
-        self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
+        self._watchers = [
+            asyncio.create_task(self._sweep(), name="sweeper"),
+            asyncio.create_task(self._end_long_waits(), name="long-waits"),
+        ]
 
     async def stop(self) -> None:
         """Stop both; the worker may finish what it has been given."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
         await self.supervisor.stop(grace_s=2.0)
         # With the worker gone nothing of the device can hold these up any more.
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -109,7 +110,7 @@ class Service:
         self.device.segment_dropped(segment_id)
 
     def _drop_device_page(self, page: Page) -> None:
-        self.governor.drop_device(page)
+        self.governor.residency.drop(page)
 
     def _ready(self, info: pb.Ready) -> None:
         if self.worker_info is None:
@@ -131,6 +132,14 @@ class Service:
     def _lost(self, blamed: bool) -> None:
         self.device.on_lost(blamed)
 
+    async def _end_long_waits(self) -> None:
+        period_s = min(_WAIT_CHECK_S, self.settings.scheduler.max_wait_s)
+        while True:
+            await asyncio.sleep(period_s)
+            expired = self.governor.expire()
+            if expired:
+                self.log.warning("waited_too_long", tiles=expired)
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self.settings.server.sweep_s)
@@ -140,6 +149,25 @@ class Service:
                 self.delete_cache(cache)
             if uploads or caches:
                 self.log.info("expired", caches=len(caches), uploads=uploads)
+
+
+def _governor_limits(settings: Settings) -> GovernorLimits:
+    scheduler = settings.scheduler
+    queue = QueueLimits(
+        max_turns=scheduler.max_queued_tiles,
+        max_bytes=int(scheduler.max_queued_bytes),
+        max_s=scheduler.max_queued_s,
+        ageing_s=scheduler.ageing_s,
+        ageing_turns=scheduler.ageing_tiles,
+        quantum_s=scheduler.fair_quantum_s,
+        max_turn_s=settings.worker.tile_s,
+    )
+    return GovernorLimits(
+        max_open=settings.limits.max_open_searches,
+        max_device_turns=scheduler.max_device_tiles,
+        max_wait_s=scheduler.max_wait_s,
+        queue=queue,
+    )
 
 
 def _half_of_memory() -> int:

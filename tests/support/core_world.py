@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamindex_service.core.caches import CacheSpec, CacheStore, Page, Snapshot
-from streamindex_service.core.governor import Governor, Grant, Waiter
+from streamindex_service.core.governor import Governor, GovernorLimits, Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
+from streamindex_service.core.residency import Residency
+from streamindex_service.core.scheduler import Band, QueueLimits
 from streamindex_service.core.sizes import KeyFormat
 from streamindex_service.core.uploads import Upload, UploadTable
 from streamindex_service.errors import ServiceError
@@ -69,7 +71,8 @@ class Search:
     number: int
     snapshot: Snapshot
     content: list[int]
-    waiter: Waiter | None = None
+    open: OpenSearch | None = None
+    turn: SearchTurn | None = None
     grant: Grant | None = None
     lost: bool = False
 
@@ -77,14 +80,15 @@ class Search:
 class World:
     """Everything that a service's core consists of."""
 
-    def __init__(self, hbm_bytes: int = 400_000, host_bytes: int = 600_000, max_running: int = 4) -> None:
+    def __init__(self, hbm_bytes: int = 400_000, host_bytes: int = 600_000, max_device_turns: int = 4) -> None:
         self.clock = VirtualClock()
         self.hbm, self.host = Ledger("hbm", hbm_bytes), Ledger("host", host_bytes)
         self.device_memory, self.host_memory = Memory(), Memory()
         host_pool = PagePool(self.host, EXTENT_BYTES, self.host_memory.make, self.host_memory.drop)
         self.device_pool = PagePool(self.hbm, EXTENT_BYTES, self.device_memory.make, self.device_memory.drop)
-        self.store = CacheStore(host_pool, lambda page: self.governor.drop_device(page), self.clock, max_caches=12)
-        self.governor = Governor(self.hbm, self.device_pool, self._load, self.clock, 16, max_running)
+        self.store = CacheStore(host_pool, lambda page: self.governor.residency.drop(page), self.clock, max_caches=12)
+        limits = GovernorLimits(64, max_device_turns, 60.0, QueueLimits(max_turns=16))
+        self.governor = Governor(Residency(self.hbm, self.device_pool, self._load), self.clock, limits)
         self.uploads = UploadTable(self.store, self.clock, ttl_s=30.0, max_uploads=8)
         self.loads = 0
         self.searches: list[Search] = []
@@ -122,8 +126,17 @@ class World:
 
     # Searches, as the frontend makes them.
 
-    def search(self, cache, layer: int, floor: int, want: int, deadline_s: float | None = None) -> Search | None:
-        """Submit one; None when it was refused."""
+    def search(
+        self,
+        cache,
+        layer: int,
+        floor: int,
+        want: int,
+        deadline_s: float | None = None,
+        band: Band = Band.STANDARD,
+        flop: int = 1,
+    ) -> Search | None:
+        """Open one and ask for its only turn; None when it was refused."""
         snapshot = self.store.snapshot(cache, layer)
         content = [self.host_memory.content[page.host] for page in snapshot.pages]
         search = Search(next(self._numbers), snapshot, content)
@@ -136,20 +149,23 @@ class World:
         self.searches.append(search)
         cache.busy += 1
         search.cache = cache
+        need = Need(snapshot.pages, floor, want, flop)
         try:
-            search.waiter = self.governor.submit(snapshot, floor, want, deadline_s, granted)
+            search.open = self.governor.open(snapshot, cache.owner, band, need, 0.0, deadline_s)
         except ServiceError:
             self._forget(search)
             return None
+        search.turn = self.governor.request(search.open, need, granted, lambda error: None)
         return search
 
-    def end(self, search: Search) -> None:
+    def end(self, search: Search, device_s: float | None = None) -> None:
         """Finish it when it runs, else cancel it; then let go of what it held."""
         if search.grant is not None:
             self.check_pages(search)
-            self.governor.finish(search.grant)
+            self.governor.finish(search.grant, device_s)
         else:
-            self.governor.cancel(search.waiter)
+            self.governor.cancel(search.turn)
+        self.governor.close(search.open)
         self._forget(search)
         self.governor.pump()
 
@@ -187,10 +203,10 @@ class World:
             assert ledger.reserved_bytes == extents + grants
         for search in self.searches:
             self.check_pages(search)
-        assert self.granted == sorted(self.granted), "not first in, first out"
         running = [search for search in self.searches if search.grant is not None]
         waiting = [search for search in self.searches if search.grant is None]
         assert (self.governor.running, self.governor.queued) == (len(running), len(waiting))
+        assert self.governor.in_flight == len(running)
         if waiting and not self.governor.paused:
             assert running, "somebody waits, nobody runs, and nothing will ever change that"
         held = [page for cache in self.store._caches.values() for layer in cache.layers for page in layer.pages]

@@ -23,13 +23,14 @@ ROOMY = {
     },
     "worker": CPU,
 }
-# A search needs 16 MiB of workspace and 1 MiB of staging: 3 MiB are left for pages, and one search runs at a time.
+# A tile needs 16 MiB of workspace and up to 1/4 MiB of staging: 3 MiB are left for pages, and one tile runs at a time.
 TIGHT = {
     "server": {"sweep_s": 0.1, "max_caches": 6, "max_uploads": 3, "upload_ttl_s": 1.0},
-    "limits": {"slow_consumer_s": 1.0, "max_queued_searches": 8, "max_layer_keys": 65_536},
+    "limits": {"slow_consumer_s": 1.0, "max_open_searches": 64, "max_layer_keys": 65_536},
+    "scheduler": {"max_queued_tiles": 8},
     "memory": {
         **ROOMY["memory"],
-        "device_budget_bytes": 20 * MIB,
+        "device_budget_bytes": 19 * MIB + MIB // 4,
         "host_budget_bytes": 8 * MIB,
         "extent_bytes": MIB // 4,
     },

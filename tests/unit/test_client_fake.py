@@ -241,9 +241,7 @@ class FakeService:
         fault = self.next_fault("Search") or Fault(after=1 << 60)
         header = framing.parse_search_request(next(requests)).header
         self.search_headers.append(header)
-        accepted = search_pb2.SearchAccepted(
-            layer_keys=5, implementation="fake", queued_ms=1, max_chunk_bytes=self.max_chunk_bytes
-        )
+        accepted = search_pb2.SearchAccepted(layer_keys=5, implementation="fake", max_chunk_bytes=self.max_chunk_bytes)
         if fault.error is not None and fault.in_band:
             yield search_pb2.SearchResponse(refused=fault.error).SerializeToString()
             self.fail(context, fault)
@@ -267,7 +265,7 @@ class FakeService:
         assert header.row_count in (0, rows)
         if fault.lose_end:
             self.fail(context, fault)
-        done = search_pb2.SearchDone(row_count=rows, device_us=10)
+        done = search_pb2.SearchDone(row_count=rows, device_us=10, queued_ms=1)
         yield search_pb2.SearchResponse(done=done).SerializeToString()
 
     def _answer(self, row: int, indices: Any, scores: Any, want_scores: bool, corrupt: bool) -> Any:

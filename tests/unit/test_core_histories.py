@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from streamindex_service.core.governor import Need
+from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import KeyFormat
 from streamindex_service.errors import ServiceError
 from tests.support.core_world import OWNER, World, choose, spec
@@ -25,7 +27,7 @@ class History:
         self.world = World(
             hbm_bytes=int(self.random.integers(100_000, 500_000)),
             host_bytes=int(self.random.integers(300_000, 1_500_000)),
-            max_running=int(self.random.integers(1, 6)),
+            max_device_turns=int(self.random.integers(2, 6)),
         )
         self.world.governor.device_ready()
         self.uploads = []
@@ -109,7 +111,8 @@ class History:
             return False
         floor = int(self.random.integers(1, 60_000))
         deadline = float(self.random.random()) if self.random.integers(2) else None
-        return self.world.search(cache, layer, floor, floor + int(self.random.integers(90_000)), deadline) is not None
+        want, band = floor + int(self.random.integers(90_000)), Band(int(self.random.integers(1, 4)))
+        return self.world.search(cache, layer, floor, want, deadline, band) is not None
 
     def end(self):
         if self.world.searches:
@@ -198,7 +201,7 @@ def test_the_histories_reach_what_they_are_about():
     for seed in range(12):
         history = History(seed)
         history.run(600)
-        evicted += history.world.governor.evicted_pages
+        evicted += history.world.governor.residency.evicted_pages
         loads += history.world.loads
         for name, count in history.counts.items():
             seen[name] = seen.get(name, 0) + count
@@ -257,7 +260,7 @@ def test_the_workspace_grows_to_what_is_free_and_evicts_nothing_for_it():
     search = world.search(second, 0, 1_000, 10**9)
     assert search.grant.workspace_bytes >= 1_000
     assert world.hbm.free_bytes == 0
-    assert world.governor.evicted_pages == 0
+    assert world.governor.residency.evicted_pages == 0
     assert free > 0
 
 
@@ -268,36 +271,76 @@ def test_what_can_never_fit_is_refused_with_the_figures():
     world.write(cache, 0, 0, 10 * 256)
     snapshot = world.store.snapshot(cache, 0)
     with pytest.raises(ServiceError) as caught:
-        world.governor.submit(snapshot, 18_081, 18_081, None, lambda grant: None)
+        world.governor.open(snapshot, OWNER, Band.STANDARD, Need(snapshot.pages, 18_081, 18_081, 1), 0.0, None)
     assert (caught.value.reason, caught.value.retry_after_ms) == ("EXCEEDS_BUDGET", None)
     assert caught.value.metadata == {"needed_bytes": "100001", "budget_bytes": "100000"}
     world.store.release_snapshot(snapshot)
 
 
 def test_a_queue_that_is_full_and_a_deadline_that_cannot_be_met():
-    world = World(max_running=1)
+    world = World(max_device_turns=2)
     world.governor.device_ready()
     cache = world.store.create(OWNER, spec(layers=1))
     world.write(cache, 0, 0, 10)
-    slow = world.search(cache, 0, 1, 1)
-    world.clock.advance(10.0)
-    world.end(slow)
-    running = world.search(cache, 0, 1, 1, deadline_s=0.001)  # nobody is ahead of it
-    assert running.grant is not None
-    assert world.search(cache, 0, 1, 1, deadline_s=5.0) is None  # about ten seconds to wait
-    patient = [world.search(cache, 0, 1, 1, deadline_s=None) for _ in range(16)]
-    assert None not in patient
+    world.end(world.search(cache, 0, 1, 1, flop=1000), device_s=10.0)  # ten seconds for a thousand operations
+    running = [world.search(cache, 0, 1, 1, deadline_s=0.001, flop=1) for _ in range(1)]  # nobody is ahead of it
+    running.append(world.search(cache, 0, 1, 1, flop=1000))
+    assert all(search.grant is not None for search in running)
+    patient = world.search(cache, 0, 1, 1, flop=1000)
+    assert patient.grant is None
+    assert world.search(cache, 0, 1, 1, deadline_s=5.0) is None  # ten seconds of what runs, ten of what waits
+    others = [world.search(cache, 0, 1, 1) for _ in range(15)]
+    assert None not in others
     snapshot = world.store.snapshot(cache, 0)
     for deadline, reason in ((None, "QUEUE_FULL"), (10**9, "QUEUE_FULL")):
         with pytest.raises(ServiceError) as caught:
-            world.governor.submit(snapshot, 1, 1, deadline, lambda grant: None)
+            world.governor.open(snapshot, OWNER, Band.STANDARD, Need(snapshot.pages, 1, 1, 1), 0.0, deadline)
         assert caught.value.reason == reason
-        assert caught.value.retry_after_ms
+        assert 100 <= caught.value.retry_after_ms <= 10_000
+        assert caught.value.metadata == {"queued": "16", "limit": "16"}
     world.store.release_snapshot(snapshot)
-    for search in (running, *patient):
-        assert search.grant is not None
-        world.end(search)
-    world.check()
+    while world.searches:
+        world.end(next(search for search in world.searches if search.grant is not None))
+        world.check()
+
+
+def test_an_open_search_that_waits_for_its_caller_holds_nothing_on_the_device():
+    world = World(hbm_bytes=100_000)
+    world.governor.device_ready()
+    cache = world.store.create(OWNER, spec(KeyFormat.BF16, 16, layers=1))
+    world.write(cache, 0, 0, 256)
+    need = Need((), 60_000, 60_000, 1)
+    snapshots = [world.store.snapshot(cache, 0) for _ in range(3)]
+    idle = [world.governor.open(s, OWNER, Band.BATCH, need, 0.0, None) for s in snapshots]
+    assert (world.governor.running, world.hbm.reserved_bytes) == (3, 0)
+    assert world.search(cache, 0, 60_000, 60_000).grant is not None
+    for search in idle:
+        world.governor.close(search)
+    for snapshot in snapshots:
+        world.store.release_snapshot(snapshot)
+
+
+def test_a_turn_that_waits_too_long_is_refused():
+    world = World(hbm_bytes=100_000)
+    cache = world.store.create(OWNER, spec(layers=1))
+    world.write(cache, 0, 0, 10)
+    snapshot = world.store.snapshot(cache, 0)
+    need, told = Need(snapshot.pages, 1, 1, 1), []
+    for ready in (False, True):
+        if ready:
+            world.governor.device_ready()
+            held = [world.search(cache, 0, 1, 1) for _ in range(4)]
+            assert len(held) == 4
+        search = world.governor.open(snapshot, OWNER, Band.BATCH, need, 0.0, None)
+        world.governor.request(search, Need(snapshot.pages, 1, 1, 10**12), lambda grant: None, told.append)
+        world.clock.advance(59.0)
+        assert world.governor.expire() == 0
+        world.clock.advance(1.0)
+        assert world.governor.expire() == 1
+        assert len(world.governor.scheduler) == 0
+        world.governor.close(search)
+    assert [error.reason for error in told] == ["NOT_READY", "QUEUE_FULL"]
+    assert all(error.retry_after_ms for error in told)
 
 
 def test_the_wall_clock_means_nothing():

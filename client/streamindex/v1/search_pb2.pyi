@@ -76,18 +76,16 @@ class SearchResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[SearchAccepted, _Mapping]] = ..., chunk: _Optional[_Union[IndexChunk, _Mapping]] = ..., refused: _Optional[_Union[_types_pb2.Error, _Mapping]] = ..., done: _Optional[_Union[SearchDone, _Mapping]] = ...) -> None: ...
 
 class SearchAccepted(_message.Message):
-    __slots__ = ("layer_keys", "implementation", "queued_ms", "max_chunk_bytes", "layer_version")
+    __slots__ = ("layer_keys", "implementation", "max_chunk_bytes", "layer_version")
     LAYER_KEYS_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
-    QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYER_VERSION_FIELD_NUMBER: _ClassVar[int]
     layer_keys: int
     implementation: str
-    queued_ms: int
     max_chunk_bytes: int
     layer_version: int
-    def __init__(self, layer_keys: _Optional[int] = ..., implementation: _Optional[str] = ..., queued_ms: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., layer_version: _Optional[int] = ...) -> None: ...
+    def __init__(self, layer_keys: _Optional[int] = ..., implementation: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., layer_version: _Optional[int] = ...) -> None: ...
 
 class IndexChunk(_message.Message):
     __slots__ = ("row_offset", "row_count", "indices", "scores", "crc32c")
@@ -104,26 +102,30 @@ class IndexChunk(_message.Message):
     def __init__(self, row_offset: _Optional[int] = ..., row_count: _Optional[int] = ..., indices: _Optional[bytes] = ..., scores: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class SearchDone(_message.Message):
-    __slots__ = ("row_count", "device_us")
+    __slots__ = ("row_count", "device_us", "queued_ms")
     ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_US_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
     row_count: int
     device_us: int
-    def __init__(self, row_count: _Optional[int] = ..., device_us: _Optional[int] = ...) -> None: ...
+    queued_ms: int
+    def __init__(self, row_count: _Optional[int] = ..., device_us: _Optional[int] = ..., queued_ms: _Optional[int] = ...) -> None: ...
 
 class SearchBatchRequest(_message.Message):
-    __slots__ = ("items", "top_k", "order", "want_scores", "mode")
+    __slots__ = ("items", "top_k", "order", "want_scores", "mode", "priority")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     WANT_SCORES_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[SearchBatchItem]
     top_k: int
     order: _types_pb2.ResultOrder
     want_scores: bool
     mode: _types_pb2.SearchMode
-    def __init__(self, items: _Optional[_Iterable[_Union[SearchBatchItem, _Mapping]]] = ..., top_k: _Optional[int] = ..., order: _Optional[_Union[_types_pb2.ResultOrder, str]] = ..., want_scores: bool = ..., mode: _Optional[_Union[_types_pb2.SearchMode, str]] = ...) -> None: ...
+    priority: _types_pb2.Priority
+    def __init__(self, items: _Optional[_Iterable[_Union[SearchBatchItem, _Mapping]]] = ..., top_k: _Optional[int] = ..., order: _Optional[_Union[_types_pb2.ResultOrder, str]] = ..., want_scores: bool = ..., mode: _Optional[_Union[_types_pb2.SearchMode, str]] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
 
 class SearchBatchItem(_message.Message):
     __slots__ = ("key_cache_id", "layer", "query_format", "convention", "row_count", "q", "w", "positions", "append")

@@ -1,0 +1,136 @@
+"""Which pages are on the device: promotion, pins, and eviction by least recent use.
+
+The device holds copies; the host keeps every page, so an eviction costs time and no keys. Two things keep pages from
+going to and fro: the scheduler lets a search whose keys have just come go on for a while, and an eviction frees as much
+as an extent at once, so that the next few allocations need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from streamindex_service.core.caches import Page
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.pages import PagePool, PageSlot
+
+
+class Residency:
+    """The pages on one worker's device.
+
+    `load` is called for every page to be copied there, in the order of the decisions; what is sent to the worker after
+    that finds the page in place.
+    """
+
+    def __init__(self, hbm: Ledger, device: PagePool, load: Callable[[Page], None]) -> None:
+        self.hbm = hbm
+        self.device = device
+        self.evicted_pages = 0
+        self.promoted_pages = 0
+        self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
+        self._load = load
+        self._resident: dict[Page, None] = {}  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._resident)
+
+    def missing_bytes(self, pages: Sequence[Page]) -> int:
+        """Bytes that would have to be brought to the device."""
+        return sum(page.page_bytes for page in pages if page.device is None)
+
+    def try_place(self, pages: Sequence[Page], workspace_bytes: int) -> bool:
+        """Pin the pages, reserve the workspace, promote what is missing; or change nothing but evict, and say False."""
+        # Pinned first: pages may be shared with a layer that is about to be evicted for this very search.
+        _pin(pages)
+        if not self._reserve(workspace_bytes):
+            _unpin(pages)
+            return False
+        if not self._promote(pages):
+            self.hbm.release(workspace_bytes)
+            _unpin(pages)
+            return False
+        return True
+
+    def unpin(self, pages: Sequence[Page]) -> None:
+        """The search is done with them; they stay until their place is needed."""
+        _unpin(pages)
+
+    def evict_all(self) -> None:
+        """Drop every page that is not pinned."""
+        for page in self._victims():
+            self._evict(page)
+
+    def drop(self, page: Page) -> None:
+        """A page is gone, or must go: free its copy."""
+        assert page.device is not None
+        self.device.free(page.device)
+        page.device = None
+        self.moves += 1
+        del self._resident[page]
+
+    def forget(self) -> None:
+        """What was on the device is lost, pins and all."""
+        for page in self._resident:
+            page.device = None
+            page.pins = 0
+        self.moves += 1
+        self._resident.clear()
+        self.device.reset()
+
+    def _reserve(self, size_bytes: int) -> bool:
+        victims: Iterator[Page] | None = None
+        while not self.hbm.try_reserve(size_bytes):
+            victims = self._victims() if victims is None else victims
+            page = next(victims, None)
+            if page is None:
+                return False
+            self._evict(page)
+        return True
+
+    def _promote(self, pages: Sequence[Page]) -> bool:
+        missing = [page for page in pages if page.device is None]
+        placed: list[tuple[Page, PageSlot]] = []
+        for page in missing:
+            slot = self.device.try_allocate(page.page_bytes)
+            while slot is None:
+                if not self._evict_some():
+                    for _, taken in placed:
+                        self.device.free(taken)
+                    return False
+                slot = self.device.try_allocate(page.page_bytes)
+            placed.append((page, slot))
+        for page, slot in placed:
+            page.device = slot
+            self._load(page)
+        self.promoted_pages += len(placed)
+        for page in pages:  # the most recently used are last
+            self._resident.pop(page, None)
+            self._resident[page] = None
+        return True
+
+    def _evict_some(self) -> bool:
+        """An extent's worth of the pages used longest ago. False: all that are left are pinned."""
+        freed_bytes = 0
+        for page in self._victims():
+            self._evict(page)
+            freed_bytes += page.page_bytes
+            if freed_bytes >= self.device.extent_bytes:
+                break
+        return freed_bytes > 0
+
+    def _evict(self, page: Page) -> None:
+        self.drop(page)
+        self.evicted_pages += 1
+
+    def _victims(self) -> Iterator[Page]:
+        return iter([page for page in self._resident if page.pins == 0])
+
+
+def _pin(pages: Sequence[Page]) -> None:
+    for page in pages:
+        page.pins += 1
+
+
+def _unpin(pages: Sequence[Page]) -> None:
+    for page in pages:
+        page.pins -= 1
+        assert page.pins >= 0, "a page was unpinned twice"

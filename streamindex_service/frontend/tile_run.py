@@ -1,0 +1,167 @@
+"""One tile, from the queue to its answer.
+
+It waits for its turn, runs, and gives its turn back when the device has really finished. When the device has no memory
+for it in spite of the budget, it runs again alone, then in ever smaller pieces with the smallest workspace, and is
+refused after `worker.memory_retries` such tries. Its answers lie in its block when `done` is; whatever happens, `done`
+is done once nothing of it waits or runs any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from streamindex_service.core.governor import Grant, SearchTurn
+from streamindex_service.errors import DeviceMemoryError, ServiceError, WorkerLostError
+from streamindex_service.frontend.admission import AdmittedSearch
+from streamindex_service.frontend.device import TilePlace, tile_error
+from streamindex_service.frontend.host_memory import Block
+from streamindex_service.ipc.supervisor import CancelledTileError
+from streamindex_service.ipc.v1 import worker_pb2 as pb
+
+_PIECES = 4  # a tile that is too large is cut in so many
+
+
+class TileRun:
+    """Rows [first, first + rows) of a block. `place(first, rows)` says where their tensors lie; `keys` is the most that
+    any of the rows sees, as far as it is known."""
+
+    def __init__(
+        self,
+        admitted: AdmittedSearch,
+        block: Block,
+        place: Callable[[int, int], TilePlace],
+        first: int,
+        rows: int,
+        keys: int,
+        blame_key: str = "",
+    ) -> None:
+        self.first = first
+        self.rows = rows
+        self.device_us = 0
+        self.queued_s = 0.0
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.done.add_done_callback(_seen)
+        self._admitted = admitted
+        self._block = block
+        self._place = place
+        self._keys = keys
+        self._blame_key = blame_key
+        self._pieces: deque[tuple[int, int]] = deque()  # first row and rows, what runs now first
+        self._tries = 0  # that ended for want of memory
+        self._cancelled = False
+        self._turn: SearchTurn | None = None
+        self._on_device: Callable[[], None] | None = None  # cancels what is there
+
+    def start(self) -> None:
+        """Ask for the first turn."""
+        self._request(self.rows)
+
+    @property
+    def waiting(self) -> bool:
+        """True until the device has it for the first time: it may still grow."""
+        return self._turn is not None and self._turn.waiting and not self._pieces
+
+    def grow(self, rows: int, keys: int) -> None:
+        """So many rows more, which see so many keys."""
+        assert self.waiting
+        assert self._turn is not None
+        self.rows += rows
+        self._keys = max(self._keys, keys)
+        self._admitted.grow(self._turn, self.rows, self._keys)
+
+    def cancel(self) -> None:
+        """Do not go on. What the device has begun still ends."""
+        self._cancelled = True
+        if self._turn is not None and self._turn.waiting:
+            self._admitted.service.governor.cancel(self._turn)
+            self._fail(WorkerLostError("the tile was cancelled"))
+        elif self._on_device is not None:
+            self._on_device()
+
+    def _request(self, rows: int) -> None:
+        alone, smallest = self._tries > 0, self._tries > 1
+        turn = self._admitted.request(rows, self._keys, self._granted, self._fail, alone=alone, smallest=smallest)
+        self._turn = turn  # it may have been granted already
+
+    def _granted(self, grant: Grant) -> None:
+        admitted = self._admitted
+        self.queued_s += grant.waited_s
+        if not self._pieces:
+            self._pieces.append((self.first, self.rows))
+        first, rows = self._pieces[0]
+        device = admitted.service.device
+        try:
+            view = admitted.view()
+            tile_id, future = device.submit(
+                view,
+                admitted.spec,
+                self._block,
+                self._place(first, rows),
+                self._blame_key,
+                admitted.workspace_bytes(grant, rows),
+            )
+        except ServiceError as error:
+            admitted.service.governor.finish(grant)
+            self._fail(error)
+            return
+        self._on_device = lambda: device.cancel(view, [tile_id])
+        future.add_done_callback(lambda done: self._ran(grant, done, lambda error: tile_error(view, error)))
+
+    def _ran(
+        self,
+        grant: Grant,
+        future: asyncio.Future[pb.FromWorker],
+        cause: Callable[[ServiceError], ServiceError],
+    ) -> None:
+        self._on_device = None
+        error = future.exception()
+        device_us = 0 if error else future.result().tile_done.device_us
+        self._admitted.service.governor.finish(grant, None if error else device_us / 1e6)
+        if error is None:
+            self._pieces.popleft()
+            self.device_us += device_us
+            self._next()
+        elif isinstance(error, CancelledTileError):
+            self._fail(WorkerLostError("the tile was cancelled"))
+        elif isinstance(error, ServiceError):
+            error = cause(error)
+            if isinstance(error, DeviceMemoryError):
+                self._try_again(error)
+            else:
+                self._fail(error)
+        else:
+            self._fail(error)
+
+    def _next(self) -> None:
+        if not self._pieces:
+            self.done.set_result(None)
+        elif self._cancelled:
+            self._fail(WorkerLostError("the tile was cancelled"))
+        else:
+            self._request(self._pieces[0][1])
+
+    def _try_again(self, error: DeviceMemoryError) -> None:
+        self._tries += 1
+        if self._tries > self._admitted.service.settings.worker.memory_retries:
+            self._fail(error)
+            return
+        if self._tries > 1:
+            self._pieces = deque(piece for whole in self._pieces for piece in _cut(*whole))
+        self._next()
+
+    def _fail(self, error: BaseException) -> None:
+        self._turn = None
+        self.done.set_exception(error)
+
+
+def _cut(first: int, rows: int) -> list[tuple[int, int]]:
+    size = -(-rows // _PIECES)
+    return [(start, min(size, first + rows - start)) for start in range(first, first + rows, size)]
+
+
+def _seen(future: asyncio.Future[None]) -> None:
+    """Nobody may be left to look at the outcome."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,92 @@
+"""A device without memory in spite of the budget: give back, alone, smaller, refuse; and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import numpy as np
+import pytest
+from streamindex.v1 import search_pb2
+
+from streamindex_service.errors import DeviceMemoryError
+from tests.support.calls import Calls, batch_item, query_chunk, search_header
+from tests.support.services import is_idle, wait_for
+from tests.support.tensors import Draw, Kind, expected
+
+KIND = Kind(heads=2, head_dim=32)
+ROWS = 20
+
+
+@pytest.fixture
+def short_of_memory(inside, monkeypatch):
+    """Tiles of more than `most_rows` find no memory; the list tells (rows, workspace, turns on the device) of each."""
+    device, governor = inside.server.service.device, inside.server.service.governor
+    submit, seen = device.submit, []
+
+    def limited(most_rows):
+        def submit_or_fail(view, spec, block, place, request_key, workspace_bytes):
+            seen.append((place.rows, workspace_bytes, governor.in_flight))
+            tile_id, future = submit(view, spec, block, place, request_key, workspace_bytes)
+            if place.rows <= most_rows:
+                return tile_id, future
+            failed = asyncio.get_running_loop().create_future()
+            future.add_done_callback(lambda _: failed.set_exception(DeviceMemoryError("no memory")))
+            return tile_id, failed
+
+        monkeypatch.setattr(device, "submit", submit_or_fail)
+        return seen
+
+    return limited
+
+
+@pytest.mark.parametrize(
+    ("most_rows", "tried"),
+    [(20, [20]), (5, [20, 20, 5, 5, 5, 5]), (2, [20, 20, 5, 2, 2, 1, 2, 2, 1, 2, 2, 1, 2, 2, 1])],
+)
+def test_a_tile_without_memory_runs_alone_then_in_pieces(inside, short_of_memory, most_rows, tried):
+    draw = Draw(1)
+    keys, queries = draw.keys(KIND, 900), draw.queries(KIND, ROWS, start_position=880)
+    seen = short_of_memory(most_rows)
+    with Calls(inside.target) as calls, calls.cache(KIND, keys) as cache:
+        request = search_pb2.SearchBatchRequest(items=[batch_item(KIND, cache.id, queries)], top_k=30)
+        (result,) = calls.searches.SearchBatch(request, timeout=30).results
+        found = np.frombuffer(result.indices, np.int32).reshape(ROWS, 30)
+        assert np.array_equal(found, expected(KIND, keys, queries, 30)[0])
+        wait_for(lambda: is_idle(calls.load()))
+    assert [rows for rows, _, _ in seen] == tried
+    assert all(in_flight == 1 for _, _, in_flight in seen)
+
+
+def test_what_fits_in_no_way_is_refused_and_the_worker_lives(inside, short_of_memory):
+    draw = Draw(2)
+    keys, queries = draw.keys(KIND, 900), draw.queries(KIND, ROWS, start_position=880)
+    with Calls(inside.target) as calls, calls.cache(KIND, keys) as cache:
+        restarts = calls.load().worker_restarts
+        seen = short_of_memory(0)
+        with calls.search_call() as call:
+            call.send(search_header(KIND, cache.id, 30, start_position=880), query_chunk(KIND, queries, 0, ROWS))
+            refusal = call.refusal()
+        assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_MEMORY")
+        assert refusal.error.retry_after_ms
+        assert [rows for rows, _, _ in seen] == [20, 20, 5, 2]
+        short_of_memory(ROWS)
+        found, _ = calls.search(KIND, cache.id, queries, 30)
+        assert np.array_equal(found, expected(KIND, keys, queries, 30)[0])
+        wait_for(lambda: is_idle(calls.load()))
+        assert calls.load().worker_restarts == restarts
+
+
+def test_others_wait_while_one_runs_alone(inside, short_of_memory):
+    draw = Draw(3)
+    keys, queries = draw.keys(KIND, 900), draw.queries(KIND, ROWS, start_position=880)
+    with Calls(inside.target) as calls, calls.cache(KIND, keys) as cache:
+        seen = short_of_memory(5)
+        items = [batch_item(KIND, cache.id, queries)] * 8
+        results = calls.searches.SearchBatch(search_pb2.SearchBatchRequest(items=items, top_k=30), timeout=60).results
+        wanted = expected(KIND, keys, queries, 30)[0]
+        for result in results:
+            assert np.array_equal(np.frombuffer(result.indices, np.int32).reshape(ROWS, 30), wanted)
+        wait_for(lambda: is_idle(calls.load()))
+    assert any(in_flight > 1 for rows, _, in_flight in seen if rows == ROWS)
+    assert all(in_flight == 1 for rows, _, in_flight in seen if rows < ROWS)

@@ -1,0 +1,79 @@
+"""What work takes: bytes against the operation's own plans, seconds against what was observed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from streamindex_service.core.estimates import DeviceSpeed, TopkWork
+from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.ops.topk.plan import Shape, plan_chunked, plan_triton
+
+MIB = 1 << 20
+SHAPES = list(itertools.product((1, 8, 128), (300, 70_000, 1_000_000), (1, 512, 4096), (1, 64)))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "chunked"])
+@pytest.mark.parametrize(("rows", "keys", "top_k", "heads"), SHAPES)
+def test_the_workspace_asked_for_is_enough_for_all_rows_at_once(implementation, rows, keys, top_k, heads):
+    work = TopkWork(KeyFormat.BF16, heads, 128, keys, top_k, False, implementation)
+    shape = Shape(rows, heads, 128, keys, top_k, "bf16", 2)
+    offered = max(16 * MIB, work.workspace_bytes(rows))
+    plan = plan_triton(shape, offered) if implementation == "triton" else plan_chunked(shape, offered, on_cuda=False)
+    assert plan.query_chunk == rows
+    assert plan.key_tile >= keys
+    assert plan.workspace_bytes <= offered
+
+
+def test_an_implementation_that_is_not_known_is_given_more():
+    known, unknown = (TopkWork(KeyFormat.BF16, 64, 128, 10_000, 512, False, name) for name in ("triton", "new"))
+    assert unknown.workspace_bytes(8) > known.workspace_bytes(8)
+
+
+def test_staging_is_what_a_tile_brings_and_takes():
+    work = TopkWork(KeyFormat.BF16, 64, 128, 10_000, 512, want_scores=True)
+    exact = 64 * 128 * 2 + 64 * 4 + 8 + 512 * 8
+    assert 10 * exact <= work.staging_bytes(10) < 10 * exact + 4 * 256
+
+
+def test_operations_grow_with_what_rows_see():
+    work = TopkWork(KeyFormat.BF16, 64, 128, 1000, 512, False)
+    assert work.flop(3) == 2 * 3 * 1000 * 64 * 128
+    assert work.flop(3, 10) == 2 * 3 * 10 * 64 * 128
+    assert work.flop(3, 0) == 1
+
+
+def test_before_anything_was_measured_there_is_a_guess():
+    speed = DeviceSpeed()
+    assert not speed.measured
+    assert speed.seconds(10**10) == pytest.approx(1.0)
+    assert speed.rows(10**9, 0.1) == 1
+
+
+def test_small_work_says_nothing_about_large():
+    speed = DeviceSpeed()
+    speed.observe(10**12, 0.01)  # 100 TFLOP/s
+    for _ in range(1000):
+        speed.observe(10**6, 0.001)  # a launch
+    assert speed.seconds(10**12) == pytest.approx(0.01)
+    assert speed.seconds(10**6) == pytest.approx(0.001)
+    assert speed.rows(10**10, 0.01) == 100
+
+
+def test_a_device_that_slows_down_is_seen_to():
+    speed = DeviceSpeed()
+    speed.observe(10**12, 0.01)
+    for _ in range(50):
+        rows = speed.rows(10**10, 0.1)
+        speed.observe(rows * 10**10, rows * 10**10 / 1e13)
+    assert speed.rows(10**10, 0.1) == pytest.approx(100, rel=0.2)
+
+
+@pytest.mark.parametrize("flop", [1, 10**3, 10**9, 10**15, 1 << 80])
+def test_any_size_has_an_estimate(flop):
+    speed = DeviceSpeed()
+    for size in (1, 10**6, 10**12):
+        speed.observe(size, 0.5)
+    assert speed.seconds(flop) > 0
+    assert speed.rows(flop, 0.1) >= 1

@@ -1,0 +1,179 @@
+"""Who goes next: bands, ageing, shares, estimates and refusals."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
+from streamindex_service.errors import DeadlineUnreachableError, QueueFullError
+
+LIMITS = QueueLimits(max_turns=64, ageing_s=10.0, ageing_turns=4, quantum_s=0.5, max_turn_s=0.1)
+EXACT = QueueLimits(quantum_s=0.625, max_turn_s=0.125)  # binary fractions: an allowance is three turns of 1/8 s
+
+
+def turn(caller="a", cost_s=0.1, band=Band.STANDARD, search=None, at=0.0, promotion_s=0.0):
+    return Turn(caller, band, search or object(), cost_s, 1, at, promotion_s)
+
+
+def drain(scheduler, now=0.0, most=10**6):
+    """Everything, in the order in which it goes."""
+    order = []
+    while len(order) < most and (found := scheduler.next_turn(now)) is not None:
+        assert scheduler.next_turn(now) is found, "asked again it answers the same"
+        scheduler.take(found)
+        order.append(found)
+    return order
+
+
+def filled(*turns, limits=LIMITS):
+    scheduler = Scheduler(limits)
+    for each in turns:
+        scheduler.add(each)
+    return scheduler
+
+
+def test_bands_go_in_order():
+    turns = [turn(band=band) for band in (Band.BATCH, Band.STANDARD, Band.INTERACTIVE) for _ in range(3)]
+    assert [each.band for each in drain(filled(*turns))] == sorted(each.band for each in turns)
+
+
+def test_a_callers_turns_go_in_order_of_arrival():
+    turns = [turn(cost_s=cost) for cost in (0.1, 0.001, 3.0, 0.05)]
+    assert drain(filled(*turns)) == turns
+
+
+def test_a_band_that_waits_gets_one_turn_in_four_once_it_is_old():
+    turns = [turn(band=Band.INTERACTIVE, at=20.0) for _ in range(12)] + [turn(band=Band.BATCH) for _ in range(3)]
+    young = [each.band for each in drain(filled(*turns), now=9.9)]
+    assert young == [Band.INTERACTIVE] * 12 + [Band.BATCH] * 3
+    old = [each.band for each in drain(filled(*turns), now=20.0)]
+    assert old == ([Band.INTERACTIVE] * 3 + [Band.BATCH]) * 3 + [Band.INTERACTIVE] * 3
+
+
+def test_of_two_bands_that_are_old_the_older_goes():
+    turns = [turn(band=Band.INTERACTIVE, at=40.0) for _ in range(8)]
+    turns += [turn(band=Band.STANDARD, at=10.0), turn(band=Band.BATCH, at=5.0)]
+    bands = [each.band for each in drain(filled(*turns), now=40.0)]
+    assert bands[3] is Band.BATCH
+    assert bands[7] is Band.STANDARD
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_caller_falls_behind_its_share_by_more_than_the_quantum(seed):
+    """Callers of unequal greed and turns of unequal size, any number of them coming and going."""
+    draw = random.Random(seed)
+    scheduler = Scheduler(LIMITS)
+    greed = {f"caller{number}": draw.randint(1, 8) for number in range(draw.randint(2, 6))}
+    served: dict[str, float] = {}  # of each caller that has turns queued: device seconds since it has
+    for _ in range(2000):
+        for caller, most in greed.items():
+            held = scheduler.queued_by_caller().get(caller, (0, 0.0))[0]
+            if held < most and draw.random() < 0.5:
+                served.setdefault(caller, 0.0)
+                scheduler.add(turn(caller, draw.choice((0.1, 0.03, 0.001))))
+        found = scheduler.next_turn(0.0)
+        if found is None:
+            continue
+        present = set(served)
+        scheduler.take(found)
+        served[found.caller] += found.cost_s
+        assert min(served.values()) >= sum(served.values()) / len(served) - LIMITS.quantum_s
+        queued = scheduler.queued_by_caller()
+        if present - set(queued):  # somebody left: shares are counted anew among those who stay
+            served = dict.fromkeys(queued, 0.0)
+
+
+def test_a_turn_goes_within_the_bound():
+    """All callers flood; one turn of a newcomer, with p of its own before it."""
+    for before in (0, 1, 5):
+        turns = [turn(f"greedy{number}", 0.1) for number in range(7) for _ in range(40)]
+        scheduler = filled(*turns)
+        drain(scheduler, most=13)
+        mine = [turn("mine", 0.1) for _ in range(before + 1)]
+        for each in mine:
+            scheduler.add(each)
+        order = drain(scheduler)
+        waited_s = sum(each.cost_s for each in order[: order.index(mine[-1])])
+        rounds = math.ceil((before + 1) * 0.1 / LIMITS.allowance_s)
+        assert waited_s <= (rounds + 1) * 8 * (LIMITS.allowance_s + 0.1)
+
+
+def test_rows_that_cost_many_allowances_go_all_the_same():
+    turns = [turn(name, cost_s=1000.0) for name in "abc" for _ in range(2)]
+    assert [each.caller for each in drain(filled(*turns))] == list("abcabc")
+
+
+def test_a_search_goes_on_while_the_next_would_have_to_bring_its_keys():
+    first, second = object(), object()
+    turns = [turn(cost_s=0.125, search=each, promotion_s=0.05) for _ in range(6) for each in (first, second)]
+    order = [each.search is first for each in drain(filled(*turns, limits=EXACT))]
+    assert order == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3  # an allowance at a time
+    resident = [turn(cost_s=0.1, search=each) for _ in range(3) for each in (first, second)]
+    assert [each.search is first for each in drain(filled(*resident))] == [True, False] * 3
+
+
+def test_what_was_not_used_is_not_kept():
+    """A caller that comes back has no more of a round than the others."""
+    scheduler = filled(turn("a", 0.125), limits=EXACT)
+    drain(scheduler)
+    turns = [turn(name, 0.125) for name in "ab" for _ in range(6)]
+    for each in turns:
+        scheduler.add(each)
+    assert "".join(each.caller for each in drain(scheduler)) == "aaabbbaaabbb"
+
+
+def test_the_queue_counts_what_is_in_it():
+    turns = [turn("a", 0.1), turn("a", 0.2), turn("b", 0.4, band=Band.BATCH)]
+    scheduler = filled(*turns)
+    scheduler.reprice(turns[1], 0.3, 5, 0.0)
+    assert scheduler.backlog_s == pytest.approx(0.8)
+    assert scheduler.queued_bytes == 7
+    assert scheduler.queued_by_band() == {Band.INTERACTIVE: 0, Band.STANDARD: 2, Band.BATCH: 1}
+    assert scheduler.queued_by_caller()["a"] == (2, pytest.approx(0.4))
+    scheduler.remove(turns[0])
+    assert list(scheduler) == turns[1:]
+    drain(scheduler)
+    assert (len(scheduler), scheduler.queued_bytes, scheduler.backlog_s) == (0, 0, 0.0)
+    assert scheduler.next_turn(0.0) is None
+
+
+def test_the_wait_is_what_goes_before():
+    scheduler = filled(
+        *(turn("greedy", 0.1) for _ in range(20)),
+        turn("b", 0.1),
+        turn("c", 0.05, band=Band.INTERACTIVE),
+        turn("b", 5.0, Band.BATCH),
+    )
+    assert scheduler.wait_s("new", Band.INTERACTIVE) == pytest.approx(0.05)
+    assert scheduler.wait_s("new", Band.STANDARD) == pytest.approx(0.05 + 0.3 + 0.1)
+    assert scheduler.wait_s("b", Band.STANDARD) == pytest.approx(0.05 + 0.1 + 0.3 * (1 + 0.1 / 0.3))
+
+
+@pytest.mark.parametrize(
+    ("limits", "figure"),
+    [
+        (QueueLimits(max_turns=3), {"queued": "3", "limit": "3"}),
+        (QueueLimits(max_bytes=3), {"queued_bytes": "3", "limit": "3"}),
+        (QueueLimits(max_s=0.35), {"queued_ms": "400", "limit": "350"}),
+    ],
+)
+def test_a_queue_that_is_full_refuses_with_the_figures(limits, figure):
+    scheduler = filled(*(turn(cost_s=0.1) for _ in range(2)), limits=limits)
+    scheduler.refuse_hopeless("b", Band.BATCH, 0.1, 0.0, None)
+    scheduler.add(turn(cost_s=0.1))
+    with pytest.raises(QueueFullError) as caught:
+        scheduler.refuse_hopeless("b", Band.BATCH, 0.1, 0.0, None)
+    assert caught.value.metadata == figure
+    assert caught.value.retry_after_ms == 400  # when what is there now will be done
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_with_the_figures():
+    scheduler = filled(*(turn(cost_s=0.1) for _ in range(10)))
+    scheduler.refuse_hopeless("b", Band.STANDARD, 0.1, 0.5, 0.91)
+    with pytest.raises(DeadlineUnreachableError) as caught:
+        scheduler.refuse_hopeless("b", Band.STANDARD, 0.1, 0.5, 0.89)
+    assert caught.value.metadata == {"estimated_wait_ms": "400", "estimated_run_ms": "500", "deadline_ms": "890"}
+    assert caught.value.retry_after_ms == pytest.approx(1100, abs=1)
