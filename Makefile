@@ -13,10 +13,11 @@ READY :=
 endif
 export PYTHONPATH := $(CURDIR):$(CURDIR)/client$(if $(PYTHONPATH),:$(PYTHONPATH))
 ARGS ?=
+SEED ?=
 BENCH ?=
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: help demo test lint format stubs gpu-check bench render wheelhouse clean
+.PHONY: help demo test simulate lint format stubs gpu-check bench render wheelhouse clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
@@ -32,6 +33,9 @@ demo: $(READY)  ## start the service, search real text, check every row (ARGS="-
 
 test: $(READY)  ## all CPU tests
 	$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+
+simulate: $(READY)  ## seeded histories of governor, scheduler and caches (SEED=4711 tells one of them)
+	$(PYTHON) -m streamindex_service.testing.simulation $(SEED)
 
 lint: $(READY)  ## ruff, mypy, buf, stubs up to date
 	$(PYTHON) -m ruff check .

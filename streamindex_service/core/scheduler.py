@@ -3,8 +3,8 @@
 The unit is a turn: one tile of one search. A long search comes back with its next tile, so nobody holds the device
 for longer than a tile, and the order is decided anew before each.
 
-- Bands: interactive before standard before batch. A band below whose oldest turn has waited `ageing_s` gets one turn
-  in `ageing_turns`, so that no band starves, and the bands above lose no more than that.
+- Bands: interactive before standard before batch. One turn in `ageing_turns` goes to a band below whose oldest turn has
+  waited `ageing_s`, to each such band in its turn: none starves, and those above lose no more than that.
 - Inside a band the callers take part, not their searches: deficit round-robin (Shreedhar and Varghese, "Efficient Fair
   Queuing using Deficit Round-Robin", SIGCOMM 1995) over estimated device seconds. A caller's own turns go in order of
   arrival, but for one rule: while the next one would have to bring keys to the device, the search that ran last may go
@@ -18,8 +18,8 @@ What is promised, with a the allowance of a round and m the largest cost of a tu
 - Fairness: while a caller has turns queued, it gets at least its equal share of what its band gets, less a + 2 m. The
   quantum of the settings is this bound; a is what is left of it, see `allowance_s`.
 - Wait: a caller's turn with p of its own turns before it, n callers being busy, goes after at most
-  (rounds(p) + 1) · n · (a + m) device seconds given to its band, rounds(p) = ceil((p + 1) · m / a). Its band gets all
-  of the device while no band above it has turns, else, after ageing_s, one turn in ageing_turns.
+  (rounds(p) + 1) · n · (a + m) device seconds given to its band, rounds(p) = ceil((p + 1) · (a + m) / a). Its band
+  gets all of the device while no band above it has turns, else, after ageing_s, one turn in 2 · ageing_turns or more.
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ class Scheduler:
         self.queued_bytes = 0
         self._bands = {band: _BandQueue(limits.allowance_s) for band in Band}
         self._since_aged = 0  # turns taken since one went to a band for its age
+        self._aged = deque(Band)  # which of the bands that are old goes: the one that went longest ago
 
     def __len__(self) -> int:
         return sum(len(queue.turns) for queue in self._bands.values())
@@ -227,8 +228,11 @@ class Scheduler:
 
     def take(self, turn: Turn) -> None:
         """What `next_turn` named goes to the device."""
-        aged = any(queue.turns for band, queue in self._bands.items() if band < turn.band)
-        self._since_aged = 0 if aged else self._since_aged + 1
+        self._since_aged += 1
+        if any(queue.turns for band, queue in self._bands.items() if band < turn.band):
+            self._since_aged = 0
+            self._aged.remove(turn.band)
+            self._aged.append(turn.band)
         self._bands[turn.band].take(turn)
         self.queued_bytes -= turn.size_bytes
 
@@ -281,8 +285,7 @@ class Scheduler:
         if not busy:
             return None
         if len(busy) > 1 and self._since_aged >= self.limits.ageing_turns - 1:
-            ages = {band: now - next(iter(self._bands[band].turns)).arrived_at for band in busy[1:]}
-            oldest = max(ages, key=lambda band: ages[band])
-            if ages[oldest] >= self.limits.ageing_s:
-                return oldest
+            for band in self._aged:
+                if band in busy[1:] and now - next(iter(self._bands[band].turns)).arrived_at >= self.limits.ageing_s:
+                    return band
         return busy[0]

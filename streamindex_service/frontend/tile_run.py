@@ -9,18 +9,16 @@ is done once nothing of it waits or runs any more.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 
 from streamindex_service.core.governor import Grant, SearchTurn
+from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.errors import DeviceMemoryError, ServiceError, WorkerLostError
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.device import TilePlace, tile_error
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.ipc.supervisor import CancelledTileError
 from streamindex_service.ipc.v1 import worker_pb2 as pb
-
-_PIECES = 4  # a tile that is too large is cut in so many
 
 
 class TileRun:
@@ -48,8 +46,7 @@ class TileRun:
         self._place = place
         self._keys = keys
         self._blame_key = blame_key
-        self._pieces: deque[tuple[int, int]] = deque()  # first row and rows, what runs now first
-        self._tries = 0  # that ended for want of memory
+        self._pieces: TilePieces | None = None  # from the first grant on
         self._cancelled = False
         self._turn: SearchTurn | None = None
         self._on_device: Callable[[], None] | None = None  # cancels what is there
@@ -61,7 +58,7 @@ class TileRun:
     @property
     def waiting(self) -> bool:
         """True until the device has it for the first time: it may still grow."""
-        return self._turn is not None and self._turn.waiting and not self._pieces
+        return self._turn is not None and self._turn.waiting and self._pieces is None
 
     def grow(self, rows: int, keys: int) -> None:
         """So many rows more, which see so many keys."""
@@ -81,16 +78,19 @@ class TileRun:
             self._on_device()
 
     def _request(self, rows: int) -> None:
-        alone, smallest = self._tries > 0, self._tries > 1
+        pieces = self._pieces
+        alone, smallest = (pieces.alone, pieces.smallest) if pieces is not None else (False, False)
         turn = self._admitted.request(rows, self._keys, self._granted, self._fail, alone=alone, smallest=smallest)
         self._turn = turn  # it may have been granted already
 
     def _granted(self, grant: Grant) -> None:
         admitted = self._admitted
         self.queued_s += grant.waited_s
-        if not self._pieces:
-            self._pieces.append((self.first, self.rows))
-        first, rows = self._pieces[0]
+        if self._pieces is None:
+            retries = admitted.service.settings.worker.memory_retries
+            self._pieces = TilePieces(self.first, self.rows, retries)
+        assert self._pieces.current is not None
+        first, rows = self._pieces.current
         device = admitted.service.device
         try:
             view = admitted.view()
@@ -119,46 +119,34 @@ class TileRun:
         error = future.exception()
         device_us = 0 if error else future.result().tile_done.device_us
         self._admitted.service.governor.finish(grant, None if error else device_us / 1e6)
+        assert self._pieces is not None
         if error is None:
-            self._pieces.popleft()
+            self._pieces.computed()
             self.device_us += device_us
             self._next()
         elif isinstance(error, CancelledTileError):
             self._fail(WorkerLostError("the tile was cancelled"))
         elif isinstance(error, ServiceError):
             error = cause(error)
-            if isinstance(error, DeviceMemoryError):
-                self._try_again(error)
+            if isinstance(error, DeviceMemoryError) and self._pieces.no_memory():
+                self._next()
             else:
                 self._fail(error)
         else:
             self._fail(error)
 
     def _next(self) -> None:
-        if not self._pieces:
+        assert self._pieces is not None
+        if self._pieces.current is None:
             self.done.set_result(None)
         elif self._cancelled:
             self._fail(WorkerLostError("the tile was cancelled"))
         else:
-            self._request(self._pieces[0][1])
-
-    def _try_again(self, error: DeviceMemoryError) -> None:
-        self._tries += 1
-        if self._tries > self._admitted.service.settings.worker.memory_retries:
-            self._fail(error)
-            return
-        if self._tries > 1:
-            self._pieces = deque(piece for whole in self._pieces for piece in _cut(*whole))
-        self._next()
+            self._request(self._pieces.current[1])
 
     def _fail(self, error: BaseException) -> None:
         self._turn = None
         self.done.set_exception(error)
-
-
-def _cut(first: int, rows: int) -> list[tuple[int, int]]:
-    size = -(-rows // _PIECES)
-    return [(start, min(size, first + rows - start)) for start in range(first, first + rows, size)]
 
 
 def _seen(future: asyncio.Future[None]) -> None:

@@ -1,0 +1,102 @@
+"""A device of numbers: memory that is exactly as large as it is said to be, and one thing done after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from streamindex_service.core.caches import Page
+from streamindex_service.core.pages import PageSlot
+from streamindex_service.testing.virtual_time import VirtualTime
+
+
+class BudgetBrokenError(AssertionError):
+    """The device was asked for more memory than the budget, or for memory that it does not have."""
+
+
+@dataclass(slots=True, eq=False)
+class FakeTile:
+    """Work on the device. `ended(outcome)` is told "done", "no memory" or "lost", once."""
+
+    pages: Sequence[Page]
+    content: Sequence[int]  # of the pages, as they must be
+    workspace_bytes: int
+    ended: Callable[[str], object]
+    outcome: str = "done"
+    over: bool = False
+
+
+class FakeDevice:
+    """An allocator that enforces its budget, pages that remember what was copied to them, tiles in order of arrival."""
+
+    def __init__(self, time: VirtualTime, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.extents: dict[int, int] = {}
+        self.workspace_bytes = 0
+        self.tiles: list[FakeTile] = []
+        self._time = time
+        self._content: dict[PageSlot, int] = {}
+        self._busy_until = 0.0
+
+    @property
+    def used_bytes(self) -> int:
+        """What is allocated."""
+        return sum(self.extents.values()) + self.workspace_bytes
+
+    def make_extent(self, extent_id: int, extent_bytes: int) -> None:
+        """Allocate. Raises BudgetBrokenError."""
+        self.extents[extent_id] = extent_bytes
+        self._check()
+
+    def drop_extent(self, extent_id: int) -> None:
+        """Give back."""
+        del self.extents[extent_id]
+        self._content = {slot: what for slot, what in self._content.items() if slot.extent_id != extent_id}
+
+    def load(self, slot: PageSlot, content: int) -> None:
+        """Copy a page here. Raises BudgetBrokenError."""
+        if slot.extent_id not in self.extents:
+            raise BudgetBrokenError(f"a page was put into extent {slot.extent_id}, which is not there")
+        self._content[slot] = content
+
+    def run(self, tile: FakeTile, seconds: float) -> None:
+        """Do a tile after those that are here. Raises BudgetBrokenError."""
+        self.workspace_bytes += tile.workspace_bytes
+        self._check()
+        self.tiles.append(tile)
+        self._busy_until = max(self._busy_until, self._time.now_s) + seconds
+        self._time.after(self._busy_until - self._time.now_s, lambda: self._finish(tile))
+
+    def crash(self) -> None:
+        """Everything here is lost."""
+        lost, self.tiles = self.tiles, []
+        self.extents.clear()
+        self._content.clear()
+        self.workspace_bytes, self._busy_until = 0, 0.0
+        for tile in lost:
+            tile.over = True
+        for tile in lost:
+            tile.ended("lost")
+
+    def forget(self) -> None:
+        """Give back all extents. Tiles that run keep what they read."""
+        for tile in self.tiles:
+            tile.pages = ()
+        for extent_id in list(self.extents):
+            self.drop_extent(extent_id)
+
+    def _finish(self, tile: FakeTile) -> None:
+        if tile.over:
+            return
+        if tile.pages and tile.outcome == "done":
+            found = [self._content.get(page.device) if page.device else None for page in tile.pages]
+            if found != list(tile.content):
+                raise BudgetBrokenError(f"a tile read pages {found}, not {list(tile.content)}")
+        tile.over = True
+        self.tiles.remove(tile)
+        self.workspace_bytes -= tile.workspace_bytes
+        tile.ended(tile.outcome)
+
+    def _check(self) -> None:
+        if self.used_bytes > self.budget_bytes:
+            raise BudgetBrokenError(f"{self.used_bytes} bytes are allocated, of {self.budget_bytes}")

@@ -1,0 +1,152 @@
+"""What must hold in every state of a simulated service, and what must have held once it has come to rest."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from streamindex_service.core.governor import SearchTurn
+from streamindex_service.core.scheduler import Band
+from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
+
+# How a request may end; the refusals are those of docs/operations.md.
+OUTCOMES = frozenset(
+    {
+        "DONE",
+        "CANCELLED",
+        "DEADLINE",
+        "QUEUE_FULL",
+        "DEADLINE_UNREACHABLE",
+        "EXCEEDS_BUDGET",
+        "WORKER_LOST",
+        "DEVICE_MEMORY",
+        "NOT_READY",
+    }
+)
+_ROUNDING_S = 1e-6
+
+
+class InvariantError(AssertionError):
+    """Something that must always hold does not."""
+
+
+def require(holds: bool, what: str) -> None:
+    """Raises InvariantError."""
+    if not holds:
+        raise InvariantError(what)
+
+
+class Watch:
+    """Looks at a service after every event, and at every turn that goes to the device."""
+
+    def __init__(self, service: SimulatedService, callers: int, check_period_s: float) -> None:
+        self.service = service
+        self.turns = 0
+        self.longest_wait_s = 0.0
+        self._queue = service.governor.limits.queue
+        self._callers = callers
+        self._latest_s = service.governor.limits.max_wait_s + check_period_s
+        self._largest_s = self._queue.max_turn_s
+        self._served: dict[Band, dict[str, float]] = {band: {} for band in Band}  # while they have work queued
+        self._apart: dict[Band, dict[tuple[str, str], float]] = {band: {} for band in Band}
+        self._given_s: dict[Band, float] = defaultdict(float)
+        self._passed_over = 0  # turns in a row that went before a band that is old
+        self._arrivals: dict[SearchTurn, tuple[float, int]] = {}  # what its band had been given, own turns before it
+        service.on_taken = self._taken
+
+    def look(self) -> None:
+        """After an event."""
+        service = self.service
+        governor = service.governor
+        for ledger in (service.hbm, service.host):
+            require(0 <= ledger.reserved_bytes <= ledger.limit_bytes, f"the ledger {ledger.name} passes its limit")
+        require(service.hbm.reserved_bytes == service.device.used_bytes, "the ledger is not what the device holds")
+        require(service.host.reserved_bytes == sum(service.host_extents.values()), "nor that of the host")
+        require(governor.in_flight == len(service.device.tiles), "a turn is with the device for which it does nothing")
+        waiting = len(governor.scheduler)
+        require(not waiting or governor.paused or governor.in_flight > 0, "a waiter is forgotten")
+        require(waiting == sum(search.turns for search in governor._open), "a turn is in no queue")
+        self._note_queue()
+
+    def at_rest(self, everyone: list[SimulatedSearch]) -> None:
+        """Once nothing happens any more, and all caches are deleted."""
+        service = self.service
+        for search in everyone:
+            require(search.outcome in OUTCOMES, f"a search ends with {search.outcome!r}")
+        require(not service.searches, "a search is never closed")
+        governor = service.governor
+        left = (len(governor.scheduler), governor.in_flight, governor.open_searches)
+        require(left == (0, 0, 0), f"turns queued, on the device, searches open: {left}")
+        for ledger in (service.hbm, service.host):
+            require(ledger.reserved_bytes == 0, f"{ledger.reserved_bytes} bytes of {ledger.name} are never given back")
+        require(not service.device.extents and not service.host_extents, "an extent is never given back")
+
+    def _note_queue(self) -> None:
+        for band, queue in self.service.governor.scheduler._bands.items():
+            served = self._served[band]
+            for caller in [caller for caller in served if caller not in queue.callers]:
+                del served[caller]
+            for caller in queue.callers:
+                if caller not in served:
+                    served[caller] = 0.0
+                    for other, seconds in served.items():  # the two are compared from now on
+                        self._apart[band][other, caller] = seconds
+                        self._apart[band][caller, other] = -seconds
+            for turn in queue.turns:
+                # one that is cancelled counts too: its caller has saved up for it
+                self._largest_s = max(self._largest_s, turn.cost_s)
+                if turn not in self._arrivals:
+                    assert isinstance(turn, SearchTurn)
+                    before = sum(1 for other in queue.turns if other.caller == turn.caller) - 1
+                    self._arrivals[turn] = (self._given_s[band], before)
+
+    def _taken(self, turn: SearchTurn) -> None:
+        self.turns += 1
+        band, caller, cost_s = turn.band, turn.caller, turn.cost_s
+        self._largest_s = max(self._largest_s, cost_s)
+        self._check_wait(turn)
+        self._check_alone(turn)
+        self._check_ageing(turn)
+        self._given_s[band] += cost_s
+        served = self._served[band]
+        queued = self.service.governor.scheduler._bands[band].callers
+        if caller not in served:
+            return  # it came and went within one event
+        served[caller] += cost_s
+        bound_s = self._queue.allowance_s + 2 * self._largest_s
+        for other, seconds in served.items():
+            if other != caller and other in queued:
+                ahead_s = served[caller] - seconds - self._apart[band][caller, other]
+                require(ahead_s <= bound_s + _ROUNDING_S, f"{other} is {ahead_s:.3f} s behind {caller}: {bound_s:.3f}")
+        if caller not in queued:
+            del served[caller]
+
+    def _check_alone(self, turn: SearchTurn) -> None:
+        on_device = [grant.turn for grant in self.service.governor._grants]
+        alone = any(each.alone for each in on_device)
+        require(not alone or len(on_device) == 1, "a turn that is to run alone does not")
+        needed = {id(page) for page in turn.need.pages}
+        require(not turn.alone or len(self.service.residency) == len(needed), "pages are in the way of a turn alone")
+
+    def _check_ageing(self, turn: SearchTurn) -> None:
+        old = self.service.time.now_s - self._queue.ageing_s
+        bands = self.service.governor.scheduler._bands
+        passed_over = any(
+            next(iter(queue.turns)).arrived_at <= old
+            for band, queue in bands.items()
+            if band > turn.band and queue.turns
+        )
+        self._passed_over = self._passed_over + 1 if passed_over else 0
+        # of two bands that are old each has every other chance
+        require(self._passed_over < 2 * self._queue.ageing_turns, "a band that is old gets no turn")
+
+    def _check_wait(self, turn: SearchTurn) -> None:
+        waited_s = self.service.time.now_s - turn.arrived_at
+        self.longest_wait_s = max(self.longest_wait_s, waited_s)
+        require(waited_s <= self._latest_s + _ROUNDING_S, f"a turn waited {waited_s:.3f} s")
+        given_s, before = self._arrivals.pop(turn, (self._given_s[turn.band], 0))
+        given_s = self._given_s[turn.band] - given_s
+        round_s = self._queue.allowance_s + self._largest_s
+        rounds = math.ceil((before + 1) * round_s / self._queue.allowance_s) + 1
+        bound_s = rounds * self._callers * round_s
+        require(given_s <= bound_s, f"{given_s:.3f} s were given to others of its band: {bound_s:.3f}")

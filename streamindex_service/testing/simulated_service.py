@@ -1,0 +1,264 @@
+"""The real core on virtual time and a device of numbers, with searches that behave as the frontend's do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from streamindex_service.core.caches import CacheStore, KeyCache, Page
+from streamindex_service.core.governor import Governor, GovernorLimits, Grant, Need, OpenSearch, SearchTurn
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.pages import PagePool, PageSlot
+from streamindex_service.core.residency import Residency
+from streamindex_service.core.scheduler import Band
+from streamindex_service.core.tile_pieces import TilePieces
+from streamindex_service.core.uploads import UploadTable
+from streamindex_service.errors import (
+    DeviceMemoryError,
+    ServiceError,
+    WorkerLostError,
+)
+from streamindex_service.testing.fake_device import FakeDevice, FakeTile
+from streamindex_service.testing.virtual_time import VirtualTime
+
+TILES_AHEAD = 2
+FLOP_PER_ROW = 1_000_000
+SECONDS_PER_FLOP = 1e-9  # a row takes a millisecond
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a simulated service; bytes."""
+
+    hbm_bytes: int
+    host_bytes: int
+    extent_bytes: int
+    floor_bytes: int
+    max_caches: int
+    retries: int = 3
+
+
+class SimulatedService:
+    """Caches, governor and device. `on_taken(turn)` is told of every turn that goes to the device, before it does."""
+
+    def __init__(self, sizes: Sizes, limits: GovernorLimits) -> None:
+        self.time = VirtualTime()
+        self.sizes = sizes
+        self.device = FakeDevice(self.time, sizes.hbm_bytes)
+        self.host_extents: dict[int, int] = {}
+        self.content: dict[PageSlot, int] = {}  # of host pages
+        self.hbm, self.host = Ledger("hbm", sizes.hbm_bytes), Ledger("host", sizes.host_bytes)
+        host_pool = PagePool(
+            self.host, sizes.extent_bytes, self.host_extents.__setitem__, self.host_extents.__delitem__
+        )
+        pool = PagePool(self.hbm, sizes.extent_bytes, self.device.make_extent, self.device.drop_extent)
+        self.residency = Residency(self.hbm, pool, self._load)
+        self.caches = CacheStore(host_pool, self.residency.drop, self.time, sizes.max_caches)
+        self.uploads = UploadTable(self.caches, self.time, ttl_s=1e9, max_uploads=1000)
+        self.governor = Governor(self.residency, self.time, limits)
+        self.searches: list[SimulatedSearch] = []
+        self.on_taken: Callable[[SearchTurn], None] = lambda turn: None
+        self.tiles_out_of_memory: Callable[[], bool] = lambda: False
+        self._contents = itertools.count(1)
+
+    def write(self, cache: KeyCache, layer: int, first_row: int, rows: int) -> None:
+        """An upload from start to commit; every page that it touches has new content. Raises ServiceError."""
+        upload = self.uploads.start(cache, layer, first_row, rows, 1 << 30)
+        try:
+            self.uploads.hold(upload, rows)
+            upload.rows_held = rows
+            for slot in upload.staged:
+                self.content[slot] = next(self._contents)
+            self.uploads.commit(upload)
+        finally:
+            self.uploads.drop(upload)
+
+    def crash(self) -> None:
+        """The worker dies."""
+        self.governor.device_lost()
+        self.device.crash()
+
+    def doubt(self) -> None:
+        """A copy to the device failed: what is there is given up."""
+        self.device.forget()
+        self.governor.device_in_doubt()
+
+    def _load(self, page: Page) -> None:
+        assert page.device is not None
+        self.device.load(page.device, self.content[page.host])
+
+
+class SimulatedSearch:
+    """One search from its header to its end. `outcome` is "" until then."""
+
+    def __init__(
+        self,
+        service: SimulatedService,
+        cache: KeyCache,
+        layer: int,
+        caller: str,
+        band: Band,
+        rows: int,
+        deadline_s: float | None,
+    ) -> None:
+        self.caller = caller
+        self.band = band
+        self.outcome = ""
+        self.outstanding: list[SimulatedTile] = []
+        self.service = service
+        self._cache = cache
+        self._rows = rows
+        self._ready = 0
+        self._submitted = 0
+        self._ended = False
+        self.snapshot = service.caches.snapshot(cache, layer)
+        self.content = [service.content[page.host] for page in self.snapshot.pages]
+        least = Need(self.snapshot.pages, service.sizes.floor_bytes, 0, FLOP_PER_ROW)
+        run_s = service.governor.speed.seconds(rows * FLOP_PER_ROW)
+        cache.busy += 1
+        service.searches.append(self)
+        self.open: OpenSearch | None = None
+        try:
+            self.open = service.governor.open(self.snapshot, caller, band, least, run_s, deadline_s)
+        except ServiceError as error:
+            self.end(error.reason)
+
+    def feed(self, rows: int) -> None:
+        """So many rows more have arrived."""
+        if not self._ended:
+            self._ready = min(self._rows, self._ready + rows)
+            self.pump()
+
+    def pump(self) -> None:
+        """Make tiles of what is there, as the frontend does."""
+        limit = self.service.governor.speed.rows(FLOP_PER_ROW, self.service.governor.limits.queue.max_turn_s)
+        while not self._ended and (ready := self._ready - self._submitted) > 0:
+            last = self.outstanding[-1] if self.outstanding else None
+            if last is not None and last.waiting and last.rows < limit:
+                rows = min(ready, limit - last.rows)
+                self._submitted += rows
+                last.grow(rows)
+            elif len(self.outstanding) < TILES_AHEAD:
+                rows = min(ready, limit)
+                self._submitted += rows
+                tile = SimulatedTile(self, rows)
+                self.outstanding.append(tile)
+                tile.request()
+            else:
+                return
+
+    def tile_over(self, tile: SimulatedTile, reason: str) -> None:
+        """One of its tiles is done, or can never be."""
+        self.outstanding.remove(tile)
+        if reason:
+            self.end(reason)
+        elif not self._ended and self._submitted == self._rows and not self.outstanding:
+            self.end("DONE")
+        elif self._ended:
+            self._close()
+        else:
+            self.pump()
+
+    def end(self, outcome: str) -> None:
+        """It is over for its caller; what the device has begun still ends."""
+        if self._ended:
+            self._close()
+            return
+        self._ended = True
+        assert not self.outcome, "a search ends twice"
+        self.outcome = outcome
+        for tile in list(self.outstanding):
+            tile.cancel()
+        self._close()
+
+    def _close(self) -> None:
+        if self.outstanding or self not in self.service.searches:
+            return
+        self.service.searches.remove(self)
+        if self.open is not None:
+            self.service.governor.close(self.open)
+        self.service.caches.release_snapshot(self.snapshot)
+        self._cache.busy -= 1
+        self._cache.used_at = self.service.time.now_s
+        self.service.governor.pump()
+
+
+class SimulatedTile:
+    """A tile of a search, from the queue to its end."""
+
+    def __init__(self, search: SimulatedSearch, rows: int) -> None:
+        self.rows = rows
+        self._search = search
+        self._service = search.service
+        self._turn: SearchTurn | None = None
+        self._pieces: TilePieces | None = None
+        self._cancelled = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it may still grow."""
+        return self._turn is not None and self._turn.waiting and self._pieces is None
+
+    def grow(self, rows: int) -> None:
+        """So many rows more."""
+        assert self._turn is not None
+        self.rows += rows
+        self._service.governor.grow(self._turn, self._need(self.rows, smallest=False))
+
+    def request(self) -> None:
+        """Ask for a turn."""
+        pieces = self._pieces
+        alone, smallest = (pieces.alone, pieces.smallest) if pieces is not None else (False, False)
+        rows = self.rows if pieces is None or pieces.current is None else pieces.current[1]
+        assert self._search.open is not None
+        need = self._need(rows, smallest)
+        self._turn = self._service.governor.request(self._search.open, need, self._granted, self._refused, alone=alone)
+
+    def cancel(self) -> None:
+        """Do not go on."""
+        self._cancelled = True
+        if self._turn is not None and self._turn.waiting:
+            self._service.governor.cancel(self._turn)
+            self._search.tile_over(self, WorkerLostError.reason)
+
+    def _need(self, rows: int, smallest: bool) -> Need:
+        floor = self._service.sizes.floor_bytes
+        want = floor if smallest else floor * (1 + rows % 3)
+        return Need(self._search.snapshot.pages, floor, want, rows * FLOP_PER_ROW, 64 * rows)
+
+    def _granted(self, grant: Grant) -> None:
+        service = self._service
+        service.on_taken(grant.turn)
+        if self._pieces is None:
+            self._pieces = TilePieces(0, self.rows, service.sizes.retries)
+        assert self._pieces.current is not None
+        rows = self._pieces.current[1]
+        seconds = rows * FLOP_PER_ROW * SECONDS_PER_FLOP + 1e-4
+
+        def ended(how: str) -> None:
+            self._ran(grant, how, seconds)
+
+        tile = FakeTile(self._search.snapshot.pages, self._search.content, grant.workspace_bytes, ended)
+        if service.tiles_out_of_memory():
+            tile.outcome = "no memory"
+        service.device.run(tile, seconds)
+
+    def _refused(self, error: ServiceError) -> None:
+        self._search.tile_over(self, error.reason)
+
+    def _ran(self, grant: Grant, how: str, seconds: float) -> None:
+        assert self._pieces is not None
+        self._service.governor.finish(grant, seconds if how == "done" else None)
+        if how == "done":
+            self._pieces.computed()
+        elif how == "lost":
+            self._search.tile_over(self, WorkerLostError.reason)
+            return
+        elif not self._pieces.no_memory():
+            self._search.tile_over(self, DeviceMemoryError.reason)
+            return
+        if self._pieces.current is None or self._cancelled:
+            self._search.tile_over(self, "")
+        else:
+            self.request()

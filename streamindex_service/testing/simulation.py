@@ -1,0 +1,237 @@
+"""Seeded histories of the whole core: governor, scheduler, residency and caches, on virtual time.
+
+    python -m streamindex_service.testing.simulation            # the histories that CI runs
+    python -m streamindex_service.testing.simulation 4711       # one of them, told event by event
+
+A seed says everything: sizes, callers of unequal greed, arrivals in bursts, appends, forks, truncations and deletions
+while searches run, cancellations, deadlines, workers that die, copies that fail and tiles that find no memory. The code
+under test is the service's own; simulated are time, the device, and the callers.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from streamindex_service.core.caches import CacheSpec, KeyCache
+from streamindex_service.core.governor import GovernorLimits
+from streamindex_service.core.scheduler import Band, QueueLimits
+from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.errors import ServiceError
+from streamindex_service.testing.invariants import Watch, require
+from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService, Sizes
+
+HISTORIES = 10_000
+_PAGE_BYTES = 256 * 16 * 2
+_EXPIRY_PERIOD_S = 0.5
+_MOST_EVENTS = 20_000  # of a history; one that goes on for longer has lost its way
+_BANDS = (Band.INTERACTIVE, Band.STANDARD, Band.STANDARD, Band.BATCH)
+_ROWS = (1, 1, 2, 8, 40, 150)
+
+
+class History:
+    """One seed's history. `make_service` lets a test put a broken part in."""
+
+    def __init__(
+        self,
+        seed: int,
+        make_service: Callable[[Sizes, GovernorLimits], SimulatedService] = SimulatedService,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self.seed = seed
+        self.outcomes: Counter[str] = Counter()
+        self._tell = tell
+        self._random = draw = random.Random(seed)  # noqa: S311
+        pages = draw.randint(6, 24)
+        floor_bytes = draw.randint(1, 6) * 4096
+        limits = GovernorLimits(
+            max_open=draw.choice((8, 64)),
+            max_device_turns=draw.randint(2, 6),
+            max_wait_s=draw.choice((1.0, 5.0)),
+            queue=QueueLimits(
+                max_turns=draw.choice((6, 32)),
+                max_s=draw.choice((0.5, 30.0)),
+                ageing_s=draw.choice((0.05, 0.5)),
+                ageing_turns=draw.choice((2, 4)),
+                quantum_s=0.1,
+                max_turn_s=0.02,
+            ),
+        )
+        extent_bytes = draw.choice((1, 4)) * _PAGE_BYTES
+        sizes = Sizes(pages * _PAGE_BYTES + floor_bytes, 60 * _PAGE_BYTES, extent_bytes, floor_bytes, max_caches=6)
+        self.service = make_service(sizes, limits)
+        self._callers = [f"caller{number}" for number in range(draw.randint(2, 4))]
+        self._greed = [draw.choice((1, 1, 3, 9)) for _ in self._callers]
+        self.watch = Watch(self.service, len(self._callers), _EXPIRY_PERIOD_S)
+        self._everyone: list[SimulatedSearch] = []
+        self._caches: list[KeyCache] = []
+        self._short_of_memory_until = 0.0
+
+    def run(self) -> None:
+        """From the first event to rest. Raises InvariantError, or whatever the code under test raises."""
+        self._plan()
+        events = 0
+        while self.service.time.step():
+            self.watch.look()
+            events += 1
+            require(events < _MOST_EVENTS, "it does not come to rest")
+            if self._only_expiry_is_left():
+                break
+        for cache in list(self._caches):
+            self.service.caches.delete(cache)
+        self.watch.look()
+        self.watch.at_rest(self._everyone)
+        self.outcomes.update(search.outcome for search in self._everyone)
+        self.outcomes["turns"] += self.watch.turns
+        self.outcomes["evicted pages"] += self.service.residency.evicted_pages
+
+    def _plan(self) -> None:
+        draw, after = self._random, self.service.time.after
+        service = self.service
+        service.tiles_out_of_memory = lambda: service.time.now_s < self._short_of_memory_until
+        for _ in range(draw.randint(2, 4)):
+            self._create()
+        after(draw.choice((0.0, 0.0, 0.1, 2.0)), self._ready)
+        for _ in range(draw.randint(1, 4)):  # bursts
+            at = draw.random() * 0.5
+            for _ in range(draw.choice((1, 4, 12))):
+                after(at, self._arrive)
+        for event in (self._append, self._truncate, self._fork, self._delete, self._cancel):
+            for _ in range(draw.randint(0, 3)):
+                after(draw.random(), event)
+        for chance, trouble in ((0.3, self._crash), (0.3, self._doubt), (0.3, self._no_memory)):
+            if draw.random() < chance:
+                after(draw.random() * 0.6, trouble)
+        after(_EXPIRY_PERIOD_S, self._expire)
+
+    def _only_expiry_is_left(self) -> bool:
+        return len(self.service.time) == 1 and not self.service.searches and not self.service.governor.paused
+
+    def _log(self, what: str) -> None:
+        if self._tell is not None:
+            governor = self.service.governor
+            self._tell(
+                f"{self.service.time.now_s - 1000:9.4f} s  {what:40} queued {len(governor.scheduler):3}  "
+                f"device {governor.in_flight}  hbm {self.service.hbm.reserved_bytes}"
+            )
+
+    def _ready(self) -> None:
+        self._log("a worker is ready")
+        self.service.governor.device_ready()
+
+    def _expire(self) -> None:
+        self.service.governor.expire()
+        self.service.time.after(_EXPIRY_PERIOD_S, self._expire)
+
+    def _create(self) -> None:
+        spec = CacheSpec(1, 16, 1, KeyFormat.BF16, 1, "", 0, 1e9, 2)
+        try:
+            cache = self.service.caches.create("owner", spec)
+        except ServiceError:
+            return
+        self._caches.append(cache)
+        self._write(cache, 0, self._random.randint(1, 8 * 256))
+
+    def _write(self, cache: KeyCache, first_row: int, rows: int) -> None:
+        try:
+            self.service.write(cache, 0, first_row, rows)
+        except ServiceError as error:
+            self.outcomes[error.reason] += 1
+
+    def _pick(self) -> KeyCache | None:
+        return self._random.choice(self._caches) if self._caches else None
+
+    def _append(self) -> None:
+        cache = self._pick()
+        if cache is not None:
+            length = cache.layers[0].length_keys
+            first = max(0, length - self._random.choice((0, 0, 1, 300)))
+            self._write(cache, first, self._random.choice((1, 40, 700)))
+            self._log("keys are appended")
+
+    def _truncate(self) -> None:
+        cache = self._pick()
+        if cache is not None:
+            self.service.caches.truncate(cache, self._random.randint(0, cache.layers[0].length_keys), 0)
+            self._log("a layer is truncated")
+
+    def _fork(self) -> None:
+        cache = self._pick()
+        if cache is not None:
+            try:
+                self._caches.append(self.service.caches.fork(cache, None))
+            except ServiceError as error:
+                self.outcomes[error.reason] += 1
+            self._log("a cache is forked")
+
+    def _delete(self) -> None:
+        cache = self._pick()
+        if cache is not None:
+            self._caches.remove(cache)
+            self.service.caches.delete(cache)
+            self._log("a cache is deleted")
+
+    def _arrive(self) -> None:
+        draw, cache = self._random, self._pick()
+        if cache is None:
+            return
+        (caller,) = draw.choices(self._callers, self._greed)
+        rows, band = draw.choice(_ROWS), draw.choice(_BANDS)
+        deadline_s = draw.choice((None, None, 0.02, 0.3))
+        search = SimulatedSearch(self.service, cache, 0, caller, band, rows, deadline_s)
+        self._everyone.append(search)
+        self._log(f"{caller} searches {rows} rows, {band.name.lower()} {search.outcome}")
+        if deadline_s is not None:
+            self.service.time.after(deadline_s, lambda: self._end(search, "DEADLINE"))
+        first = draw.choice((rows, 1))
+        search.feed(first)
+        if first < rows:
+            self.service.time.after(draw.random() / 10, lambda: search.feed(rows))
+
+    def _end(self, search: SimulatedSearch, outcome: str) -> None:
+        if not search.outcome:
+            self._log(f"{search.caller} {outcome}")
+            search.end(outcome)
+
+    def _cancel(self) -> None:
+        if self.service.searches:
+            self._end(self._random.choice(self.service.searches), "CANCELLED")
+
+    def _crash(self) -> None:
+        self._log("the worker dies")
+        self.service.crash()
+        self.service.time.after(self._random.choice((0.01, 0.2, 8.0)), self._ready)
+
+    def _doubt(self) -> None:
+        if not self.service.governor.paused:
+            self._log("a copy to the device fails")
+            self.service.doubt()
+
+    def _no_memory(self) -> None:
+        self._log("the device is short of memory")
+        self._short_of_memory_until = self.service.time.now_s + self._random.choice((0.005, 0.02, 0.2))
+
+
+def main(arguments: list[str]) -> None:
+    """One history with its events, or all of them."""
+    if arguments:
+        History(int(arguments[0]), tell=lambda line: print(line)).run()  # noqa: T201
+        return
+    started = time.perf_counter()
+    outcomes: Counter[str] = Counter()
+    for seed in range(HISTORIES):
+        history = History(seed)
+        try:
+            history.run()
+        except Exception as error:
+            command = f"python -m streamindex_service.testing.simulation {seed}"
+            raise SystemExit(f"seed {seed}: {error!r}; replay: {command}") from error
+        outcomes += history.outcomes
+    print(f"{HISTORIES} histories in {time.perf_counter() - started:.1f} s: {dict(outcomes)}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

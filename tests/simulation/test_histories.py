@@ -1,0 +1,165 @@
+"""The core through thousands of histories; and that the simulator would see it if the core were wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from streamindex_service.core import governor as governor_module
+from streamindex_service.core.caches import CacheStore
+from streamindex_service.core.governor import Governor
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.residency import Residency
+from streamindex_service.core.scheduler import Scheduler, _BandQueue
+from streamindex_service.testing.simulation import HISTORIES, History
+
+CHUNK = 1000
+SEEDS_TO_FAIL = 400  # of a broken core, so many histories must show it
+
+
+@pytest.mark.parametrize("first", range(0, HISTORIES, CHUNK))
+def test_any_history(first):
+    """A failure names its seed: python -m streamindex_service.testing.simulation SEED tells it again."""
+    for seed in range(first, first + CHUNK):
+        try:
+            History(seed).run()
+        except Exception as error:
+            raise AssertionError(f"python -m streamindex_service.testing.simulation {seed}") from error
+
+
+def test_the_histories_reach_what_they_are_about():
+    outcomes: Counter[str] = Counter()
+    for seed in range(300):
+        history = History(seed)
+        history.run()
+        outcomes += history.outcomes
+    for name in (
+        "DONE", "CANCELLED", "DEADLINE", "QUEUE_FULL", "DEADLINE_UNREACHABLE", "EXCEEDS_BUDGET", "WORKER_LOST",
+        "DEVICE_MEMORY", "NOT_READY", "evicted pages",
+    ):  # fmt: skip
+        assert outcomes[name] > 5, f"{name}: {outcomes}"
+
+
+def test_a_seed_is_the_same_history_every_time():
+    for seed in (3, 77):
+        told: list[list[str]] = []
+        for _ in range(2):
+            lines: list[str] = []
+            History(seed, tell=lines.append).run()
+            told.append(lines)
+        assert told[0] == told[1]
+        assert len(told[0]) > 3
+
+
+def forgotten_workspace(patch):
+    class Careless(Governor):
+        def finish(self, grant, device_s=None):
+            super().finish(grant, device_s)
+            if device_s is None:
+                self.hbm.reserved_bytes += grant.workspace_bytes
+
+    patch.setattr("streamindex_service.testing.simulated_service.Governor", Careless)
+
+
+def forgotten_pins(patch):
+    patch.setattr(Residency, "unpin", lambda self, pages: None)
+
+
+def forgotten_pump(patch):
+    pump = Governor.pump
+    patch.setattr(Governor, "pump", lambda self: None if len(self.scheduler) == 1 and not self._grants else pump(self))
+
+
+def pins_that_are_not_looked_at(patch):
+    patch.setattr(Residency, "_victims", lambda self: iter(list(self._resident)))
+
+
+def a_ledger_without_a_limit(patch):
+    def reserve(self, size_bytes):
+        self.reserved_bytes += size_bytes
+        return True
+
+    patch.setattr(Ledger, "try_reserve", reserve)
+
+
+def first_come_first_served(patch):
+    patch.setattr(_BandQueue, "next_turn", lambda self: next(iter(self.turns)))
+
+
+def turns_that_cost_nothing(patch):
+    take = _BandQueue.take
+
+    def free(self, turn):
+        caller = self.callers[turn.caller]
+        take(self, turn)
+        caller.deficit_s += turn.cost_s
+
+    patch.setattr(_BandQueue, "take", free)
+
+
+def bands_that_never_age(patch):
+    patch.setattr(Scheduler, "_next_band", lambda self, now: next((b for b, q in self._bands.items() if q.turns), None))
+
+
+def waits_that_never_end(patch):
+    patch.setattr(Governor, "expire", lambda self: 0)
+
+
+def a_device_that_is_not_forgotten(patch):
+    def forget(self):
+        self._resident.clear()
+        self.device.reset()
+
+    patch.setattr(Residency, "forget", forget)
+
+
+def forks_that_are_not_counted(patch):
+    fork = CacheStore.fork
+
+    def careless(self, cache, keys):
+        twin = fork(self, cache, keys)
+        for layer in twin.layers:
+            for page in layer.pages:
+                page.references -= 1
+        return twin
+
+    patch.setattr(CacheStore, "fork", careless)
+
+
+def alone_in_name_only(patch):
+    patch.setattr(governor_module, "_BUSY_TURNS", 10**6)
+    patch.setattr(Residency, "evict_all", lambda self: None)
+
+
+def a_copy_that_is_left_out(patch):
+    promote = Residency._promote
+
+    def lazy(self, pages):
+        load, self._load = self._load, lambda page: None
+        try:
+            return promote(self, pages)
+        finally:
+            self._load = load
+
+    patch.setattr(Residency, "_promote", lazy)
+
+
+MUTATIONS = [
+    forgotten_workspace, forgotten_pins, forgotten_pump, pins_that_are_not_looked_at, a_ledger_without_a_limit,
+    first_come_first_served, turns_that_cost_nothing, bands_that_never_age, waits_that_never_end,
+    a_device_that_is_not_forgotten, forks_that_are_not_counted, alone_in_name_only, a_copy_that_is_left_out,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_a_broken_core_is_seen(mutation, monkeypatch):
+    mutation(monkeypatch)
+    seen = 0
+    for seed in range(SEEDS_TO_FAIL):
+        try:
+            History(seed).run()
+        except Exception:
+            seen += 1
+            break
+    assert seen, "the simulator does not notice"
