@@ -11,9 +11,22 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from streamindex_service.core.accounts import NO_QUOTA, Account, Accounts, Quota
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.sizes import PAGE_KEYS, KeyFormat, page_bytes, pages_of
-from streamindex_service.errors import CacheNotFoundError, InvalidArgumentError, LayerChangedError, TooManyError
+from streamindex_service.errors import (
+    CacheNotFoundError,
+    HostMemoryError,
+    InvalidArgumentError,
+    LayerChangedError,
+    TooManyError,
+)
+
+# What the host holds of a cache beside its pages, about, counted as long as the cache lives: its own record, that of a
+# layer, and of a fork the entries of its page lists. Pages of its own are accounted for by what lies in them.
+CACHE_RECORD_BYTES = 1024
+LAYER_RECORD_BYTES = 256
+FORKED_PAGE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +50,68 @@ class CacheSpec:
 
 
 @dataclass(slots=True, eq=False)
-class Page:
-    """256 keys in host memory, and where they lie on the device, if they do."""
-
-    host: PageSlot
-    page_bytes: int
-    references: int = 1
-    device: PageSlot | None = None
-    pins: int = 0  # searches that use the device copy now
-
-
-@dataclass(slots=True, eq=False)
 class Layer:
-    """One layer: a length and its pages. `version` changes with everything that changes what a search would see."""
+    """One layer: a length and its pages. `version` changes with everything that changes what a search would see.
+
+    `resident_pages` is how many of its pages are on the device.
+    """
 
     length_keys: int = 0
     pages: list[Page] = field(default_factory=list)
     version: int = 1
+    resident_pages: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Page:
+    """256 keys in host memory, and where they lie on the device, if they do.
+
+    `layer` and `forks` are the layers that show it; searches that only hold it are counted in `references`.
+    """
+
+    host: PageSlot
+    page_bytes: int
+    account: Account
+    layer: Layer | None
+    references: int = 1
+    device: PageSlot | None = None
+    pins: int = 0  # searches that use the device copy now
+    forks: dict[Layer, None] | None = None
+
+    def place(self, slot: PageSlot) -> None:
+        """It is on the device now."""
+        assert self.device is None, "a page has two places"
+        self.device = slot
+        self._count(1)
+
+    def displace(self) -> None:
+        """It is not any more."""
+        self.device = None
+        self._count(-1)
+
+    def show_in(self, layer: Layer) -> None:
+        """One more layer has it."""
+        if self.layer is None:
+            self.layer = layer
+        else:
+            self.forks = self.forks or {}
+            self.forks[layer] = None
+        layer.resident_pages += self.device is not None
+
+    def hide_from(self, layer: Layer) -> None:
+        """A layer has it no more."""
+        if self.layer is layer:
+            self.layer = None
+        else:
+            assert self.forks is not None, "a page is not in this layer"
+            del self.forks[layer]
+        layer.resident_pages -= self.device is not None
+
+    def _count(self, pages: int) -> None:
+        if self.layer is not None:
+            self.layer.resident_pages += pages
+        for layer in self.forks or ():
+            layer.resident_pages += pages
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +134,7 @@ class KeyCache:
     layers: list[Layer]
     created: int  # order of creation
     used_at: float
+    record_bytes: int  # of the host, beside the pages
     busy: int = 0  # calls that name it now: it does not expire under them
     deleted: bool = False
 
@@ -87,8 +146,7 @@ class KeyCache:
     @property
     def resident_bytes(self) -> int:
         """Bytes of its pages that are on the device."""
-        resident = sum(page.device is not None for layer in self.layers for page in layer.pages)
-        return resident * self.spec.page_bytes
+        return sum(layer.resident_pages for layer in self.layers) * self.spec.page_bytes
 
 
 class CacheStore:
@@ -103,31 +161,42 @@ class CacheStore:
         drop_device: Callable[[Page], None],
         clock: Callable[[], float],
         max_caches: int,
+        quota: Quota = NO_QUOTA,
         new_id: Callable[[], str] = lambda: "kc_" + secrets.token_urlsafe(18),
     ) -> None:
         self.host = host
+        self.accounts = Accounts(quota)
         self._drop_device = drop_device
         self._clock = clock
         self._max_caches = max_caches
         self._new_id = new_id
         self._caches: dict[str, KeyCache] = {}
+        self._owned: dict[str, dict[str, KeyCache]] = {}  # by owner, oldest first
         self._created = 0
 
     def __len__(self) -> int:
         return len(self._caches)
 
-    def create(self, owner: str, spec: CacheSpec) -> KeyCache:
-        """Make an empty cache. Raises TooManyError."""
+    def create(self, owner: str, spec: CacheSpec, shared_pages: int = 0) -> KeyCache:
+        """Make an empty cache, to share so many pages. Raises TooManyError, HostMemoryError, with the figures."""
         if len(self._caches) >= self._max_caches:
             raise TooManyError(
                 f"the server holds {self._max_caches} key caches, as many as it may",
                 metadata={"key_caches": len(self._caches), "limit": self._max_caches},
             )
+        record_bytes = CACHE_RECORD_BYTES + spec.layers * LAYER_RECORD_BYTES + shared_pages * FORKED_PAGE_BYTES
+        account = self.accounts.of(owner)
+        account.open_cache()
+        if not self.host.ledger.try_reserve(record_bytes):
+            account.close_cache()
+            self.accounts.forget_if_empty(account)
+            raise host_memory_used_up(self.host, record_bytes)
         self._created += 1
         now = self._clock()
         layers = [Layer() for _ in range(spec.layers)]
-        cache = KeyCache(self._new_id(), owner, spec, layers, self._created, now)
+        cache = KeyCache(self._new_id(), owner, spec, layers, self._created, now, record_bytes)
         self._caches[cache.cache_id] = cache
+        self._owned.setdefault(owner, {})[cache.cache_id] = cache
         return cache
 
     def get(self, owner: str, cache_id: str) -> KeyCache:
@@ -140,17 +209,25 @@ class CacheStore:
 
     def owned_by(self, owner: str, after: int, limit: int) -> list[KeyCache]:
         """The caller's caches made after number `after`, oldest first, at most `limit`."""
-        found = (c for c in self._caches.values() if c.owner == owner and c.created > after and not self._expired(c))
+        owned = self._owned.get(owner, {}).values()
+        found = (cache for cache in owned if cache.created > after and not self._expired(cache))
         return [cache for cache, _ in zip(found, range(limit), strict=False)]
 
     def delete(self, cache: KeyCache) -> None:
         """Drop a cache."""
         del self._caches[cache.cache_id]
+        owned = self._owned[cache.owner]
+        del owned[cache.cache_id]
+        if not owned:
+            del self._owned[cache.owner]
         cache.deleted = True
         for layer in cache.layers:
-            self._release(layer.pages)
-            layer.pages = []
+            self._let_go(layer, 0, len(layer.pages))
             layer.length_keys = 0
+        self.host.ledger.release(cache.record_bytes)
+        account = self.accounts.of(cache.owner)
+        account.close_cache()
+        self.accounts.forget_if_empty(account)
 
     def expired(self) -> list[KeyCache]:
         """Every cache that was idle for its time to live."""
@@ -161,20 +238,20 @@ class CacheStore:
         layers = cache.layers if layer_index is None else [self.layer(cache, layer_index)]
         for layer in layers:
             if keys < layer.length_keys:
-                keep = pages_of(keys)
-                self._release(layer.pages[keep:])
-                del layer.pages[keep:]
+                self._let_go(layer, pages_of(keys), len(layer.pages))
                 layer.length_keys = keys
                 layer.version += 1
 
     def fork(self, cache: KeyCache, keys: int | None) -> KeyCache:
-        """Make a cache that shares this one's pages. Raises TooManyError."""
-        twin = self.create(cache.owner, cache.spec)
-        for source, target in zip(cache.layers, twin.layers, strict=True):
-            target.length_keys = source.length_keys if keys is None else min(keys, source.length_keys)
-            target.pages = source.pages[: pages_of(target.length_keys)]
+        """Make a cache that shares this one's pages. Raises TooManyError, HostMemoryError."""
+        lengths = [layer.length_keys if keys is None else min(keys, layer.length_keys) for layer in cache.layers]
+        twin = self.create(cache.owner, cache.spec, sum(map(pages_of, lengths)))
+        for source, target, length in zip(cache.layers, twin.layers, lengths, strict=True):
+            target.length_keys = length
+            target.pages = source.pages[: pages_of(length)]
             for page in target.pages:
                 page.references += 1
+                page.show_in(target)
         return twin
 
     def layer(self, cache: KeyCache, index: int) -> Layer:
@@ -208,16 +285,24 @@ class CacheStore:
                 "the layer was truncated below the upload's first row", metadata={"layer_keys": layer.length_keys}
             )
         first_page = first_row // PAGE_KEYS
-        pages = [Page(slot, cache.spec.page_bytes) for slot in staged]
-        replaced = layer.pages[first_page : first_page + len(pages)]
-        layer.pages[first_page : first_page + len(pages)] = pages
+        account = self.accounts.of(cache.owner)
+        pages = [Page(slot, cache.spec.page_bytes, account, layer) for slot in staged]
+        self._let_go(layer, first_page, first_page + len(pages))
+        layer.pages[first_page:first_page] = pages
         layer.length_keys = max(layer.length_keys, first_row + rows)
         layer.version += 1
         assert len(layer.pages) == pages_of(layer.length_keys)
-        self._release(replaced)
 
     def _expired(self, cache: KeyCache) -> bool:
         return cache.busy == 0 and self._clock() - cache.used_at >= cache.spec.idle_ttl_s
+
+    def _let_go(self, layer: Layer, start: int, stop: int) -> None:
+        """Take pages [start, stop) out of a layer."""
+        pages = layer.pages[start:stop]
+        del layer.pages[start:stop]
+        for page in pages:
+            page.hide_from(layer)
+        self._release(pages)
 
     def _release(self, pages: tuple[Page, ...] | list[Page]) -> None:
         for page in pages:
@@ -228,6 +313,21 @@ class CacheStore:
                 if page.device is not None:
                     self._drop_device(page)
                 self.host.free(page.host)
+                page.account.take(-page.page_bytes)
+                self.accounts.forget_if_empty(page.account)
+
+
+def host_memory_used_up(host: PagePool, needed_bytes: int) -> HostMemoryError:
+    """The refusal, with the figures."""
+    ledger = host.ledger
+    return HostMemoryError(
+        "the host memory budget is used up",
+        metadata={
+            "needed_bytes": needed_bytes,
+            "reserved_bytes": ledger.reserved_bytes,
+            "budget_bytes": ledger.limit_bytes,
+        },
+    )
 
 
 def edges(layer: Layer, first_row: int, rows: int) -> list[tuple[int, int, int]]:

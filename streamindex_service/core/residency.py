@@ -63,14 +63,14 @@ class Residency:
         """A page is gone, or must go: free its copy."""
         assert page.device is not None
         self.device.free(page.device)
-        page.device = None
+        page.displace()
         self.moves += 1
         del self._resident[page]
 
     def forget(self) -> None:
         """What was on the device is lost, pins and all."""
         for page in self._resident:
-            page.device = None
+            page.displace()
             page.pins = 0
         self.moves += 1
         self._resident.clear()
@@ -99,7 +99,7 @@ class Residency:
                 slot = self.device.try_allocate(page.page_bytes)
             placed.append((page, slot))
         for page, slot in placed:
-            page.device = slot
+            page.place(slot)
             self._load(page)
         self.promoted_pages += len(placed)
         for page in pages:  # the most recently used are last

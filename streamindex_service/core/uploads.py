@@ -10,17 +10,18 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from streamindex_service.core.caches import CacheStore, KeyCache, Layer
+from streamindex_service.core.caches import CacheStore, KeyCache, Layer, host_memory_used_up
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.core.sizes import PAGE_KEYS
 from streamindex_service.errors import (
-    HostMemoryError,
     InvalidArgumentError,
     OffsetGapError,
     TooManyError,
     UploadBusyError,
     UploadNotFoundError,
 )
+
+_RECLAIM_S = 1.0  # between two looks for what has expired, when memory is short
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +88,7 @@ class UploadTable:
         self._ttl_s = ttl_s
         self._max_uploads = max_uploads
         self._new_id = new_id
+        self._reclaimed_at = -_RECLAIM_S
         self._uploads: dict[str, Upload] = {}
         self._committed: dict[str, Upload] = {}  # those of them that are committed, oldest first
 
@@ -152,18 +154,31 @@ class UploadTable:
         last_page, _ = upload.place(rows - 1)
         page_bytes = upload.cache.spec.page_bytes
         while (missing := last_page + 1 - len(upload.staged)) > 0:
-            slots = self._store.host.try_allocate_some(page_bytes, missing)
+            account = self._store.accounts.of(upload.owner)
+            most = account.room(page_bytes, missing)
+            slots = self._store.host.try_allocate_some(page_bytes, most)
             if not slots:
-                ledger = self._store.host.ledger
-                raise HostMemoryError(
-                    "the host memory budget is used up",
-                    metadata={
-                        "needed_bytes": page_bytes,
-                        "reserved_bytes": ledger.reserved_bytes,
-                        "budget_bytes": ledger.limit_bytes,
-                    },
-                )
+                if self.reclaim():
+                    continue
+                raise host_memory_used_up(self._store.host, page_bytes)
             upload.staged += slots
+            account.take(len(slots) * page_bytes)
+
+    def reclaim(self) -> bool:
+        """Drop caches and uploads past their time to live, before anybody is refused for want of memory.
+
+        False when there are none, and when it was tried a moment ago: it looks at all of them.
+        """
+        now = self._clock()
+        if now - self._reclaimed_at < _RECLAIM_S:
+            return False
+        self._reclaimed_at = now
+        dropped = self.expire()
+        for cache in self._store.expired():
+            self._store.delete(cache)
+            self.drop_cache(cache)
+            dropped += 1
+        return dropped > 0
 
     def commit(self, upload: Upload) -> None:
         """Make a complete upload visible. Raises CacheNotFoundError, LayerChangedError."""
@@ -184,6 +199,9 @@ class UploadTable:
         self._committed.pop(upload.upload_id, None)
         for slot in upload.staged:
             self._store.host.free(slot)
+        account = self._store.accounts.of(upload.owner)
+        account.take(-len(upload.staged) * upload.cache.spec.page_bytes)
+        self._store.accounts.forget_if_empty(account)
         upload.staged = []
 
     def drop_cache(self, cache: KeyCache) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from streamindex_service.config import Settings
+from streamindex_service.core.accounts import Quota
 from streamindex_service.core.caches import CacheStore, KeyCache, Page
 from streamindex_service.core.governor import Governor, GovernorLimits
 from streamindex_service.core.ledger import Ledger
@@ -48,7 +49,7 @@ class Service:
         self.device = DeviceWorker(self.host_extents, settings.worker.poison_deaths, clock)
         host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
         device_pool = PagePool(self.hbm, int(memory.extent_bytes), self.device.make_extent, self.device.drop_extent)
-        self.caches = CacheStore(host_pool, self._drop_device_page, clock, settings.server.max_caches)
+        self.caches = CacheStore(host_pool, self._drop_device_page, clock, settings.server.max_caches, _quota(settings))
         residency = Residency(self.hbm, device_pool, self.device.load)
         self.governor = Governor(residency, clock, _governor_limits(settings))
         self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
@@ -149,6 +150,11 @@ class Service:
                 self.delete_cache(cache)
             if uploads or caches:
                 self.log.info("expired", caches=len(caches), uploads=uploads)
+
+
+def _quota(settings: Settings) -> Quota:
+    limits = settings.limits
+    return Quota(limits.max_caller_caches or None, int(limits.max_caller_host_bytes) or None)
 
 
 def _governor_limits(settings: Settings) -> GovernorLimits:

@@ -61,7 +61,9 @@ class Watch:
         for ledger in (service.hbm, service.host):
             require(0 <= ledger.reserved_bytes <= ledger.limit_bytes, f"the ledger {ledger.name} passes its limit")
         require(service.hbm.reserved_bytes == service.device.used_bytes, "the ledger is not what the device holds")
-        require(service.host.reserved_bytes == sum(service.host_extents.values()), "nor that of the host")
+        held = sum(service.host_extents.values()) + sum(c.record_bytes for c in service.caches._caches.values())
+        require(service.host.reserved_bytes == held, "the ledger is not what the host holds")
+        self._count_pages()
         require(governor.in_flight == len(service.device.tiles), "a turn is with the device for which it does nothing")
         waiting = len(governor.scheduler)
         require(not waiting or governor.paused or governor.in_flight > 0, "a waiter is forgotten")
@@ -79,7 +81,22 @@ class Watch:
         require(left == (0, 0, 0), f"turns queued, on the device, searches open: {left}")
         for ledger in (service.hbm, service.host):
             require(ledger.reserved_bytes == 0, f"{ledger.reserved_bytes} bytes of {ledger.name} are never given back")
+        require(not len(service.caches.accounts), "a caller who holds nothing is remembered")
         require(not service.device.extents and not service.host_extents, "an extent is never given back")
+
+    def _count_pages(self) -> None:
+        pages = set()
+        for cache in self.service.caches._caches.values():
+            for layer in cache.layers:
+                resident = sum(page.device is not None for page in layer.pages)
+                require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
+                pages.update(layer.pages)
+        for search in self.service.searches:
+            pages.update(search.snapshot.pages)
+        require(len(pages) == self.service.caches.host.pages_in_use, "the pages are not those that the host allocated")
+        held = sum(page.page_bytes for page in pages)
+        accounts = self.service.caches.accounts
+        require(held == sum(each.host_bytes for each in accounts), "the accounts are not what callers hold")
 
     def _note_queue(self) -> None:
         for band, queue in self.service.governor.scheduler._bands.items():

@@ -124,7 +124,7 @@ def test_a_fork_and_its_source_change_apart(twins, calls, kind, keep):
     source.check()
     before = calls.ledger("host").reserved_bytes
     fork = twins(kind, twin=source.fork(keep))
-    assert calls.ledger("host").reserved_bytes == before  # shared, not copied
+    assert 0 < calls.ledger("host").reserved_bytes - before < 2048  # the record; pages are shared, not copied
     fork.check()
     source.write(0, 250, 20)  # copy on write, on the one side
     fork.write(0, len(fork.model.layers[0]), 60)  # and on the other

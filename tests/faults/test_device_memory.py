@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from streamindex.v1 import search_pb2
 
+from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.errors import DeviceMemoryError
 from tests.support.calls import Calls, batch_item, query_chunk, search_header
 from tests.support.services import is_idle, wait_for
@@ -23,6 +24,8 @@ def short_of_memory(inside, monkeypatch):
     """Tiles of more than `most_rows` find no memory; the list tells (rows, workspace, turns on the device) of each."""
     device, governor = inside.server.service.device, inside.server.service.governor
     submit, seen = device.submit, []
+    monkeypatch.setattr(governor, "speed", DeviceSpeed())  # whatever the machine does: all rows are one tile
+    monkeypatch.setattr(governor.speed, "observe", lambda flop, seconds: None)
 
     def limited(most_rows):
         def submit_or_fail(view, spec, block, place, request_key, workspace_bytes):

@@ -83,7 +83,8 @@ def test_a_search_that_ends_early_gives_everything_back(service, calls, frozen, 
             wait_for(lambda: ledgers(calls)["ingress"] == 4 * MIB // 4)
         assert calls.load().running_searches == 1
         # on the device it holds what its tiles there need, and nothing while it has none
-        assert (ledgers(calls)["hbm"] > before["hbm"]) == (moment == "on the device")
+        if moment != "answered":  # then its next tile may run still
+            assert (ledgers(calls)["hbm"] > before["hbm"]) == (moment == "on the device")
         if way == "cancel":
             call.cancel()
         elif way == "connection lost":

@@ -200,7 +200,8 @@ class World:
             assert 0 <= ledger.reserved_bytes <= ledger.peak_bytes <= ledger.limit_bytes
             extents = sum(memory.extents.values())
             grants = sum(s.grant.workspace_bytes for s in self.searches if s.grant) if ledger is self.hbm else 0
-            assert ledger.reserved_bytes == extents + grants
+            records = sum(c.record_bytes for c in self.store._caches.values()) if ledger is self.host else 0
+            assert ledger.reserved_bytes == extents + grants + records
         for search in self.searches:
             self.check_pages(search)
         running = [search for search in self.searches if search.grant is not None]
@@ -214,6 +215,16 @@ class World:
         places = {id(page): page.device for page in held if page.device is not None}
         assert len(set(places.values())) == len(places), "two pages in one place"
         assert len(places) == self.device_pool.pages_in_use
+        distinct = {id(page): page for page in held}
+        staged = sum(len(u.staged) for u in self.uploads._uploads.values())
+        assert len(distinct) + staged == self.store.host.pages_in_use
+        staged_bytes = sum(len(u.staged) * u.cache.spec.page_bytes for u in self.uploads._uploads.values())
+        account = self.store.accounts.of(OWNER)
+        assert account.host_bytes == sum(page.page_bytes for page in distinct.values()) + staged_bytes
+        assert account.caches == sum(cache.owner == OWNER for cache in self.store._caches.values())
+        for cache in self.store._caches.values():
+            resident = sum(page.device is not None for layer in cache.layers for page in layer.pages)
+            assert cache.resident_bytes == resident * cache.spec.page_bytes
 
 
 def choose(random: np.random.Generator, items: list):

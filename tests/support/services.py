@@ -31,7 +31,7 @@ TIGHT = {
     "memory": {
         **ROOMY["memory"],
         "device_budget_bytes": 19 * MIB + MIB // 4,
-        "host_budget_bytes": 8 * MIB,
+        "host_budget_bytes": 8 * MIB + 12 * 1024,  # pages, and the records of a few caches
         "extent_bytes": MIB // 4,
     },
     "worker": CPU,

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from streamindex_service.core.accounts import NO_QUOTA, Account
 from streamindex_service.core.caches import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
@@ -263,6 +264,9 @@ class OneLink:
         self.link = Link()
 
 
+ACCOUNT = Account("owner", NO_QUOTA)
+
+
 class Snapshot:
     class spec:  # noqa: N801
         key_format, head_dim = 1, 16
@@ -277,7 +281,7 @@ async def test_a_view_serves_until_its_pages_move_and_goes_with_its_memory():
     device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30), 0), 2, time.monotonic)
     device.governor, device.supervisor = OneEpoch(), OneLink()
     device.governor.residency = residency = OneEpoch.residency()
-    pages = tuple(Page(PageSlot(1, at), 1024, device=PageSlot(9, at)) for at in (0, 1024))
+    pages = tuple(Page(PageSlot(1, at), 1024, ACCOUNT, None, device=PageSlot(9, at)) for at in (0, 1024))
     view = device.view_of(None, Snapshot, pages, 300)
     assert device.view_of(view, Snapshot, pages, 300) is view
     residency.moves += 1  # somebody else's
@@ -305,8 +309,12 @@ async def test_pages_that_lost_their_place_before_they_were_copied():
     device = DeviceWorker(extents, 2, time.monotonic)
     device.governor = OneEpoch()
     device.supervisor = OneLink()
-    gone, moved, kept = (Page(PageSlot(1, offset), 1024, device=PageSlot(9, offset)) for offset in (0, 1024, 2048))
-    freed = Page(PageSlot(2, 0), 1024, device=PageSlot(9, 4096))  # its extent in the host is gone as well
+    gone, moved, kept = (
+        Page(PageSlot(1, offset), 1024, ACCOUNT, None, device=PageSlot(9, offset)) for offset in (0, 1024, 2048)
+    )
+    freed = Page(
+        PageSlot(2, 0), 1024, ACCOUNT, None, device=PageSlot(9, 4096)
+    )  # its extent in the host is gone as well
     for page in (gone, moved, freed, kept):
         device.load(page)
     gone.device = freed.device = None
