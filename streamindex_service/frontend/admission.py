@@ -10,9 +10,11 @@ from typing import Protocol
 from streamindex_service.core.caches import KeyCache
 from streamindex_service.core.estimates import TopkWork
 from streamindex_service.core.governor import Grant, Need, OpenSearch, SearchTurn
+from streamindex_service.core.windows import MERGE_BYTES_PER_ENTRY, windows_of
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import requests
-from streamindex_service.frontend.device import TileSpec, View
+from streamindex_service.frontend.device import TilePart, TilePlace, TileSpec, View
+from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.service import Service
 
@@ -43,6 +45,7 @@ class AdmittedSearch:
         self.service = service
         self._cache = cache
         self._view: View | None = None
+        self._viewed = 0  # the window that it shows
         spec = cache.spec
         self.snapshot = service.caches.snapshot(cache, layer)
         self.spec = TileSpec(spec.heads, spec.ratio, parameters.top_k, parameters.order)
@@ -55,8 +58,27 @@ class AdmittedSearch:
             parameters.want_scores,
             service.require_worker_info().implementation,
         )
+        beside, block_bytes = requests.search_floor_bytes(service.settings), service.blocks.block_bytes
+        with_scores = BlockLayout.of(spec, parameters.top_k, True, block_bytes)
+        # a merge takes no more than a block, or what a single row needs
+        merge_bytes = max(block_bytes, self._merge_bytes(1))
+        self.windows = windows_of(self.snapshot, service.hbm.limit_bytes, beside, merge_bytes)
+        self.in_parts = len(self.windows) > 1
+        self._most_rows = merge_bytes // self._merge_bytes(1)  # of a tile that is merged
+        self.want_scores = parameters.want_scores
+        # parts are merged by their scores, whether the caller wants them or not
+        self.layout = (
+            with_scores
+            if self.in_parts
+            else BlockLayout.of(spec, parameters.top_k, parameters.want_scores, block_bytes)
+        )
         try:
-            least = Need(self.snapshot.pages, requests.search_floor_bytes(service.settings), 0, self.work.flop(1))
+            least = Need(
+                self.windows[0].pages,
+                beside + merge_bytes * self.in_parts,
+                0,
+                self.work.flop(1, self.windows[0].keys),
+            )
             run_s = service.governor.speed.seconds(self.work.flop(max(1, parameters.row_count)))
             self._search: OpenSearch = service.governor.open(
                 self.snapshot, cache.owner, parameters.band, least, run_s, deadline_s
@@ -77,10 +99,13 @@ class AdmittedSearch:
     @property
     def tile_rows(self) -> int:
         """Query rows that the device computes in about `worker.tile_s`, by the speed it has shown; at least 1."""
-        return self.service.governor.speed.rows(self.work.flop(1), self.service.settings.worker.tile_s)
+        flop = self.work.flop(1, self.windows[0].keys)
+        rows = self.service.governor.speed.rows(flop, self.service.settings.worker.tile_s)
+        return min(rows, self._most_rows) if self.in_parts else rows
 
     def request(
         self,
+        window: int,
         rows: int,
         keys: int,
         granted: Callable[[Grant], None],
@@ -89,36 +114,59 @@ class AdmittedSearch:
         alone: bool = False,
         smallest: bool = False,
     ) -> SearchTurn:
-        """Ask for a turn on the device, for a tile of so many rows that see up to so many keys.
+        """Ask for a turn on the device, for a tile of so many rows that see up to so many keys, and a window of these.
 
         `smallest`: with no more workspace than any tile can do with.
         """
-        need = self._need(rows, keys, smallest)
+        need = self._need(window, rows, keys, smallest)
         return self.service.governor.request(self._search, need, granted, refused, alone=alone)
 
     def grow(self, turn: SearchTurn, rows: int, keys: int) -> None:
         """A tile that still waits has come to have so many rows, and to see so many keys."""
-        self.service.governor.grow(turn, self._need(rows, keys, smallest=False))
+        self.service.governor.grow(turn, self._need(0, rows, keys, smallest=False))
 
     def keys_seen(self, last_position: int) -> int:
         """Keys that a query at this position sees."""
         return min((last_position + 1) // self.spec.ratio, self.snapshot.length_keys)
 
-    def view(self) -> View:
-        """The layer as the worker knows it. For the moment in which a turn is granted; raises WorkerLostError."""
-        snapshot = self.snapshot
-        self._view = self.service.device.view_of(self._view, snapshot, snapshot.pages, snapshot.length_keys)
+    def windows_seen(self, keys: int) -> int:
+        """Windows of the layer that hold the first so many keys; at least 1."""
+        return max(1, sum(window.first_key < keys for window in self.windows))
+
+    def part(self, window: int, keys: int) -> TilePart:
+        """Which part of the layer a window is, for a tile that sees so many keys."""
+        return TilePart(self.windows[window].first_key, window == self.windows_seen(keys) - 1)
+
+    def place(self, first: int, rows: int) -> TilePlace:
+        """Where the worker finds the tensors of rows [first, first + rows) of a block."""
+        return self.layout.place(first, rows, self.want_scores or self.in_parts)
+
+    def view(self, number: int) -> View:
+        """A window as the worker knows it. For the moment in which a turn is granted; raises WorkerLostError."""
+        window, device = self.windows[number], self.service.device
+        if self._view is not None and self._viewed != number:
+            device.drop_view(self._view)
+            self._view = None
+        self._view = device.view_of(self._view, self.snapshot, window.pages, window.keys)
+        self._viewed = number
         return self._view
 
     def workspace_bytes(self, grant: Grant, rows: int) -> int:
         """Of a grant, what a tile of so many rows may use beyond them and their answers."""
-        return grant.workspace_bytes - self.work.staging_bytes(rows)
+        return grant.workspace_bytes - self._staging_bytes(rows)
 
-    def _need(self, rows: int, keys: int, smallest: bool) -> Need:
-        memory, staging = self.service.settings.memory, self.work.staging_bytes(rows)
+    def _merge_bytes(self, rows: int) -> int:
+        return rows * self.work.top_k * MERGE_BYTES_PER_ENTRY
+
+    def _staging_bytes(self, rows: int) -> int:
+        return self.work.staging_bytes(rows) + (self._merge_bytes(rows) if self.in_parts else 0)
+
+    def _need(self, number: int, rows: int, keys: int, smallest: bool) -> Need:
+        memory, staging, window = self.service.settings.memory, self._staging_bytes(rows), self.windows[number]
         floor = int(memory.workspace_floor_bytes)
         want = floor if smallest else min(int(memory.workspace_bytes), max(floor, self.work.workspace_bytes(rows)))
-        return Need(self.snapshot.pages, floor + staging, want + staging, self.work.flop(rows, keys), staging)
+        flop = self.work.flop(rows, min(window.keys, max(0, keys - window.first_key)))
+        return Need(window.pages, floor + staging, want + staging, flop, staging)
 
     async def _give_back(self) -> None:
         await asyncio.gather(*(user.give_back() for user in self.users))

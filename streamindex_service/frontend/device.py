@@ -17,6 +17,7 @@ from streamindex_service.ipc.supervisor import Supervisor, WorkerLink
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _MAX_SUSPECTS = 1024
+_SCORE_ORDER = 1  # streamindex.v1.ResultOrder: parts are merged in this order
 _SUSPICION_S = 3600.0  # a request is tried again after so long
 
 
@@ -58,6 +59,17 @@ class TilePlace:
     positions: int
     indices: int
     scores: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TilePart:
+    """Which of a layer's keys a tile is searched against. `is_last`: the answer is complete then."""
+
+    first_key: int = 0
+    is_last: bool = True
+
+
+WHOLE = TilePart()
 
 
 class DeviceWorker:
@@ -197,7 +209,14 @@ class DeviceWorker:
             view.worker.send(pb.ToWorker(drop_view=pb.DropView(view_id=view.view_id)))
 
     def submit(
-        self, view: View, spec: TileSpec, block: Block, place: TilePlace, request_key: str, workspace_bytes: int
+        self,
+        view: View,
+        spec: TileSpec,
+        block: Block,
+        place: TilePlace,
+        request_key: str,
+        workspace_bytes: int,
+        part: TilePart = WHOLE,
     ) -> tuple[int, asyncio.Future[pb.FromWorker]]:
         """Have a tile computed; the future is done when the answers are in the block.
 
@@ -217,13 +236,15 @@ class DeviceWorker:
             heads=spec.heads,
             ratio=spec.ratio,
             top_k=spec.top_k,
-            order=spec.order,
+            order=spec.order if part.is_last else _SCORE_ORDER,
             workspace_bytes=workspace_bytes,
             q=span(place.q),
             w=span(place.w),
             positions=span(place.positions),
             indices=span(place.indices),
             scores=None if place.scores is None else span(place.scores),
+            first_key=part.first_key,
+            merge=part.first_key > 0,
         )
         if worker.alive:  # a search may not have learnt yet that its worker is gone
             self._outstanding[tile_id] = request_key

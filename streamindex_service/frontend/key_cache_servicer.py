@@ -30,8 +30,7 @@ class KeyCacheServicer:
     async def create(self, request: pb.CreateKeyCacheRequest, context: Any) -> pb.CreateKeyCacheResponse:
         """CreateKeyCache."""
         service = self._service
-        formats, host, hbm = service.formats, service.host, service.hbm
-        spec = requests.cache_spec(request.spec, service.settings, formats, host.limit_bytes, hbm.limit_bytes)
+        spec = requests.cache_spec(request.spec, service.settings, service.formats, service.host.limit_bytes)
         cache = service.caches.create(self._identify(context), spec)
         return pb.CreateKeyCacheResponse(key_cache=to_key_cache(cache))
 

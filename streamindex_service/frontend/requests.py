@@ -51,7 +51,6 @@ def cache_spec(
     settings: Settings,
     formats: frozenset[KeyFormat],
     host_limit: int,
-    device_limit: int,
 ) -> CacheSpec:
     """Check a cache's spec. Raises InvalidArgumentError naming field and limit, ExceedsBudgetError with the figures."""
     _within("spec.heads", spec.heads, 1, MAX_HEADS)
@@ -86,7 +85,7 @@ def cache_spec(
         idle_ttl_s=float(spec.idle_ttl_s or settings.server.default_idle_ttl_s),
         priority=spec.priority or types_pb2.PRIORITY_STANDARD,
     )
-    _refuse_what_never_fits(checked, settings, host_limit, device_limit)
+    _refuse_what_never_fits(checked, host_limit)
     return checked
 
 
@@ -96,17 +95,15 @@ def search_floor_bytes(settings: Settings) -> int:
     return int(settings.memory.workspace_floor_bytes) + int(settings.memory.search_block_bytes)
 
 
-def _refuse_what_never_fits(spec: CacheSpec, settings: Settings, host_limit: int, device_limit: int) -> None:
+def _refuse_what_never_fits(spec: CacheSpec, host_limit: int) -> None:
     layer_bytes = product("spec.expected_keys", pages_of(spec.expected_keys), spec.page_bytes)
-    total_bytes = product("spec.layers", layer_bytes, spec.layers)
-    device_bytes = layer_bytes + search_floor_bytes(settings)
-    for needed, limit, name in ((total_bytes, host_limit, "host"), (device_bytes, device_limit, "device")):
-        if spec.expected_keys and needed > limit:
-            raise ExceedsBudgetError(
-                f"the cache can never fit the {name} memory budget",
-                field="spec.expected_keys",
-                metadata={"needed_bytes": needed, "budget_bytes": limit, "budget": name},
-            )
+    needed = product("spec.layers", layer_bytes, spec.layers)
+    if spec.expected_keys and needed > host_limit:
+        raise ExceedsBudgetError(
+            "the cache can never fit the host memory budget",
+            field="spec.expected_keys",
+            metadata={"needed_bytes": needed, "budget_bytes": host_limit, "budget": "host"},
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from streamindex_service.core.sizes import MAX_POSITION, SCALE_BYTES, KeyFormat,
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import TilePlace
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import INDICES, SCORES, BlockLayout, fill_rows
 from streamindex_service.frontend.rpc import to_message
@@ -117,7 +116,7 @@ class BatchSearch:
         try:
             cache = self._service.caches.get(self._owner, item.key_cache_id)
             async with AdmittedSearch(self._service, cache, item.layer, self._parameters, self._deadline_s) as admitted:
-                search = _ItemSearch(item, admitted, self._layout(cache.spec))
+                search = _ItemSearch(item, admitted)
                 admitted.users.append(search)
                 result.indices, result.scores = await search.run()
         except ServiceError as error:
@@ -127,10 +126,10 @@ class BatchSearch:
 class _ItemSearch:
     """One item, in as many tiles as it takes; nearly always one."""
 
-    def __init__(self, item: pb.SearchBatchItem, admitted: AdmittedSearch, layout: BlockLayout) -> None:
+    def __init__(self, item: pb.SearchBatchItem, admitted: AdmittedSearch) -> None:
         self._item = item
         self._admitted = admitted
-        self._layout = layout
+        self._layout = admitted.layout
         self._running: TileRun | None = None
         self._block: Block | None = None
 
@@ -148,16 +147,13 @@ class _ItemSearch:
             fill_rows(self._layout, cache, chunk, first, count, block, 0, first, None)
             keys = self._admitted.keys_seen(max(item.positions[first : first + count]))
             # A step of many callers' sequences: no single one is to blame for a worker's death.
-            self._running = run = TileRun(self._admitted, block, self._place, 0, count, keys)
+            self._running = run = TileRun(self._admitted, block, 0, count, keys)
             run.start()
             await asyncio.shield(run.done)
             indices.append(self._layout.part(block, INDICES, 0, count).tobytes())
-            scores.append(self._layout.part(block, SCORES, 0, count).tobytes())
+            scores.append(self._layout.part(block, SCORES, 0, count * self._admitted.want_scores).tobytes())
             first += count
         return b"".join(indices), b"".join(scores)
-
-    def _place(self, first: int, rows: int) -> TilePlace:
-        return self._layout.place(first, rows, self._admitted.work.want_scores)
 
     async def give_back(self) -> None:
         """Wait for the device, then give the block back."""

@@ -24,9 +24,8 @@ from streamindex_service.core.sizes import MAX_POSITION, POSITION_BYTES
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import TilePlace
 from streamindex_service.frontend.host_memory import Block
-from streamindex_service.frontend.query_block import BlockLayout, fill_rows
+from streamindex_service.frontend.query_block import fill_rows
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.rpc import MessageReader, MessageWriter
 from streamindex_service.frontend.service import Service
@@ -83,8 +82,8 @@ class SearchStream:
         self._admitted = admitted
         self._parameters = parameters
         self._blame_key = blame_key
-        self._cache = cache = admitted.snapshot.spec
-        self._layout = BlockLayout.of(cache, parameters.top_k, parameters.want_scores, service.blocks.block_bytes)
+        self._cache = admitted.snapshot.spec
+        self._layout = admitted.layout
         self._context = context
         self._writer = writer
         self._explicit = parameters.start_position is None
@@ -239,7 +238,7 @@ class SearchStream:
 
     def _submit(self, filling: _Filling, rows: int) -> None:
         keys = self._keys_seen(rows)
-        run = TileRun(self._admitted, filling.block, self._place, filling.submitted, rows, keys, self._blame_key)
+        run = TileRun(self._admitted, filling.block, filling.submitted, rows, keys, self._blame_key)
         self._at.tiles.append(_Tile(filling, run, self._at.submitted))
         self._submitted(filling, rows)
         self._outstanding.add(run)
@@ -256,9 +255,6 @@ class SearchStream:
         start = self._parameters.start_position
         position = MAX_POSITION if start is None else start + self._at.submitted + rows - 1
         return self._admitted.keys_seen(position)
-
-    def _place(self, first: int, rows: int) -> TilePlace:
-        return self._layout.place(first, rows, self._parameters.want_scores)
 
     def _tile_done(self, run: TileRun) -> None:
         self._outstanding.discard(run)
@@ -289,7 +285,7 @@ class SearchStream:
 
     def _answer(self, tile: _Tile, first: int, count: int) -> bytes:
         indices = self._layout.part(tile.filling.block, 3, tile.run.first + first, count)
-        scores = self._layout.part(tile.filling.block, 4, tile.run.first + first, count)
+        scores = self._layout.part(tile.filling.block, 4, tile.run.first + first, count * self._parameters.want_scores)
         checksum = crc32c(scores.data, crc32c(indices.data))
         return encode_index_chunk(tile.row_offset + first, count, indices.data, scores.data, checksum)
 

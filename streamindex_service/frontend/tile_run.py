@@ -15,21 +15,19 @@ from streamindex_service.core.governor import Grant, SearchTurn
 from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.errors import DeviceMemoryError, ServiceError, WorkerLostError
 from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import TilePlace, tile_error
+from streamindex_service.frontend.device import tile_error
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.ipc.supervisor import CancelledTileError
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 
 class TileRun:
-    """Rows [first, first + rows) of a block. `place(first, rows)` says where their tensors lie; `keys` is the most that
-    any of the rows sees, as far as it is known."""
+    """Rows [first, first + rows) of a block, which see up to `keys` keys, as far as it is known."""
 
     def __init__(
         self,
         admitted: AdmittedSearch,
         block: Block,
-        place: Callable[[int, int], TilePlace],
         first: int,
         rows: int,
         keys: int,
@@ -43,10 +41,10 @@ class TileRun:
         self.done.add_done_callback(_seen)
         self._admitted = admitted
         self._block = block
-        self._place = place
         self._keys = keys
         self._blame_key = blame_key
         self._pieces: TilePieces | None = None  # from the first grant on
+        self._window = 0  # of the layer, that the present piece is searched against
         self._cancelled = False
         self._turn: SearchTurn | None = None
         self._on_device: Callable[[], None] | None = None  # cancels what is there
@@ -80,7 +78,9 @@ class TileRun:
     def _request(self, rows: int) -> None:
         pieces = self._pieces
         alone, smallest = (pieces.alone, pieces.smallest) if pieces is not None else (False, False)
-        turn = self._admitted.request(rows, self._keys, self._granted, self._fail, alone=alone, smallest=smallest)
+        turn = self._admitted.request(
+            self._window, rows, self._keys, self._granted, self._fail, alone=alone, smallest=smallest
+        )
         self._turn = turn  # it may have been granted already
 
     def _granted(self, grant: Grant) -> None:
@@ -93,14 +93,15 @@ class TileRun:
         first, rows = self._pieces.current
         device = admitted.service.device
         try:
-            view = admitted.view()
+            view = admitted.view(self._window)
             tile_id, future = device.submit(
                 view,
                 admitted.spec,
                 self._block,
-                self._place(first, rows),
+                admitted.place(first, rows),
                 self._blame_key,
                 admitted.workspace_bytes(grant, rows),
+                admitted.part(self._window, self._keys),
             )
         except ServiceError as error:
             admitted.service.governor.finish(grant)
@@ -116,12 +117,15 @@ class TileRun:
         cause: Callable[[ServiceError], ServiceError],
     ) -> None:
         self._on_device = None
-        error = future.exception()
+        admitted, error = self._admitted, future.exception()
         device_us = 0 if error else future.result().tile_done.device_us
-        self._admitted.service.governor.finish(grant, None if error else device_us / 1e6)
+        admitted.service.governor.finish(grant, None if error else device_us / 1e6)
         assert self._pieces is not None
         if error is None:
-            self._pieces.computed()
+            self._window += 1
+            if self._window == admitted.windows_seen(self._keys):
+                self._pieces.computed()
+                self._window = 0
             self.device_us += device_us
             self._next()
         elif isinstance(error, CancelledTileError):
@@ -129,6 +133,7 @@ class TileRun:
         elif isinstance(error, ServiceError):
             error = cause(error)
             if isinstance(error, DeviceMemoryError) and self._pieces.no_memory():
+                self._window = 0
                 self._next()
             else:
                 self._fail(error)

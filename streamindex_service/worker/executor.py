@@ -18,9 +18,10 @@ import torch
 
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops.paged_keys import PagedKeys
-from streamindex_service.ops.topk import Order, topk
+from streamindex_service.ops.topk import Order, TopkResult, topk
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
+from streamindex_service.worker.partial import merge, shift_positions
 
 # Tiles issued to the device and not finished. Two keep it busy; a third hides the reporting.
 MAX_IN_FLIGHT = 3
@@ -182,40 +183,72 @@ class Executor:
 
     def _search_on_cpu(self, message: pb.SearchTile, keys: PagedKeys) -> None:
         q, w, positions, indices, scores = self._host_tensors(message, keys)
-        topk(
+        if not message.merge:
+            self._topk(message, q, w, keys, positions, out_indices=indices, out_scores=scores)
+            return
+        assert scores is not None
+        positions, sees = shift_positions(positions, message.first_key, message.ratio)
+        found = self._topk(message, q, w, keys, positions, order=Order.SCORE)
+        assert found.scores is not None
+        order = _ORDERS[message.order]
+        merged = merge((indices, scores), (found.indices, found.scores), sees, message.first_key, order)
+        indices.copy_(merged[0])
+        scores.copy_(merged[1])
+
+    def _topk(
+        self,
+        message: pb.SearchTile,
+        q: torch.Tensor,
+        w: torch.Tensor,
+        keys: PagedKeys,
+        positions: torch.Tensor,
+        *,
+        order: Order | None = None,
+        out_indices: torch.Tensor | None = None,
+        out_scores: torch.Tensor | None = None,
+    ) -> TopkResult:
+        return topk(
             q, w, keys, positions,
-            ratio=message.ratio, top_k=message.top_k, order=_ORDERS[message.order],
+            ratio=message.ratio, top_k=message.top_k, order=order or _ORDERS[message.order],
             implementation=self._implementation, workspace_bytes=message.workspace_bytes,
-            want_scores=scores is not None, out_indices=indices, out_scores=scores,
+            want_scores=message.HasField("scores"), out_indices=out_indices, out_scores=out_scores,
         )  # fmt: skip
 
     def _search_on_gpu(self, message: pb.SearchTile, keys: PagedKeys, work: _Issued) -> None:
         q_host, w_host, positions, indices_host, scores_host = self._host_tensors(message, keys)
         device = self._device.torch_device
+        best = None
         with torch.cuda.stream(self._copy_in):
             q = q_host.to(device, non_blocking=True)
             w = w_host.to(device, non_blocking=True)
+            if message.merge:
+                assert scores_host is not None
+                best = indices_host.to(device, non_blocking=True), scores_host.to(device, non_blocking=True)
+                positions, sees = shift_positions(positions, message.first_key, message.ratio)
+                sees = sees.to(device)
         self._compute.wait_stream(self._copy_in)
         with torch.cuda.stream(self._compute):
-            q.record_stream(self._compute)
-            w.record_stream(self._compute)
+            for tensor in (q, w, *(best or ())):
+                tensor.record_stream(self._compute)
             work.start_event = _event(timing=True)
             work.start_event.record()
-            result = topk(
-                q, w, keys, positions,
-                ratio=message.ratio, top_k=message.top_k, order=_ORDERS[message.order],
-                implementation=self._implementation, workspace_bytes=message.workspace_bytes,
-                want_scores=scores_host is not None,
-            )  # fmt: skip
+            if best is None:
+                result = self._topk(message, q, w, keys, positions)
+                answer = result.indices, result.scores
+            else:
+                result = self._topk(message, q, w, keys, positions, order=Order.SCORE)
+                assert result.scores is not None
+                sees.record_stream(self._compute)
+                found = result.indices, result.scores
+                answer = merge(best, found, sees, message.first_key, _ORDERS[message.order])
             computed = _event(timing=True)
             computed.record()
         self._copy_out.wait_event(computed)
         with torch.cuda.stream(self._copy_out):
-            result.indices.record_stream(self._copy_out)
-            indices_host.copy_(result.indices, non_blocking=True)
-            if scores_host is not None and result.scores is not None:
-                result.scores.record_stream(self._copy_out)
-                scores_host.copy_(result.scores, non_blocking=True)
+            for host, tensor in zip((indices_host, scores_host), answer, strict=True):
+                if host is not None and tensor is not None:
+                    tensor.record_stream(self._copy_out)
+                    host.copy_(tensor, non_blocking=True)
             work.end_event = _event(timing=True)
             work.end_event.record()
 

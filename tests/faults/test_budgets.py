@@ -14,6 +14,7 @@ import pytest
 from streamindex.v1 import key_cache_pb2, search_pb2
 
 from streamindex_service.core.caches import CACHE_RECORD_BYTES, LAYER_RECORD_BYTES
+from streamindex_service.testing.service import RunningService
 from tests.support.calls import (
     Calls,
     batch_item,
@@ -25,7 +26,7 @@ from tests.support.calls import (
     search_header,
     start_message,
 )
-from tests.support.services import is_idle, wait_for
+from tests.support.services import TIGHT, is_idle, wait_for
 from tests.support.tensors import BF16, FP8, Draw, Kind, expected
 
 # Of the tight service: 19.25 MiB on the device, of which a tile may need 16.25; 8 MiB in the host.
@@ -48,25 +49,33 @@ def test_a_layer_that_fits_with_the_smallest_workspace_exactly(tight):
         assert 19 * MIB < ledger.peak_bytes <= ledger.limit_bytes == DEVICE_BYTES
 
 
-def test_a_layer_that_can_never_fit(tight):
+def test_a_page_that_can_never_fit():
+    """Less on the device than the smallest workspace, a block, a merge and a page: only what needs no merge fits."""
+    budget = 16 * MIB + MIB // 2
+    memory = {**TIGHT["memory"], "device_budget_bytes": budget}
     draw = Draw(2)
-    keys = draw.keys(KIND, 3 * KEYS_OF_A_MIB + 1)
-    with tight.cache(KIND, keys) as cache:
-        with tight.search_call() as call:
-            call.send(search_header(KIND, cache.id, 5))
-            refusal = call.refusal()
-        assert (refusal.code, refusal.error.reason) == (INVALID, "EXCEEDS_BUDGET")
-        figures = {"needed_bytes": str(DEVICE_BYTES + 32_768), "budget_bytes": str(DEVICE_BYTES)}
-        assert dict(refusal.error.metadata) == figures
-        item = batch_item(KIND, cache.id, draw.queries(KIND, 1))
-        request = search_pb2.SearchBatchRequest(items=[item], top_k=5)
-        error = tight.searches.SearchBatch(request, timeout=30).results[0].error
-        assert (error.reason, dict(error.metadata)) == ("EXCEEDS_BUDGET", figures)
+    keys = draw.keys(KIND, 9 * 256)
+    with RunningService({**TIGHT, "memory": memory}) as service, Calls(service.address) as calls:
+        with calls.cache(KIND, keys[: 8 * 256]) as fits:
+            queries = draw.queries(KIND, 3, start_position=9 * 256)
+            found, _ = calls.search(KIND, fits.id, queries, 5)
+            assert np.array_equal(found, expected(KIND, keys[: 8 * 256], queries, 5)[0])
+        with calls.cache(KIND, keys) as cache:
+            with calls.search_call() as call:
+                call.send(search_header(KIND, cache.id, 5))
+                refusal = call.refusal()
+            assert (refusal.code, refusal.error.reason) == (INVALID, "EXCEEDS_BUDGET")
+            figures = {"needed_bytes": str(budget + 32_768), "budget_bytes": str(budget)}
+            assert dict(refusal.error.metadata) == figures
+            item = batch_item(KIND, cache.id, draw.queries(KIND, 1))
+            request = search_pb2.SearchBatchRequest(items=[item], top_k=5)
+            error = calls.searches.SearchBatch(request, timeout=30).results[0].error
+            assert (error.reason, dict(error.metadata)) == ("EXCEEDS_BUDGET", figures)
 
 
 @pytest.mark.parametrize(
     ("keys", "layers", "budget"),
-    [(3 * KEYS_OF_A_MIB, 1, None), (3 * KEYS_OF_A_MIB + 1, 1, "device"), (65_536, 2, "host"), (65_536, 256, "host")],
+    [(3 * KEYS_OF_A_MIB, 1, None), (3 * KEYS_OF_A_MIB + 1, 1, None), (65_536, 2, "host"), (65_536, 256, "host")],
 )
 def test_what_is_expected_to_outgrow_the_budget_is_refused_at_once(tight, keys, layers, budget):
     kind = Kind(heads=2, head_dim=64, layers=layers)

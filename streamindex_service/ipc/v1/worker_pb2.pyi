@@ -159,7 +159,7 @@ class Span(_message.Message):
     def __init__(self, segment_id: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
 class SearchTile(_message.Message):
-    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores")
+    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,8 @@ class SearchTile(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_KEY_FIELD_NUMBER: _ClassVar[int]
+    MERGE_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     view_id: int
     rows: int
@@ -186,7 +188,9 @@ class SearchTile(_message.Message):
     positions: Span
     indices: Span
     scores: Span
-    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ...) -> None: ...
+    first_key: int
+    merge: bool
+    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ...) -> None: ...
 
 class CancelTiles(_message.Message):
     __slots__ = ("tile_ids",)
