@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -162,6 +163,22 @@ def show_load(address: AddressOption = None, config: ConfigOption = None, as_jso
         _print_load(Console(), load_now)
 
 
+@app.command()
+def top(
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    interval: Annotated[float, typer.Option(min=0.1, max=60.0, help="Seconds between two looks.")] = 1.0,
+    count: Annotated[int, typer.Option(min=0, help="End after so many looks; 0: Ctrl-C ends it.")] = 0,
+) -> None:
+    """Show the service's load as it changes: budgets, device, queue by priority and caller."""
+    target = address or default_address(read_settings(config))
+    from streamindex_service.top import watch
+
+    with _reported_errors():
+        loads = _watched(target, interval)
+        watch(itertools.islice(loads, count) if count else loads, Console(), target)
+
+
 @config_app.command("show")
 def config_show(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show the effective settings; secrets are masked."""
@@ -283,6 +300,25 @@ def _client(target: str) -> Iterator[Client]:
     )
     with _reported_errors(), streamindex_client.connect(target, options=options) as client:
         yield client
+
+
+def _watched(target: str, interval_s: float) -> Iterator[Any]:
+    """The service's load, again and again. Raises CommandError."""
+    import grpc
+    from streamindex.v1 import server_pb2, server_pb2_grpc
+    from streamindex_client.errors import InputError
+    from streamindex_client.target import grpc_target
+
+    request = server_pb2.WatchLoadRequest(interval_ms=int(1000 * interval_s))
+    try:
+        with grpc.insecure_channel(grpc_target(target)) as channel:
+            stub: Any = server_pb2_grpc.ServerServiceStub(channel)  # type: ignore[no-untyped-call]
+            for answer in stub.WatchLoad(request):
+                yield answer.load
+    except grpc.RpcError as error:
+        raise CommandError(f"{target}: {error.code().name}: {error.details()}") from error
+    except InputError as error:
+        raise CommandError(str(error), EXIT_USAGE) from error
 
 
 def _health_status(target: str) -> str:

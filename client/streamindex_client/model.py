@@ -152,7 +152,11 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the server is. `ledgers` by name: hbm, host, ingress. Device bytes are 0 on a CPU."""
+    """How busy the server is. `ledgers` by name: hbm, host, ingress. Allocator's bytes are 0 on a CPU.
+
+    Tiles of searches wait for the device (`queued_tiles`, about `queued_us` of work), then are with it
+    (`device_tiles`). `device_busy_us` is since the start.
+    """
 
     ready: bool
     ledgers: dict[str, Ledger]
@@ -164,6 +168,11 @@ class Load:
     device_allocated_bytes: int
     device_peak_bytes: int
     uptime_ms: int
+    queued_tiles: int = 0
+    queued_us: int = 0
+    device_tiles: int = 0
+    device_busy_us: int = 0
+    resident_bytes: int = 0
 
     @classmethod
     def from_wire(cls, answer: server_pb2.GetLoadResponse) -> Load:
@@ -182,6 +191,11 @@ class Load:
             answer.device_allocated_bytes,
             answer.device_peak_bytes,
             answer.uptime_ms,
+            answer.queue.tiles,
+            answer.queue.estimated_us,
+            answer.device.tiles,
+            answer.device.busy_us,
+            answer.device.resident_bytes,
         )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from streamindex_service.core.caches import Page, Snapshot
 from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.meter import Meter
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
 from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError
@@ -98,6 +99,7 @@ class Governor:
         self.limits = limits
         self.speed = speed or DeviceSpeed()
         self.scheduler = Scheduler(limits.queue)
+        self.meter = Meter()
         self._clock = clock
         self._open: set[OpenSearch] = set()
         self._grants: set[Grant] = set()
@@ -237,6 +239,7 @@ class Governor:
         self.hbm.release(grant.workspace_bytes)
         if device_s is not None:
             self.speed.observe(turn.need.flop, device_s)
+            self.meter.tile_done(grant.waited_s, device_s)
         if self._resume_when_idle and not self._grants:
             self._resume_when_idle = self._paused = False
         self.pump()

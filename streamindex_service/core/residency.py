@@ -26,6 +26,7 @@ class Residency:
         self.device = device
         self.evicted_pages = 0
         self.promoted_pages = 0
+        self.resident_bytes = 0
         self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
         self._load = load
         self._resident: dict[Page, None] = {}  # least recently used first
@@ -64,6 +65,7 @@ class Residency:
         assert page.device is not None
         self.device.free(page.device)
         page.displace()
+        self.resident_bytes -= page.page_bytes
         self.moves += 1
         del self._resident[page]
 
@@ -73,6 +75,7 @@ class Residency:
             page.displace()
             page.pins = 0
         self.moves += 1
+        self.resident_bytes = 0
         self._resident.clear()
         self.device.reset()
 
@@ -100,6 +103,7 @@ class Residency:
             placed.append((page, slot))
         for page, slot in placed:
             page.place(slot)
+            self.resident_bytes += page.page_bytes
             self._load(page)
         self.promoted_pages += len(placed)
         for page in pages:  # the most recently used are last

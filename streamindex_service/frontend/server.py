@@ -102,6 +102,7 @@ class Server:
     async def stop(self, drain_s: float) -> None:
         """Not ready, refuse what is new, let running calls go on for `drain_s`, cancel the rest, stop the worker."""
         self._draining = True
+        self.service.draining.set()
         await self._health.enter_graceful_shutdown()
         running = [task for task in self._calls.running if not task.done()]
         if running and drain_s > 0:
@@ -185,7 +186,11 @@ class Server:
             generic_handler(attention_pb2.DESCRIPTOR.services_by_name["AttentionService"], {}, {}),
             generic_handler(
                 server_pb2.DESCRIPTOR.services_by_name["ServerService"],
-                {"GetCapabilities": status.get_capabilities, "GetLoad": status.get_load},
+                {
+                    "GetCapabilities": status.get_capabilities,
+                    "GetLoad": status.get_load,
+                    "WatchLoad": status.watch_load,
+                },
                 {},
             ),
         )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from streamindex.v1 import server_pb2 as pb
 from streamindex.v1 import types_pb2
 
 from streamindex_service import __version__
+from streamindex_service.errors import InvalidArgumentError, TooManyError
 from streamindex_service.frontend import requests
+from streamindex_service.frontend.load import load_of
 from streamindex_service.frontend.service import Service
 
-_FRESH_TIMEOUT_S = 0.5  # for the device's own figures; a worker that hangs must not hang this
+_WATCH_INTERVAL_MS = (100, 60_000)
+_DEFAULT_INTERVAL_MS = 1000
 
 
 class ServerServicer:
@@ -19,6 +25,7 @@ class ServerServicer:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._watchers = 0
 
     async def get_capabilities(self, request: pb.GetCapabilitiesRequest, context: Any) -> pb.GetCapabilitiesResponse:
         """GetCapabilities."""
@@ -48,28 +55,27 @@ class ServerServicer:
 
     async def get_load(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
         """GetLoad."""
-        service = self._service
-        link = service.supervisor.link
-        if link is not None:
-            await link.refresh(_FRESH_TIMEOUT_S)
-        return pb.GetLoadResponse(
-            ledgers=[
-                pb.Ledger(
-                    name=ledger.name,
-                    limit_bytes=ledger.limit_bytes,
-                    reserved_bytes=ledger.reserved_bytes,
-                    peak_bytes=ledger.peak_bytes,
-                    spare_bytes=ledger.spare_bytes,
-                )
-                for ledger in (service.hbm, service.host, service.ingress)
-            ],
-            queued_searches=service.governor.queued,
-            running_searches=service.governor.running,
-            key_caches=len(service.caches),
-            open_uploads=service.uploads.open_uploads,
-            worker_restarts=service.supervisor.restarts,
-            ready=not service.governor.paused,
-            device_allocated_bytes=link.pong.allocated_bytes if link else 0,
-            device_peak_bytes=link.pong.peak_bytes if link else 0,
-            uptime_ms=int(1000 * (service.clock() - service.started_at)),
-        )
+        return await load_of(self._service)
+
+    async def watch_load(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:
+        """WatchLoad."""
+        least, most = _WATCH_INTERVAL_MS
+        interval_ms = request.interval_ms or _DEFAULT_INTERVAL_MS
+        if not least <= interval_ms <= most:
+            raise InvalidArgumentError(
+                f"interval_ms must be from {least} to {most}",
+                field="interval_ms",
+                metadata={"min": least, "max": most},
+            )
+        limit = self._service.settings.server.max_watchers
+        if self._watchers >= limit:
+            raise TooManyError(f"{limit} callers watch already, as many as may", metadata={"limit": limit})
+        self._watchers += 1
+        try:
+            while True:
+                yield pb.WatchLoadResponse(load=await load_of(self._service))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._service.draining.wait(), interval_ms / 1000)
+                self._service.admit()
+        finally:
+            self._watchers -= 1

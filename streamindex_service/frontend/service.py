@@ -36,6 +36,7 @@ class Service:
         self.log = log
         self.clock = clock
         self.started_at = clock()
+        self.draining = asyncio.Event()
         self.worker_info: pb.Ready | None = None
         self.unusable: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.health_changed: Callable[[bool], None] = lambda ready: None

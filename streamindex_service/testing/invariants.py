@@ -94,6 +94,8 @@ class Watch:
         for search in self.service.searches:
             pages.update(search.snapshot.pages)
         require(len(pages) == self.service.caches.host.pages_in_use, "the pages are not those that the host allocated")
+        resident = sum(page.page_bytes for page in pages if page.device is not None)
+        require(resident == self.service.residency.resident_bytes, "the bytes on the device are counted wrongly")
         held = sum(page.page_bytes for page in pages)
         accounts = self.service.caches.accounts
         require(held == sum(each.host_bytes for each in accounts), "the accounts are not what callers hold")

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from streamindex.v1 import attention_pb2, key_cache_pb2, server_pb2, types_pb2
 
 from tests.support.calls import Calls, StreamCall, refused, search_header
+from tests.support.services import wait_for
 from tests.support.tensors import Draw, Kind, expected
 
 KIND = Kind(heads=2, head_dim=32)
@@ -28,8 +29,6 @@ def test_reserved_calls_are_unimplemented(calls):
             with pytest.raises(grpc.RpcError) as caught:
                 next(call.rpc)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    refusal = refused(lambda: list(calls.server.WatchLoad(server_pb2.WatchLoadRequest(), timeout=30)))
-    assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
 
 
 def test_a_method_that_is_in_no_contract(calls):
@@ -105,6 +104,59 @@ def test_load_names_every_ledger(calls):
         assert ledger.reserved_bytes <= ledger.peak_bytes <= ledger.limit_bytes
     assert load.ready
     assert load.uptime_ms > 0
+
+
+def test_load_tells_what_the_device_has_done(calls):
+    keys = Draw(3).keys(KIND, 600)
+    before = calls.load()
+    with calls.cache(KIND, keys) as cache:
+        calls.search(KIND, cache.id, Draw(4).queries(KIND, 10, start_position=600), 20)
+        after = calls.load()
+    assert after.device.tiles_done > before.device.tiles_done
+    assert after.device.busy_us > before.device.busy_us
+    assert after.device.promoted_pages >= before.device.promoted_pages + 3
+    assert after.device.resident_bytes >= 600 * KIND.row_bytes
+    assert 0 < after.device.run.p50_us <= after.device.run.p99_us
+    assert [band.priority for band in after.queue.bands] == [1, 2, 3]
+    assert (after.queue.tiles, after.device.tiles, list(after.queue.callers)) == (0, 0, [])
+
+
+def test_the_load_is_watched(calls):
+    watching = calls.server.WatchLoad(server_pb2.WatchLoadRequest(interval_ms=100), timeout=30)
+    seen = [next(watching).load for _ in range(3)]
+    watching.cancel()
+    assert all(load.ready for load in seen)
+    assert seen[0].uptime_ms + 150 < seen[2].uptime_ms
+
+
+@pytest.mark.parametrize("interval_ms", [1, 99, 60_001])
+def test_an_interval_out_of_its_limits(calls, interval_ms):
+    request = server_pb2.WatchLoadRequest(interval_ms=interval_ms)
+    refusal = refused(lambda: next(calls.server.WatchLoad(request, timeout=30)))
+    assert (refusal.code, refusal.error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "interval_ms")
+
+
+def test_as_many_watch_as_may(inside):
+    limit = inside.server.settings.server.max_watchers
+    with Calls(inside.target) as calls:
+        watching = [calls.server.WatchLoad(server_pb2.WatchLoadRequest(), timeout=60) for _ in range(limit)]
+        for each in watching:
+            next(each)
+        refusal = refused(lambda: next(calls.server.WatchLoad(server_pb2.WatchLoadRequest(), timeout=30)))
+        assert (refusal.error.reason, refusal.error.metadata["limit"]) == ("TOO_MANY", str(limit))
+        for each in watching:
+            each.cancel()
+
+        def one_more() -> bool:
+            watcher = calls.server.WatchLoad(server_pb2.WatchLoadRequest(), timeout=30)
+            try:
+                return bool(next(watcher).load.uptime_ms)
+            except grpc.RpcError:
+                return False
+            finally:
+                watcher.cancel()
+
+        wait_for(one_more)
 
 
 def test_tcp_and_unix_reach_one_service(roomy_service, calls):

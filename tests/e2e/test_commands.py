@@ -53,6 +53,13 @@ def test_load_as_json(service: RunningService) -> None:
     assert all(ledger["limit_bytes"] > 0 for ledger in load["ledgers"].values())
 
 
+def test_top(service: RunningService) -> None:
+    done = streamindex("top", "--address", service.address, "--count", "3", "--interval", "0.1")
+    assert done.returncode == 0, done.stderr
+    words = ("ready", "hbm", "host", "ingress", "keys there", "interactive", "standard", "batch", "caller")
+    assert all(word in done.stdout for word in words)
+
+
 def test_doctor_knows_a_running_service(service: RunningService) -> None:
     done = streamindex("doctor", "--tcp", service.tcp_address, "--unix", str(service.socket_path), "--json")
     assert done.returncode == 0, done.stdout

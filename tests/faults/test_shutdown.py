@@ -9,7 +9,7 @@ import signal
 import grpc
 import numpy as np
 import pytest
-from streamindex.v1 import key_cache_pb2
+from streamindex.v1 import key_cache_pb2, server_pb2
 
 from streamindex_service.config import Settings
 from streamindex_service.frontend.server import Server
@@ -46,11 +46,14 @@ def test_sigterm_lets_running_calls_end_and_refuses_new_ones(service):
         calls.upload(KIND, cache.id, keys)
         workers = service.worker_pids()
         chunks = query_chunks(KIND, queries, 30)
+        watching = calls.server.WatchLoad(server_pb2.WatchLoadRequest(interval_ms=60_000), timeout=60)
+        assert next(watching).load.ready
         call = calls.start_search(KIND, cache.id, 40, start_position=600)
         call.send(chunks[0])
         received = [call.receive("chunk")]
         service.process.send_signal(signal.SIGTERM)
         calls.wait_health(NOT_SERVING)
+        assert refused(lambda: next(watching)).error.reason == "DRAINING"  # at once: nobody waits for those who watch
         request = key_cache_pb2.GetKeyCacheRequest(key_cache_id=cache.id)
         refusal = refused(calls.key_caches.GetKeyCache, request)
         assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")

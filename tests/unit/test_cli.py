@@ -46,7 +46,7 @@ def test_the_frontend_imports_no_torch() -> None:
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("serve", "demo", "health", "load", "config", "doctor", "version"))
+    assert all(name in shown for name in ("serve", "demo", "health", "load", "top", "config", "doctor", "version"))
 
 
 def test_flags_of_serve_become_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +108,7 @@ def test_a_file_that_is_no_toml(
     assert "cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["health", "load"])
+@pytest.mark.parametrize("name", ["health", "load", "top"])
 def test_no_service_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
 ) -> None:

@@ -64,7 +64,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms")
+    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms", "queue", "device")
     LEDGERS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_SEARCHES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEARCHES_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,8 @@ class GetLoadResponse(_message.Message):
     DEVICE_ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     UPTIME_MS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     ledgers: _containers.RepeatedCompositeFieldContainer[Ledger]
     queued_searches: int
     running_searches: int
@@ -85,7 +87,71 @@ class GetLoadResponse(_message.Message):
     device_allocated_bytes: int
     device_peak_bytes: int
     uptime_ms: int
-    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ...) -> None: ...
+    queue: QueueLoad
+    device: DeviceLoad
+    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., queue: _Optional[_Union[QueueLoad, _Mapping]] = ..., device: _Optional[_Union[DeviceLoad, _Mapping]] = ...) -> None: ...
+
+class QueueLoad(_message.Message):
+    __slots__ = ("tiles", "bytes", "estimated_us", "bands", "callers")
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
+    BANDS_FIELD_NUMBER: _ClassVar[int]
+    CALLERS_FIELD_NUMBER: _ClassVar[int]
+    tiles: int
+    bytes: int
+    estimated_us: int
+    bands: _containers.RepeatedCompositeFieldContainer[BandLoad]
+    callers: _containers.RepeatedCompositeFieldContainer[CallerLoad]
+    def __init__(self, tiles: _Optional[int] = ..., bytes: _Optional[int] = ..., estimated_us: _Optional[int] = ..., bands: _Optional[_Iterable[_Union[BandLoad, _Mapping]]] = ..., callers: _Optional[_Iterable[_Union[CallerLoad, _Mapping]]] = ...) -> None: ...
+
+class BandLoad(_message.Message):
+    __slots__ = ("priority", "tiles")
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    priority: _types_pb2.Priority
+    tiles: int
+    def __init__(self, priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., tiles: _Optional[int] = ...) -> None: ...
+
+class CallerLoad(_message.Message):
+    __slots__ = ("caller", "tiles", "estimated_us")
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
+    caller: str
+    tiles: int
+    estimated_us: int
+    def __init__(self, caller: _Optional[str] = ..., tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
+
+class DeviceLoad(_message.Message):
+    __slots__ = ("tiles", "estimated_us", "tiles_done", "busy_us", "resident_bytes", "promoted_pages", "evicted_pages", "wait", "run")
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
+    TILES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BUSY_US_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    tiles: int
+    estimated_us: int
+    tiles_done: int
+    busy_us: int
+    resident_bytes: int
+    promoted_pages: int
+    evicted_pages: int
+    wait: Latency
+    run: Latency
+    def __init__(self, tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ..., tiles_done: _Optional[int] = ..., busy_us: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., promoted_pages: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., wait: _Optional[_Union[Latency, _Mapping]] = ..., run: _Optional[_Union[Latency, _Mapping]] = ...) -> None: ...
+
+class Latency(_message.Message):
+    __slots__ = ("p50_us", "p99_us")
+    P50_US_FIELD_NUMBER: _ClassVar[int]
+    P99_US_FIELD_NUMBER: _ClassVar[int]
+    p50_us: int
+    p99_us: int
+    def __init__(self, p50_us: _Optional[int] = ..., p99_us: _Optional[int] = ...) -> None: ...
 
 class Ledger(_message.Message):
     __slots__ = ("name", "limit_bytes", "reserved_bytes", "peak_bytes", "spare_bytes")
@@ -102,8 +168,10 @@ class Ledger(_message.Message):
     def __init__(self, name: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., spare_bytes: _Optional[int] = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("interval_ms",)
+    INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    interval_ms: int
+    def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
 
 class WatchLoadResponse(_message.Message):
     __slots__ = ("load",)

@@ -71,7 +71,8 @@ class ServerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """The same, as a stream. Reserved: answers UNIMPLEMENTED in this version.
+        """The same, again and again, until the caller goes away or the server shuts down (UNAVAILABLE/DRAINING).
+        RESOURCE_EXHAUSTED/TOO_MANY when as many watch as may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,78 @@
+"""How busy the service is: the figures of GetLoad and WatchLoad."""
+
+from __future__ import annotations
+
+from streamindex.v1 import server_pb2 as pb
+
+from streamindex_service.core.meter import Quantiles
+from streamindex_service.frontend.service import Service
+
+_FRESH_TIMEOUT_S = 0.5  # for the device's own figures; a worker that hangs must not hang this
+_CALLERS_SHOWN = 32  # those with most work waiting
+
+
+async def load_of(service: Service) -> pb.GetLoadResponse:
+    """The figures of this moment."""
+    link = service.supervisor.link
+    if link is not None:
+        await link.refresh(_FRESH_TIMEOUT_S)
+    governor, residency, meter = service.governor, service.governor.residency, service.governor.meter
+    return pb.GetLoadResponse(
+        ledgers=[
+            pb.Ledger(
+                name=ledger.name,
+                limit_bytes=ledger.limit_bytes,
+                reserved_bytes=ledger.reserved_bytes,
+                peak_bytes=ledger.peak_bytes,
+                spare_bytes=ledger.spare_bytes,
+            )
+            for ledger in (service.hbm, service.host, service.ingress)
+        ],
+        queued_searches=governor.queued,
+        running_searches=governor.running,
+        key_caches=len(service.caches),
+        open_uploads=service.uploads.open_uploads,
+        worker_restarts=service.supervisor.restarts,
+        ready=not governor.paused,
+        device_allocated_bytes=link.pong.allocated_bytes if link else 0,
+        device_peak_bytes=link.pong.peak_bytes if link else 0,
+        uptime_ms=int(1000 * (service.clock() - service.started_at)),
+        queue=_queue(service),
+        device=pb.DeviceLoad(
+            tiles=governor.in_flight,
+            estimated_us=_us(governor.in_flight_s),
+            tiles_done=meter.tiles,
+            busy_us=_us(meter.device_s),
+            resident_bytes=residency.resident_bytes,
+            promoted_pages=residency.promoted_pages,
+            evicted_pages=residency.evicted_pages,
+            wait=_latency(meter.waits()),
+            run=_latency(meter.runs()),
+        ),
+    )
+
+
+def _queue(service: Service) -> pb.QueueLoad:
+    scheduler = service.governor.scheduler
+    by_caller = sorted(scheduler.queued_by_caller().items(), key=lambda each: each[1][1], reverse=True)
+    return pb.QueueLoad(
+        tiles=len(scheduler),
+        bytes=scheduler.queued_bytes,
+        estimated_us=_us(scheduler.backlog_s),
+        bands=[
+            pb.BandLoad(priority=int(band), tiles=tiles)  # type: ignore[arg-type]
+            for band, tiles in scheduler.queued_by_band().items()
+        ],
+        callers=[
+            pb.CallerLoad(caller=caller, tiles=tiles, estimated_us=_us(seconds))
+            for caller, (tiles, seconds) in by_caller[:_CALLERS_SHOWN]
+        ],
+    )
+
+
+def _latency(found: Quantiles) -> pb.Latency:
+    return pb.Latency(p50_us=_us(found.p50_s), p99_us=_us(found.p99_s))
+
+
+def _us(seconds: float) -> int:
+    return max(0, int(1e6 * seconds))
