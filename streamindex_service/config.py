@@ -86,7 +86,7 @@ class LimitSettings(_Section):
     )
     max_batch_items: Count = Field(1024, description="items of a SearchBatch")
     max_batch_rows: Count = Field(4096, description="query rows of a SearchBatch; rows that an item appends")
-    max_open_searches: Count = Field(1024, description="searches between header and end; one more gets QUEUE_FULL")
+    max_open_searches: Count = Field(4096, description="searches between header and end; one more gets QUEUE_FULL")
     slow_consumer_s: Seconds = Field(30.0, description="a stream whose caller does not read or send for so long ends")
 
 
@@ -123,14 +123,17 @@ class MemorySettings(_Section):
 class SchedulerSettings(_Section):
     """Who gets the device next."""
 
-    max_queued_tiles: Count = Field(256, description="tiles that wait; a search beyond gets QUEUE_FULL")
+    max_queued_tiles: Count = Field(1024, description="tiles that wait; a search beyond gets QUEUE_FULL")
     max_queued_bytes: Annotated[ByteSize, Field(ge=_MIB)] = Field(
         ByteSize(384 * _MIB), description="query rows that wait; a search beyond gets QUEUE_FULL"
     )
     max_queued_s: Seconds = Field(30.0, description="device seconds that wait; a search beyond gets QUEUE_FULL")
     max_wait_s: Seconds = Field(60.0, description="a tile that has waited so long ends its search, with QUEUE_FULL")
     max_device_tiles: Annotated[int, Field(ge=2)] = Field(
-        16, description="tiles that the device has at a time; two, or as many as take `worker.tile_s` together"
+        16, description="tiles that the device has at a time, while they are short"
+    )
+    device_ahead_s: Seconds = Field(
+        0.002, description="device seconds of tiles that the device has at a time; beyond, one, or two short ones"
     )
     ageing_s: Seconds = Field(2.0, description="a priority band that has waited so long is given tiles in between")
     ageing_tiles: Annotated[int, Field(ge=2)] = Field(4, description="such a band gets one tile in so many")

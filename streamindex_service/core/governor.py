@@ -25,19 +25,23 @@ from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
 from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError
 
-_BUSY_TURNS = 2  # the device always may have so many, however long they are: one runs, one is ready
+# A turn is short when the way to the frontend and back is a noticeable part of it: then the next one is given ahead.
+# Measured in times of `ahead_s`.
+_SHORT = 3
 
 
 @dataclass(frozen=True, slots=True)
 class GovernorLimits:
     """Bounds; times in seconds.
 
-    max_open: searches open at a time. max_device_turns: turns that the device may have; more than two only as long as
-    they take less than `queue.max_turn_s` together. max_wait_s: a turn that has waited longer is refused.
+    max_open: searches open at a time. max_device_turns: turns that the device may have, as long as they take no more
+    than `ahead_s` together: one that is in a hurry has to wait for them. max_wait_s: a turn that has waited longer is
+    refused.
     """
 
     max_open: int = 1024
     max_device_turns: int = 16
+    ahead_s: float = 0.002
     max_wait_s: float = 60.0
     queue: QueueLimits = field(default_factory=QueueLimits)
 
@@ -170,7 +174,7 @@ class Governor:
 
     def refuse_what_never_fits(self, need: Need) -> None:
         """Raises ExceedsBudgetError, with the figures, when not even an empty device would do."""
-        needed = sum(page.page_bytes for page in need.pages) + need.floor_bytes
+        needed = (need.pages[0].page_bytes * len(need.pages) if need.pages else 0) + need.floor_bytes
         if needed > self.hbm.limit_bytes:
             raise ExceedsBudgetError(
                 "the layer and the smallest workspace do not fit the device memory budget",
@@ -297,12 +301,14 @@ class Governor:
 
     def _device_takes(self, turn: Turn) -> bool:
         """Whether the device should have one more turn."""
-        alone = turn.alone or any(grant.turn.alone for grant in self._grants)
-        if len(self._grants) < (1 if alone else _BUSY_TURNS):
+        there, limits = len(self._grants), self.limits
+        if not there:
             return True
-        if alone or len(self._grants) >= self.limits.max_device_turns:
+        if turn.alone or any(grant.turn.alone for grant in self._grants) or there >= limits.max_device_turns:
             return False
-        return self._in_flight_s + turn.cost_s <= self.limits.queue.max_turn_s
+        if there == 1 and self._in_flight_s <= _SHORT * limits.ahead_s:
+            return True
+        return self._in_flight_s + turn.cost_s <= limits.ahead_s
 
     def _try_grant(self, turn: SearchTurn) -> Grant | None:
         need, placed = turn.need, False

@@ -172,6 +172,7 @@ def _governor_limits(settings: Settings) -> GovernorLimits:
     return GovernorLimits(
         max_open=settings.limits.max_open_searches,
         max_device_turns=scheduler.max_device_tiles,
+        ahead_s=scheduler.device_ahead_s,
         max_wait_s=scheduler.max_wait_s,
         queue=queue,
     )

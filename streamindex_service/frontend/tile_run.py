@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from streamindex_service.core.governor import Grant, SearchTurn
 from streamindex_service.core.tile_pieces import TilePieces
-from streamindex_service.errors import DeviceMemoryError, ServiceError, WorkerLostError
+from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.device import tile_error
 from streamindex_service.frontend.host_memory import Block
@@ -103,9 +103,10 @@ class TileRun:
                 admitted.workspace_bytes(grant, rows),
                 admitted.part(self._window, self._keys),
             )
-        except ServiceError as error:
+        except Exception as error:
+            # Whoever happened to let this turn run must not fail with it, and what it was granted must come back.
             admitted.service.governor.finish(grant)
-            self._fail(error)
+            self._fail(error if isinstance(error, ServiceError) else InternalError(repr(error)))
             return
         self._on_device = lambda: device.cancel(view, [tile_id])
         future.add_done_callback(lambda done: self._ran(grant, done, lambda error: tile_error(view, error)))

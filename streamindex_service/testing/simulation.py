@@ -50,6 +50,7 @@ class History:
         limits = GovernorLimits(
             max_open=draw.choice((8, 64)),
             max_device_turns=draw.randint(2, 6),
+            ahead_s=draw.choice((0.002, 0.02)),
             max_wait_s=draw.choice((1.0, 5.0)),
             queue=QueueLimits(
                 max_turns=draw.choice((6, 32)),

@@ -80,6 +80,23 @@ def test_what_fits_in_no_way_is_refused_and_the_worker_lives(inside, short_of_me
         assert calls.load().worker_restarts == restarts
 
 
+def test_a_defect_at_the_moment_of_its_turn_ends_one_search_alone(inside, monkeypatch):
+    draw = Draw(4)
+    keys, queries = draw.keys(KIND, 900), draw.queries(KIND, ROWS, start_position=880)
+    device = inside.server.service.device
+    with Calls(inside.target) as calls, calls.cache(KIND, keys) as cache:
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "submit", lambda *args: 1 / 0)
+            with calls.search_call() as call:
+                call.send(search_header(KIND, cache.id, 30, start_position=880), query_chunk(KIND, queries, 0, ROWS))
+                refusal = call.refusal()
+            assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+            assert "division" not in refusal.error.message
+        found, _ = calls.search(KIND, cache.id, queries, 30)
+        assert np.array_equal(found, expected(KIND, keys, queries, 30)[0])
+        wait_for(lambda: is_idle(calls.load()))
+
+
 def test_others_wait_while_one_runs_alone(inside, short_of_memory):
     draw = Draw(3)
     keys, queries = draw.keys(KIND, 900), draw.queries(KIND, ROWS, start_position=880)

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 
-from streamindex_service.core import governor as governor_module
 from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.governor import Governor
 from streamindex_service.core.ledger import Ledger
@@ -128,7 +127,7 @@ def forks_that_are_not_counted(patch):
 
 
 def alone_in_name_only(patch):
-    patch.setattr(governor_module, "_BUSY_TURNS", 10**6)
+    patch.setattr(Governor, "_device_takes", lambda self, turn: True)
     patch.setattr(Residency, "evict_all", lambda self: None)
 
 

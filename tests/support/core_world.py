@@ -87,7 +87,7 @@ class World:
         host_pool = PagePool(self.host, EXTENT_BYTES, self.host_memory.make, self.host_memory.drop)
         self.device_pool = PagePool(self.hbm, EXTENT_BYTES, self.device_memory.make, self.device_memory.drop)
         self.store = CacheStore(host_pool, lambda page: self.governor.residency.drop(page), self.clock, max_caches=12)
-        limits = GovernorLimits(64, max_device_turns, 60.0, QueueLimits(max_turns=16))
+        limits = GovernorLimits(64, max_device_turns, 1.0, 60.0, QueueLimits(max_turns=16))
         self.governor = Governor(Residency(self.hbm, self.device_pool, self._load), self.clock, limits)
         self.uploads = UploadTable(self.store, self.clock, ttl_s=30.0, max_uploads=8)
         self.loads = 0

@@ -280,10 +280,11 @@ def test_what_can_never_fit_is_refused_with_the_figures():
 def test_a_queue_that_is_full_and_a_deadline_that_cannot_be_met():
     world = World(max_device_turns=2)
     world.governor.device_ready()
+    assert world.governor.limits.ahead_s == 1.0
     cache = world.store.create(OWNER, spec(layers=1))
     world.write(cache, 0, 0, 10)
     world.end(world.search(cache, 0, 1, 1, flop=1000), device_s=10.0)  # ten seconds for a thousand operations
-    running = [world.search(cache, 0, 1, 1, deadline_s=0.001, flop=1) for _ in range(1)]  # nobody is ahead of it
+    running = [world.search(cache, 0, 1, 1, deadline_s=0.001, flop=1)]  # nobody is ahead of it
     running.append(world.search(cache, 0, 1, 1, flop=1000))
     assert all(search.grant is not None for search in running)
     patient = world.search(cache, 0, 1, 1, flop=1000)
@@ -302,6 +303,20 @@ def test_a_queue_that_is_full_and_a_deadline_that_cannot_be_met():
     while world.searches:
         world.end(next(search for search in world.searches if search.grant is not None))
         world.check()
+
+
+@pytest.mark.parametrize(("flop", "taken"), [(1, 4), (300, 3), (600, 2), (2_000, 2), (4_000, 1)])
+def test_the_device_has_many_small_tiles_or_few_large_ones(flop, taken):
+    """ahead_s is one second here, and an operation takes a millisecond."""
+    world = World()
+    world.governor.device_ready()
+    cache = world.store.create(OWNER, spec(layers=1))
+    world.write(cache, 0, 0, 10)
+    world.end(world.search(cache, 0, 1, 1, flop=flop), device_s=flop / 1000)
+    made = [world.search(cache, 0, 1, 1, flop=flop) for _ in range(5)]
+    assert sum(search.grant is not None for search in made) == taken == world.governor.in_flight
+    while world.searches:
+        world.end(next(search for search in world.searches if search.grant is not None))
 
 
 def test_an_open_search_that_waits_for_its_caller_holds_nothing_on_the_device():
