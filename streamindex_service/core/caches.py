@@ -152,7 +152,8 @@ class KeyCache:
 class CacheStore:
     """All caches.
 
-    `host` is where pages come from; `drop_device` is told when a page with a copy on the device is gone.
+    `host` is where pages come from; `drop_device` is told when a page with a copy on the device is gone, `make_room`
+    when host memory was reserved for something else than pages.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class CacheStore:
         clock: Callable[[], float],
         max_caches: int,
         quota: Quota = NO_QUOTA,
+        make_room: Callable[[], None] = lambda: None,
         new_id: Callable[[], str] = lambda: "kc_" + secrets.token_urlsafe(18),
     ) -> None:
         self.host = host
@@ -169,6 +171,7 @@ class CacheStore:
         self._drop_device = drop_device
         self._clock = clock
         self._max_caches = max_caches
+        self._make_room = make_room
         self._new_id = new_id
         self._caches: dict[str, KeyCache] = {}
         self._owned: dict[str, dict[str, KeyCache]] = {}  # by owner, oldest first
@@ -191,6 +194,7 @@ class CacheStore:
             account.close_cache()
             self.accounts.forget_if_empty(account)
             raise host_memory_used_up(self.host, record_bytes)
+        self._make_room()
         self._created += 1
         now = self._clock()
         layers = [Layer() for _ in range(spec.layers)]

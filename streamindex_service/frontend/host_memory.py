@@ -59,6 +59,10 @@ class HostExtents:
             shared = self._create(extent_bytes)
         self._segments[extent_id] = shared
 
+    def make_room(self) -> None:
+        """Something else than an extent was reserved: what is spare goes for it."""
+        self._spares.make_room()
+
     def drop(self, extent_id: int) -> None:
         """The extent is gone, and its bytes are released; its segment may stay for another."""
         shared = self._segments.pop(extent_id)

@@ -50,7 +50,14 @@ class Service:
         self.device = DeviceWorker(self.host_extents, settings.worker.poison_deaths, clock)
         host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
         device_pool = PagePool(self.hbm, int(memory.extent_bytes), self.device.make_extent, self.device.drop_extent)
-        self.caches = CacheStore(host_pool, self._drop_device_page, clock, settings.server.max_caches, _quota(settings))
+        self.caches = CacheStore(
+            host_pool,
+            self._drop_device_page,
+            clock,
+            settings.server.max_caches,
+            _quota(settings),
+            self.host_extents.make_room,
+        )
         residency = Residency(self.hbm, device_pool, self.device.load)
         self.governor = Governor(residency, clock, _governor_limits(settings))
         self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
