@@ -257,7 +257,7 @@ def test_no_shape_compiles_anything_once_warm(key_format: KeyFormat) -> None:
         inputs = make_inputs(
             rows=rows, heads=64, head_dim=128, keys=keys, key_format=key_format, top_k=top_k, ratio=ratio,
             device="cuda",
-            positions=torch.arange(keys * ratio, keys * ratio + rows) if explicit else None,
+            positions=torch.arange(keys * ratio, keys * ratio + rows).flip(0) if explicit else None,
         )  # fmt: skip
         inputs.search("triton", workspace_bytes=budget)
 

@@ -29,6 +29,7 @@ from streamindex_service.ops.topk.plan import (
     kernel_tiles,
     shared_queries,
 )
+from streamindex_service.ops.topk.problem import first_if_consecutive
 from tests.ops.cases import kernel_device, make_inputs
 
 
@@ -182,6 +183,24 @@ def test_queries_that_are_read_at_a_time_fit_the_cache_in_equal_parts(rows: int,
     assert (group - 8) * row_bytes < HOPPER_SHARED_BYTES
     assert groups == -(-rows * row_bytes // HOPPER_SHARED_BYTES)
     assert groups * group - rows < 8 * groups
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ([7], 7),
+        ([7, 8, 9], 7),
+        ([7, 9, 9], [7, 9, 9]),
+        ([9, 8, 7], [9, 8, 7]),
+        ([3, 3], [3, 3]),
+        ([0, 2, 1, 3], [0, 2, 1, 3]),
+        ([], []),
+    ],
+)
+def test_consecutive_positions_are_given_by_the_first(positions: list[int], expected: int | list[int]) -> None:
+    found = first_if_consecutive(torch.tensor(positions, dtype=torch.int64))
+    assert (found if isinstance(found, int) else found.tolist()) == expected
+    assert first_if_consecutive(5) == 5
 
 
 def test_less_than_the_floor_is_refused_with_figures() -> None:

@@ -46,7 +46,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
 
 def _search(rows: int, keys: int, ratio: int, top_k: int, *, explicit: bool, order: Order = Order.INDEX) -> None:
-    positions = torch.arange(keys * ratio, keys * ratio + rows) if explicit else None
+    positions = torch.arange(keys * ratio, keys * ratio + rows).flip(0) if explicit else None
     inputs = make_inputs(
         rows=rows, heads=2, head_dim=16, keys=keys, key_format=KeyFormat.BF16, top_k=top_k, ratio=ratio,
         positions=positions,

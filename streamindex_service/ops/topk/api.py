@@ -16,7 +16,14 @@ from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
 from streamindex_service.ops.topk.plan import Plan, Shape, choose_score_kernel
-from streamindex_service.ops.topk.problem import LIMITS, Limits, Problem, check_inputs, check_output
+from streamindex_service.ops.topk.problem import (
+    LIMITS,
+    Limits,
+    Problem,
+    check_inputs,
+    check_output,
+    first_if_consecutive,
+)
 from streamindex_service.ops.topk.reference import run_reference
 from streamindex_service.ops.topk.torch_chunked import run_chunked
 
@@ -230,6 +237,7 @@ def topk(
     check_output("out_indices", out_indices, rows, top_k, torch.int32, device)
     if out_scores is not None:
         check_output("out_scores", out_scores, rows, top_k, torch.float32, device)
+    host_positions = first_if_consecutive(host_positions)
     problem = Problem(q, w, keys, host_positions, ratio, top_k, Order(order), out_indices, out_scores)
     width = problem.max_visible(0, rows) if rows else 0
     if not width:

@@ -96,6 +96,16 @@ def visible_keys(positions: int | Tensor, start: int, stop: int, ratio: int, len
     return ((p + 1) // ratio).clamp_(max=length)
 
 
+def first_if_consecutive(positions: int | Tensor) -> int | Tensor:
+    """Positions that go up by one are given by the first: then no row has to look its own up."""
+    if isinstance(positions, int) or not len(positions):
+        return positions
+    first, rows = int(positions[0]), len(positions)
+    if int(positions[-1]) - first != rows - 1 or not torch.equal(positions, torch.arange(first, first + rows)):
+        return positions
+    return first
+
+
 def check_inputs(q: Tensor, w: Tensor, keys: PagedKeys, positions: int | Tensor, ratio: int, top_k: int) -> None:
     """Raise TopkInputError for the first argument that disagrees with another one or with LIMITS."""
     if q.dim() != 3 or not q.is_contiguous():
