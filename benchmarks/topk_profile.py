@@ -117,7 +117,7 @@ def profile(bench: Bench, model: Model, tokens: int, key_format: KeyFormat, kern
     misled, note = None, "not filtered"
     assert plan.tiles is not None
     if is_filtered(prefill.keys.length, model.top_k, plan.tiles):
-        misled = int((survivor_counts(problem, plan) < 0).sum())
+        misled = int((survivor_counts(problem, plan) == -1).sum())
         note = f"{misled} rows fell back"
     chunk = Chunk(bench, prefill, tokens, kernel, judgement, note, misled, roof)
     chunk.add("chunk", whole)

@@ -89,7 +89,7 @@ def fallback_rows(prefill: Prefill) -> int | None:
     problem = Problem(
         prefill.q, prefill.w, prefill.keys, prefill.positions, model.ratio, model.top_k, Order.INDEX, out, None
     )
-    return int((survivor_counts(problem, plan) < 0).sum())
+    return int((survivor_counts(problem, plan) == -1).sum())
 
 
 def run_top_k(bench: Bench, prefill: Prefill, names: list[str], checked_rows: int) -> None:

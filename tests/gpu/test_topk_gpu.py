@@ -286,15 +286,16 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize("implementation", ["triton", "chunked"])
-@pytest.mark.parametrize("explicit", [False, True], ids=["consecutive", "explicit"])
+@pytest.mark.parametrize("order", list(Order), ids=lambda order: order.value)
+@pytest.mark.parametrize("positions", ["from the first", "from the last", "in no order"])
 @pytest.mark.parametrize(
     "case", BUDGETS, ids=lambda case: f"R{case[0]}-S{case[1]}-H{case[2]}-K{case[5]}-{case[6] >> 20}MiB"
 )
-def test_allocator_peak_stays_within_the_plan(case, explicit: bool, implementation: str) -> None:
+def test_allocator_peak_stays_within_the_plan(case, positions: str, order: Order, implementation: str) -> None:
     rows, keys, heads, head_dim, key_format, top_k, budget = case
     inputs = make_inputs(
         rows=rows, heads=heads, head_dim=head_dim, keys=keys, key_format=key_format, top_k=top_k, device="cuda",
-        positions=torch.arange(keys, keys + rows) if explicit else None,
+        positions={"from the first": 0, "from the last": keys, "in no order": torch.arange(rows).flip(0)}[positions],
     )  # fmt: skip
     plan = plan_for(
         implementation, "cuda", key_format, rows=rows, heads=heads, head_dim=head_dim, keys=keys, top_k=top_k,
@@ -309,8 +310,8 @@ def test_allocator_peak_stays_within_the_plan(case, explicit: bool, implementati
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     topk(
-        inputs.q, inputs.w, inputs.keys, inputs.positions, ratio=1, top_k=top_k, implementation=implementation,
-        workspace_bytes=budget, out_indices=indices,
+        inputs.q, inputs.w, inputs.keys, inputs.positions, ratio=1, top_k=top_k, order=order,
+        implementation=implementation, workspace_bytes=budget, out_indices=indices,
     )  # fmt: skip
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before

@@ -1,10 +1,13 @@
 """The sampled threshold of the kernels: it may mislead, it must never change an answer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from streamindex_service.ops import KeyFormat
 from streamindex_service.ops.topk import Order
+from streamindex_service.ops.topk.plan import least_filtered
 from streamindex_service.ops.topk.problem import Problem
 from tests.ops.cases import Inputs, kernel_device, make_inputs, poisoned_keys, same, small_plan
 
@@ -65,3 +68,24 @@ def test_filtered_equals_unfiltered(values: str) -> None:
     for tile in (1280, 512):
         filtered = inputs.search("triton", plan=small_plan(inputs, 3, tile))
         assert same(filtered, inputs.search("triton", plan=small_plan(inputs, 3, tile, filter_keys=1 << 30)))
+
+
+def test_rows_too_short_for_the_filter_stay_apart_from_those_it_takes() -> None:
+    """A chunk of both would leave the short ones to the kernel that is meant for a few."""
+    from streamindex_service.ops.topk import triton as kernels
+
+    rows = 300
+    inputs = make_inputs(
+        rows=rows, heads=1, head_dim=16, keys=rows, key_format=KeyFormat.BF16, top_k=TOP_K, positions=0,
+        values="integers", device=kernel_device(),
+    )  # fmt: skip
+    plan = replace(small_plan(inputs, rows, 512), grow=True)
+    assert plan.tiles is not None
+    out = torch.empty((rows, TOP_K), dtype=torch.int32, device=kernel_device())
+    run = kernels._Run(Problem(inputs.q, inputs.w, inputs.keys, 0, 1, TOP_K, Order.INDEX, out, None), plan)
+    border = least_filtered(TOP_K, plan.tiles) - 1  # the first row that sees so many keys
+    assert 0 < border < rows
+    assert kernels._chunk_end(run, 0) == border
+    assert kernels._chunk_end(run, border) == rows
+    for order in Order:
+        assert same(inputs.search("triton", plan=plan, order=order), inputs.search("reference", order=order))

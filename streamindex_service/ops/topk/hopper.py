@@ -10,8 +10,8 @@ two terms are products both, and the compiler may fuse either into the sum: it w
 different queries of one product, so that a score depended on where in the product its query stood.
 
 Written in Gluon, which is an experimental part of Triton and cannot be interpreted: import this module only where
-`plan.ScoreKernel.HOPPER` was chosen. No length is specialised upon; the group of queries is a run-time value too, so
-that the host can balance the blocks over the multiprocessors without a change of any score.
+`plan.ScoreKernel.HOPPER` was chosen. No length is specialised upon. Multiprocessors are balanced here, by equal shares
+of a group's steps (`_share`); the groups keep the queries that are read at a time in the cache (`shared_queries`).
 """
 
 import torch
@@ -350,8 +350,8 @@ def _scores_of(products, w_smem, HEADS: gl.constexpr, NARROW: gl.constexpr):
     gate = gl.convert_layout(gate, gl.SliceLayout(0, products.type.layout), assert_trivial=True)
     gate, _ = gl.broadcast(gl.expand_dims(gate, 0), products)
     if NARROW:  # noqa: SIM108
-        # ReLU(x) as (x + |x|) / 2, the half being in the gate: bit for bit the same, since products of 8-bit floats
-        # are far from overflow, and additions have twice the rate of maxima
+        # ReLU(x) as (x + |x|) / 2, the half being in the gate: bit for bit the same for gates from 2^-125 on, since
+        # products of 8-bit floats are far from overflow; and additions have twice the rate of maxima
         positive = products + gl.abs(products)
     else:
         positive = gl.maximum(products, 0.0)

@@ -20,7 +20,7 @@ _FULL_WIDTH_ROWS = 128
 _TILED_ROWS = 256
 _ROW_STEP = 8
 _PART_ALIGNMENT = 256
-_FILTERED_TOP_K = 4  # a row of fewer than so many times top_k keys is not filtered
+FILTERED_TOP_K = 4  # a row of fewer than so many times top_k keys is not filtered
 
 # Queries that the multiprocessors read at a time: a third of the cache, beside the scores that pass through it.
 HOPPER_SHARED_BYTES = 16 << 20
@@ -45,9 +45,9 @@ class ScoreKernel(StrEnum):
 class KernelTiles:
     """Compile-time shape of the score kernel and of the selection kernels.
 
-    A score block is [block_keys, block_queries × heads_pad]; one program holds its keys and walks over `query_group`
-    queries. They depend on (format, heads, head_dim) alone, never on a length, so that no request compiles anything
-    new and a score is the same sequence of operations in every request.
+    A score block is [block_keys, block_queries × heads_pad]; one program of the portable kernel holds its keys and
+    walks over `query_group` queries. They depend on (format, heads, head_dim) alone, never on a length, so that no
+    request compiles anything new and a score is the same sequence of operations in every request.
     """
 
     block_keys: int
@@ -167,7 +167,12 @@ def score_stride(width: int) -> int:
 
 def is_filtered(keys: int, top_k: int, tiles: KernelTiles) -> bool:
     """Whether a tile of so many keys is filtered before the selection."""
-    return keys >= max(tiles.filter_keys, _FILTERED_TOP_K * top_k)
+    return keys >= least_filtered(top_k, tiles)
+
+
+def least_filtered(top_k: int, tiles: KernelTiles) -> int:
+    """The fewest keys of a tile that is filtered."""
+    return max(tiles.filter_keys, FILTERED_TOP_K * top_k)
 
 
 def chunked_cpu_workspace_bytes(shape: Shape, query_chunk: int, key_tile: int) -> int:

@@ -138,7 +138,8 @@ def compiled_variants() -> int:
 
 
 def survivor_counts(problem: Problem, plan: Plan) -> Tensor:
-    """Entries the filter left of each row, −1 where the sample misled and the row was read whole: [rows] int32.
+    """Entries the filter left of each row, −1 where the sample misled and the row was read whole, −2 where it sees too
+    few keys to be filtered: [rows] int32.
 
     For tests and for reporting how often the fallback is taken. One chunk and one tile: `plan` must hold all of them.
     """
@@ -148,7 +149,8 @@ def survivor_counts(problem: Problem, plan: Plan) -> Tensor:
     assert planning.is_filtered(width, problem.top_k, run.tiles)
     assert width <= plan.key_tile
     buffers = _search_chunk(run, 0, problem.rows, width)
-    return buffers.counts
+    short = problem.visible(0, problem.rows) < planning.FILTERED_TOP_K * problem.top_k
+    return buffers.counts.masked_fill(short.to(buffers.counts.device), -2)
 
 
 def run_triton(problem: Problem, plan: Plan) -> None:
@@ -163,7 +165,7 @@ def run_triton(problem: Problem, plan: Plan) -> None:
             stop = _chunk_end(run, start)
             width = problem.max_visible(start, stop)
             if width <= problem.top_k and problem.order is Order.INDEX and problem.out_scores is None:
-                _all_visible(problem, start, stop)
+                _all_visible(run, start, stop)
             else:
                 _search_chunk(run, start, stop, width)
             start = stop
@@ -236,7 +238,17 @@ def _chunk_end(run: _Run, start: int) -> int:
         return planning.arena_bytes(problem.top_k, rows, stride, run.tiles) <= run.arena_bytes
 
     most = min(planning.MAX_QUERY_CHUNK, problem.rows - start)
-    return start + max(planned, planning.largest(most, fits))
+    stop = start + max(planned, planning.largest(most, fits))
+    # Rows that see too few keys to be filtered stay apart from those that are: among these, they would be left over.
+    filtered = _first_row_of(problem, planning.least_filtered(problem.top_k, run.tiles))
+    return filtered if start < filtered < stop else stop
+
+
+def _first_row_of(problem: Problem, keys: int) -> int:
+    """The first row that sees so many keys; 0 where rows are in no order."""
+    if not isinstance(problem.positions, int):
+        return 0
+    return max(0, keys * problem.ratio - 1 - problem.positions)
 
 
 def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
@@ -366,10 +378,16 @@ def _chunk_positions(problem: Problem, start: int, stop: int) -> Tensor | None:
     return chunk.clone()
 
 
-def _all_visible(problem: Problem, start: int, stop: int) -> None:
+def _all_visible(run: _Run, start: int, stop: int) -> None:
     """Rows that see at most top_k keys, wanted by index and without scores: every visible key, no score needed."""
+    problem, rows = run.problem, stop - start
     visible = problem.visible(start, stop).to(torch.int32)
     if problem.q.is_cuda:
         visible = visible.pin_memory().to(problem.q.device, non_blocking=True)
     places = torch.arange(problem.top_k, dtype=torch.int32, device=problem.q.device)
-    problem.out_indices[start:stop] = torch.where(places[None, :] < visible[:, None], places[None, :], -1)
+    # in the arena, which is more than large enough: memory beside it is in no plan
+    hidden = run.arena[: rows * problem.top_k].view(torch.bool).view(rows, problem.top_k)
+    torch.ge(places[None, :], visible[:, None], out=hidden)
+    window = problem.out_indices[start:stop]
+    window.copy_(places.expand_as(window))
+    window.masked_fill_(hidden, -1)
