@@ -5,6 +5,7 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -204,21 +205,30 @@ class Bench:
         """Measure, judge and add one row. Out of memory is a result: a row without figures."""
         # no answer: memory given back by the last row may hold a right one
         out = torch.full((prefill.rows, prefill.model.top_k), UNWRITTEN, dtype=torch.int32, device=self.device)
-        before = self.measure_roof(prefill.keys.format)
-        timing, reason = self._measure(lambda: search.work(prefill, out))
+        roofs: list[float] = []
+        beside = partial(self._note_roof, roofs, prefill.keys.format)
+        timing, reason = self._measure(lambda: search.work(prefill, out), beside)
         if timing is None:
             self.give_back()
             row = self._row(prefill, search, f"{search.note}, {reason}".strip(", "))
         else:
-            roof = (before + self.measure_roof(prefill.keys.format)) / 2
-            row = self._row(prefill, search, search.note, timing, judged(prefill, out), roof, baseline)
+            beside()
+            row = self._row(
+                prefill, search, search.note, timing, judged(prefill, out), statistics.mean(roofs), baseline
+            )  # fmt: skip
         self.report.add(row)
         return row
 
-    def _measure(self, work: Callable[[], None]) -> tuple[Timing | None, str]:
+    def _note_roof(self, roofs: list[float], key_format: KeyFormat) -> None:
+        roofs.append(self.measure_roof(key_format))
+
+    def _measure(self, work: Callable[[], None], when_warm: Callable[[], None]) -> tuple[Timing | None, str]:
         """A timing, or why there is none."""
         try:
-            return measure(work, self.device, budget_s=self.budget_s, max_repeats=self.max_repeats), ""
+            timing = measure(
+                work, self.device, budget_s=self.budget_s, max_repeats=self.max_repeats, when_warm=when_warm
+            )  # fmt: skip
+            return timing, ""
         except (torch.OutOfMemoryError, ReferenceTooLargeError) as error:
             return None, _without_figures(error, self.device)
 

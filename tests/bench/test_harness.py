@@ -200,9 +200,12 @@ class TestInputs:
 
 
 def test_measure_runs_once_more_than_it_counts() -> None:
-    runs: list[int] = []
-    timing = measure(lambda: runs.append(1), "cpu", budget_s=1.0, max_repeats=4)
-    assert len(runs) == timing.repeats + 1 == 5
+    runs: list[str] = []
+    timing = measure(
+        lambda: runs.append("run"), "cpu", budget_s=1.0, max_repeats=4, when_warm=lambda: runs.append("roof")
+    )
+    assert runs == ["run", "roof"] + ["run"] * 4
+    assert timing.repeats == 4
 
 
 def test_a_plan_is_kept_in_the_row(tiny: Model) -> None:
