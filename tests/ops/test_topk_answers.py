@@ -5,6 +5,7 @@ import torch
 
 from streamindex_service.ops import KeyFormat, PagedKeys
 from streamindex_service.ops.topk import Order, check_topk
+from streamindex_service.ops.topk.problem import Problem
 from tests.ops.cases import Inputs, kernel_device, make_inputs, poisoned_keys, same, small_plan
 
 BF16, FP16, FP32, FP8 = KeyFormat.BF16, KeyFormat.FP16, KeyFormat.FP32, KeyFormat.FP8_E4M3
@@ -167,3 +168,29 @@ def test_pages_of_several_extents() -> None:
     for implementation in IMPLEMENTATIONS:
         found = Inputs(q, w, keys, 995, 1, 30).search(implementation)
         assert same(found, Inputs(q, w, whole, 995, 1, 30).search("reference"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("first", [2**31 - 2, 2**33 - 2, 2**40])
+def test_positions_beyond_32_bits(first: int, implementation: str) -> None:
+    inputs = make_inputs(
+        rows=4, heads=2, head_dim=16, keys=700, key_format=BF16, top_k=50, ratio=min(first // 300, 2**31 - 1),
+        positions=first,
+        values="integers", device=_device(implementation),
+    )  # fmt: skip
+    assert same(inputs.search(implementation), inputs.search("reference"))
+
+
+def test_a_large_position_is_no_wider_argument() -> None:
+    from streamindex_service.ops.topk.triton import _chunk_positions
+
+    def given(first: int) -> torch.Tensor | None:
+        inputs = make_inputs(
+            rows=4, heads=2, head_dim=16, keys=700, key_format=BF16, top_k=50, positions=first, device=kernel_device()
+        )  # fmt: skip
+        out = torch.empty((4, 50), dtype=torch.int32, device=kernel_device())
+        problem = Problem(inputs.q, inputs.w, inputs.keys, first, 1, 50, Order.INDEX, out, None)
+        return _chunk_positions(problem, 1, 4)
+
+    assert given(2**31 - 4) is None
+    assert given(2**31 - 3).tolist() == [2**31 - 2, 2**31 - 1, 2**31]

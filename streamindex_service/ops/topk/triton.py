@@ -41,6 +41,7 @@ from streamindex_service.ops.topk.selection import (
     visible_keys,
 )
 
+_INT32_END = 2**31
 _SCORE_SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride"]
 
 
@@ -369,13 +370,16 @@ def _launch_select(
 
 def _chunk_positions(problem: Problem, start: int, stop: int) -> Tensor | None:
     """The chunk's explicit positions [rows] int64 on the device, or None where they are consecutive."""
-    if isinstance(problem.positions, int):
+    if not isinstance(problem.positions, int):
+        chunk = problem.positions[start:stop].clone()
+    elif problem.positions + stop <= _INT32_END:
         return None
-    chunk = problem.positions[start:stop]
+    else:  # the first position as a wider argument would compile every kernel anew
+        chunk = torch.arange(problem.positions + start, problem.positions + stop)
     if problem.q.is_cuda:
         # pinned, so that the copy does not make the host wait for the device
-        return chunk.clone().pin_memory().to(problem.q.device, non_blocking=True)
-    return chunk.clone()
+        return chunk.pin_memory().to(problem.q.device, non_blocking=True)
+    return chunk
 
 
 def _all_visible(run: _Run, start: int, stop: int) -> None:
