@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import os
@@ -99,16 +100,20 @@ class HostExtents:
         self._dropped(shared.segment_id)
         shared.segment.close()
 
-    def _drop_spares(self) -> bool:
-        """On any thread but the loop's: have everything spare dropped; whether there was anything."""
+    def drop_spares(self) -> bool:
+        """Something else than an extent lacks memory: everything spare goes; whether there was anything."""
+        return self._spares.drop_all()
+
+    def _have_spares_dropped(self) -> None:
+        """On any thread but the loop's. Another thread may have had it done a moment before."""
         if self._loop is None:
-            return self._spares.drop_all()
+            self._spares.drop_all()
+            return
         answer: Future[bool] = Future()
-        try:
+        # The loop may be closed, or wait for this very thread to end.
+        with contextlib.suppress(RuntimeError, TimeoutError):
             self._loop.call_soon_threadsafe(lambda: answer.set_result(self._spares.drop_all()))
-            return answer.result(_LOOP_ANSWERS_S)
-        except (RuntimeError, TimeoutError):  # the loop is closed, or waits for this very thread to end
-            return False
+            answer.result(_LOOP_ANSWERS_S)
 
     def segment(self, slot: PageSlot) -> SharedSegment:
         """The segment that a page lies in."""
@@ -139,8 +144,9 @@ class HostExtents:
             try:
                 return _write_once(fd, buffers, offset)
             except OSError as error:  # what is spare must not be what the system lacks
-                if error.errno not in _NO_MEMORY or not self._drop_spares():
+                if error.errno not in _NO_MEMORY:
                     raise
+            self._have_spares_dropped()
             return _write_once(fd, buffers, offset)
         except OSError as error:
             raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
@@ -221,10 +227,20 @@ class Block:
 
 
 class BlockPool:
-    """Blocks of one size. The ledger counts the blocks in use; their segments are kept for the next search."""
+    """Blocks of one size. The ledger counts the blocks in use; their segments are kept for the next search.
 
-    def __init__(self, budget: IngressBudget, block_bytes: int, extent_bytes: int) -> None:
+    `drop_spares` is asked for what the system lacks, and tells whether it had anything.
+    """
+
+    def __init__(
+        self,
+        budget: IngressBudget,
+        block_bytes: int,
+        extent_bytes: int,
+        drop_spares: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.block_bytes = block_bytes
+        self._drop_spares = drop_spares
         self._budget = budget
         self._extent_blocks = max(1, extent_bytes // block_bytes)
         self._free: list[Block] = []
@@ -235,7 +251,7 @@ class BlockPool:
         if not self._free:
             size = self.block_bytes
             try:
-                shared = SharedSegment.create(self._extent_blocks * size, writable_by_worker=True)
+                shared = self._create(self._extent_blocks * size)
             except OSError as error:
                 self._budget.release(size)
                 raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
@@ -243,6 +259,14 @@ class BlockPool:
                 Block(shared, i * size, shared.data[i * size : (i + 1) * size]) for i in range(self._extent_blocks)
             ]
         return self._free.pop()
+
+    def _create(self, size_bytes: int) -> SharedSegment:
+        try:
+            return SharedSegment.create(size_bytes, writable_by_worker=True)
+        except OSError:
+            if not self._drop_spares():
+                raise
+        return SharedSegment.create(size_bytes, writable_by_worker=True)
 
     def release(self, block: Block) -> None:
         """Give a block back."""

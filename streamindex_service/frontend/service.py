@@ -65,7 +65,12 @@ class Service:
         self.governor = Governor(residency, clock, _governor_limits(settings))
         self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
         self.ingress_budget = IngressBudget(self.ingress)
-        self.blocks = BlockPool(self.ingress_budget, int(memory.search_block_bytes), int(memory.extent_bytes))
+        self.blocks = BlockPool(
+            self.ingress_budget,
+            int(memory.search_block_bytes),
+            int(memory.extent_bytes),
+            self.host_extents.drop_spares,
+        )
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
             _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, self._unusable, log.info)

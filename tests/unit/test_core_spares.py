@@ -13,7 +13,7 @@ from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.spares import SpareLimits, Spares
 from streamindex_service.errors import HostMemoryError
-from streamindex_service.frontend.host_memory import HostExtents
+from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
 
 
 class Pool:
@@ -213,3 +213,25 @@ async def test_a_write_that_fails_all_the_same_is_refused(monkeypatch, code, dro
     with pytest.raises(HostMemoryError):
         await asyncio.to_thread(extents.write, [(3, 0, memoryview(b"rows"))])
     assert (len(system.told), system.tries) == (dropped, tries)
+
+
+async def test_spare_segments_go_for_a_search(monkeypatch):
+    system = Scarce(monkeypatch, needed=0)
+    extents = system.extents()
+    create = os.memfd_create
+
+    def scarce(*arguments):
+        if not system.told:
+            raise OSError(errno.EMFILE, "no descriptors")
+        return create(*arguments)
+
+    monkeypatch.setattr(os, "memfd_create", scarce)
+    ingress = Ledger("ingress", 1 << 20)
+    blocks = BlockPool(IngressBudget(ingress), 4096, 8192, extents.drop_spares)
+    await blocks.acquire()
+    assert (len(system.told), ingress.reserved_bytes) == (2, 4096)
+    system.told.clear()
+    await blocks.acquire()
+    with pytest.raises(HostMemoryError):
+        await blocks.acquire()
+    assert ingress.reserved_bytes == 2 * 4096
