@@ -101,6 +101,10 @@ class MemorySettings(_Section):
         ByteSize(512 * _MIB),
         description="freed memory of the host budget that is kept for the next keys, as long as nothing else needs it",
     )
+    spare_segments: Count = Field(
+        64, description="segments that it may consist of; each is two descriptors of the frontend, and of the worker"
+    )
+    spare_s: Seconds = Field(60.0, description="what of it nobody has taken for so long goes back to the system")
     ingress_budget_bytes: Annotated[ByteSize, Field(ge=4 * _MIB)] = Field(
         ByteSize(512 * _MIB), description="query rows received and not yet answered, and their answers"
     )

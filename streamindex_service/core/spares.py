@@ -1,13 +1,15 @@
 """Pieces of freed memory, kept for the next that is needed.
 
 The first touch of fresh memory costs more than writing it again: the system has to find and clear every page of it. So
-a bounded number of bytes stays as it is. What is kept may hold what its last owner wrote.
+a bounded number of bytes stays as it is, in a bounded number of pieces, since each may cost its owner more than bytes
+(a descriptor, a mapping), and for a bounded time. What is kept may hold what its last owner wrote.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from streamindex_service.core.ledger import Ledger
@@ -15,27 +17,56 @@ from streamindex_service.core.ledger import Ledger
 Memory = TypeVar("Memory")
 
 
-class Spares(Generic[Memory]):
-    """At most `limit_bytes`, counted as the ledger's spare bytes. `drop` lets go of a piece; the oldest goes first."""
+@dataclass(frozen=True, slots=True)
+class SpareLimits:
+    """What may be kept: bytes, pieces, and for how long (seconds) when nobody takes it."""
 
-    def __init__(self, ledger: Ledger, limit_bytes: int, drop: Callable[[Memory], None]) -> None:
+    size_bytes: int
+    pieces: int
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Spare(Generic[Memory]):
+    memory: Memory
+    size_bytes: int
+    since_s: float
+
+
+class Spares(Generic[Memory]):
+    """Pieces within the limits, counted as the ledger's spare bytes. `drop` lets go of a piece; the oldest goes first.
+
+    `clock` gives seconds, and never goes back.
+    """
+
+    def __init__(
+        self, ledger: Ledger, limits: SpareLimits, drop: Callable[[Memory], None], clock: Callable[[], float]
+    ) -> None:
         self._ledger = ledger
-        self._limit_bytes = limit_bytes
+        self._limits = limits
         self._drop = drop
-        self._kept: deque[tuple[int, Memory]] = deque()  # (bytes, piece), oldest first
+        self._clock = clock
+        self._kept: deque[_Spare[Memory]] = deque()  # oldest first
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def keep(self, memory: Memory, size_bytes: int) -> None:
-        """Take a piece that the ledger no longer counts as reserved; older ones go if there are too many bytes."""
-        self._kept.append((size_bytes, memory))
+        """Take a piece that the ledger no longer counts as reserved; older ones go if it is too much."""
+        self._kept.append(_Spare(memory, size_bytes, self._clock()))
         self._ledger.spare_bytes += size_bytes
-        while self._ledger.spare_bytes > self._limit_bytes or self._ledger.surplus_bytes:
+        while (
+            self._ledger.spare_bytes > self._limits.size_bytes
+            or len(self._kept) > self._limits.pieces
+            or self._ledger.surplus_bytes
+        ):
             self._drop_oldest()
 
     def take(self, size_bytes: int) -> Memory | None:
         """Give out the newest piece of exactly this length, which is reserved already; it is no longer spare."""
         for index in range(len(self._kept) - 1, -1, -1):
-            if self._kept[index][0] == size_bytes:
-                memory = self._kept[index][1]
+            if self._kept[index].size_bytes == size_bytes:
+                memory = self._kept[index].memory
                 del self._kept[index]
                 self._ledger.spare_bytes -= size_bytes
                 return memory
@@ -46,6 +77,12 @@ class Spares(Generic[Memory]):
         while self._ledger.surplus_bytes:
             self._drop_oldest()
 
+    def expire(self) -> None:
+        """Drop what nobody has taken for too long."""
+        oldest_s = self._clock() - self._limits.idle_s
+        while self._kept and self._kept[0].since_s <= oldest_s:
+            self._drop_oldest()
+
     def drop_all(self) -> bool:
         """Drop everything; whether there was anything."""
         had_any = bool(self._kept)
@@ -54,6 +91,6 @@ class Spares(Generic[Memory]):
         return had_any
 
     def _drop_oldest(self) -> None:
-        size_bytes, memory = self._kept.popleft()
-        self._ledger.spare_bytes -= size_bytes
-        self._drop(memory)
+        spare = self._kept.popleft()
+        self._ledger.spare_bytes -= spare.size_bytes
+        self._drop(spare.memory)

@@ -18,6 +18,7 @@ from streamindex_client.errors import StreamIndexError
 from torch import Tensor
 
 from streamindex_service.config import WorkerSettings
+from streamindex_service.demo.interrupt import interrupt_closes
 from streamindex_service.demo.options import DemoError, DemoOptions
 from streamindex_service.demo.passages import best_passages, excerpt
 from streamindex_service.demo.progress import progress
@@ -106,7 +107,7 @@ def _measure(
     console: Console, address: str, options: DemoOptions, workload: Workload
 ) -> tuple[Figures, Verification, Tensor]:
     """Upload, search and check; the figures, how the check went, and the answers."""
-    with streamindex_client.connect(address) as client:
+    with streamindex_client.connect(address) as client, interrupt_closes(client.close):
         capabilities = client.capabilities()
         console.print(f"Ready: {capabilities.device}, implementation {capabilities.implementation}", highlight=False)
         cache = client.create_key_cache(

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
-from streamindex_service.core.spares import Spares
+from streamindex_service.core.spares import SpareLimits, Spares
 from streamindex_service.errors import HostMemoryError
 from streamindex_service.frontend.tensors import Bytes, as_bytes
 from streamindex_service.ipc.segments import Segment
 
+NO_SPARES = SpareLimits(size_bytes=0, pieces=0, idle_s=0.0)
+
 _MAX_PIECES = 1024  # of one write; the system's own bound
+_NO_MEMORY = (errno.ENOMEM, errno.ENOSPC)  # of a memfd: the system's, a control group's
+_LOOP_ANSWERS_S = 5.0  # at the very end the loop waits for the threads, and answers none of them
 _segment_ids = itertools.count(1)
 
 
@@ -39,13 +47,21 @@ class SharedSegment:
 class HostExtents:
     """The segments of the host page pool. `dropped(segment_id)` is told of every segment that goes.
 
-    Up to `spare_limit_bytes` of segments without an extent are kept for the next extents, as they are: whoever makes
-    pages visible sees to it that no old byte is left in them.
+    Within the limits, segments without an extent are kept for the next extents, as they are: whoever makes pages
+    visible sees to it that no old byte is left in them. All methods are for the event loop, but for `write`.
     """
 
-    def __init__(self, dropped: Callable[[int], None], ledger: Ledger, spare_limit_bytes: int) -> None:
+    def __init__(
+        self,
+        dropped: Callable[[int], None],
+        ledger: Ledger,
+        spare_limits: SpareLimits = NO_SPARES,
+        clock: Callable[[], float] = time.monotonic,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
         self._dropped = dropped
-        self._spares = Spares(ledger, spare_limit_bytes, self._close)
+        self._spares = Spares(ledger, spare_limits, self._close, clock)
+        self._loop = loop  # on which spares are dropped for a thread that writes; None where nothing else runs
         self._segments: dict[int, SharedSegment] = {}
 
     def make(self, extent_id: int, extent_bytes: int) -> None:
@@ -62,6 +78,10 @@ class HostExtents:
     def make_room(self) -> None:
         """Something else than an extent was reserved: what is spare goes for it."""
         self._spares.make_room()
+
+    def expire_spares(self) -> None:
+        """Let go of what is spare for too long."""
+        self._spares.expire()
 
     def drop(self, extent_id: int) -> None:
         """The extent is gone, and its bytes are released; its segment may stay for another."""
@@ -80,12 +100,28 @@ class HostExtents:
         self._dropped(shared.segment_id)
         shared.segment.close()
 
+    def drop_spares(self) -> bool:
+        """Something else than an extent lacks memory: everything spare goes; whether there was anything."""
+        return self._spares.drop_all()
+
+    def _have_spares_dropped(self) -> None:
+        """On any thread but the loop's. Another thread may have had it done a moment before."""
+        if self._loop is None:
+            self._spares.drop_all()
+            return
+        answer: Future[bool] = Future()
+        # The loop may be closed, or wait for this very thread to end.
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self._loop.call_soon_threadsafe(lambda: answer.set_result(self._spares.drop_all()))
+            answer.result(_LOOP_ANSWERS_S)
+
     def segment(self, slot: PageSlot) -> SharedSegment:
         """The segment that a page lies in."""
         return self._segments[slot.extent_id]
 
     def write(self, pieces: Sequence[tuple[int, int, memoryview]]) -> list[Bytes]:
-        """Write pieces at (extent, byte within the extent). Lets go of the interpreter lock; raises HostMemoryError.
+        """Write pieces at (extent, byte within the extent). Lets go of the interpreter lock; raises HostMemoryError,
+        when there is no memory even without what is spare. For a thread that is not the loop's.
 
         Through the descriptor, not the mapping: the first touch of a mapped page costs about twice as much as the
         write itself. Pieces that lie one after the other are written together; what was written together is given as it
@@ -98,10 +134,22 @@ class HostExtents:
                 extent_id, offset, _ = pieces[start]
                 buffers = [piece for _, _, piece in pieces[start:stop]]
                 shared = self._segments[extent_id]
-                end = _write_all(shared.segment.fd, buffers, offset)
+                end = self._write_all(shared.segment.fd, buffers, offset)
                 written.append(shared.data[offset:end])
                 start = stop
         return written
+
+    def _write_all(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        try:
+            try:
+                return _write_once(fd, buffers, offset)
+            except OSError as error:  # what is spare must not be what the system lacks
+                if error.errno not in _NO_MEMORY:
+                    raise
+            self._have_spares_dropped()
+            return _write_once(fd, buffers, offset)
+        except OSError as error:
+            raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
 
     def bytes_at(self, slot: PageSlot, start: int, size_bytes: int) -> Bytes:
         """Bytes [start, start + size) of a page."""
@@ -114,20 +162,17 @@ def _adjacent(one: tuple[int, int, memoryview], other: tuple[int, int, memoryvie
     return extent_id == next_extent_id and offset + len(data) == next_offset
 
 
-def _write_all(fd: int, buffers: list[memoryview], offset: int) -> int:
-    """Write buffers one after the other; where they end."""
+def _write_once(fd: int, buffers: list[memoryview], offset: int) -> int:
+    """Write buffers one after the other; where they end. Raises OSError."""
     end = offset + sum(map(len, buffers))
-    try:
-        written = os.pwritev(fd, buffers, offset)
-        if offset + written == end:
-            return end
-        # Cut short by a signal, say; rare enough to go on in the simplest way.
-        rest = memoryview(b"".join(buffers))[written:]
-        while rest:
-            written += (count := os.pwrite(fd, rest, offset + written))
-            rest = rest[count:]
-    except OSError as error:
-        raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
+    written = os.pwritev(fd, buffers, offset)
+    if offset + written == end:
+        return end
+    # Cut short by a signal, say; rare enough to go on in the simplest way.
+    rest = memoryview(b"".join(buffers))[written:]
+    while rest:
+        written += (count := os.pwrite(fd, rest, offset + written))
+        rest = rest[count:]
     return end
 
 
@@ -182,10 +227,20 @@ class Block:
 
 
 class BlockPool:
-    """Blocks of one size. The ledger counts the blocks in use; their segments are kept for the next search."""
+    """Blocks of one size. The ledger counts the blocks in use; their segments are kept for the next search.
 
-    def __init__(self, budget: IngressBudget, block_bytes: int, extent_bytes: int) -> None:
+    `drop_spares` is asked for what the system lacks, and tells whether it had anything.
+    """
+
+    def __init__(
+        self,
+        budget: IngressBudget,
+        block_bytes: int,
+        extent_bytes: int,
+        drop_spares: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.block_bytes = block_bytes
+        self._drop_spares = drop_spares
         self._budget = budget
         self._extent_blocks = max(1, extent_bytes // block_bytes)
         self._free: list[Block] = []
@@ -196,7 +251,7 @@ class BlockPool:
         if not self._free:
             size = self.block_bytes
             try:
-                shared = SharedSegment.create(self._extent_blocks * size, writable_by_worker=True)
+                shared = self._create(self._extent_blocks * size)
             except OSError as error:
                 self._budget.release(size)
                 raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
@@ -204,6 +259,14 @@ class BlockPool:
                 Block(shared, i * size, shared.data[i * size : (i + 1) * size]) for i in range(self._extent_blocks)
             ]
         return self._free.pop()
+
+    def _create(self, size_bytes: int) -> SharedSegment:
+        try:
+            return SharedSegment.create(size_bytes, writable_by_worker=True)
+        except OSError:
+            if not self._drop_spares():
+                raise
+        return SharedSegment.create(size_bytes, writable_by_worker=True)
 
     def release(self, block: Block) -> None:
         """Give a block back."""

@@ -5,19 +5,21 @@ to threads through a queue and takes word of many at a time. A future and a wake
 quarter of the time in which it receives one. A thread spends much of its time waiting for the interpreter lock, which
 the loop holds: after every call that let go of it, up to the switch interval. So a thread takes chunks that wait
 together, so that the calls can be fewer, and a second one works while the first waits (on 16 cores, of a bare stream's
-throughput: five threads with three chunks each 0.83, two with four 0.87).
+throughput: five threads with three chunks each 0.83, two with four 0.87; that was with one checksum for all of them).
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
+from streamindex_service.errors import HostMemoryError, ServiceError
 from streamindex_service.frontend.host_memory import IngressBudget
 
 _AHEAD = 12  # chunks of one stream that wait for a thread or are worked on
@@ -43,9 +45,10 @@ class IngestLane:
     """One stream's chunks. All methods are for the event loop; the work runs on the executor's threads.
 
     The work on chunks returns what counts each as done; that is called (on some thread) once all chunks before it are
-    counted. Work that raises for several chunks is done again for each, so that those before the bad one are counted.
-    `news` is called on the loop after some were, `failed` when a piece of work raised: no chunk behind it is counted
-    then, and `put` and `settle` raise the same.
+    counted. Work that raises for several chunks is done again for one after the other, up to the bad one, so that those
+    before it are counted; after a want of memory nothing is done again, and none of them is counted. `news` is called
+    on the loop after some were, `failed` when a piece of work raised: no chunk behind it is counted then, and `put` and
+    `settle` raise the same, until `close`.
     """
 
     def __init__(
@@ -114,6 +117,8 @@ class IngestLane:
         assert self._pending == 0
         if self._timer is not None:
             self._timer.cancel()
+        # Raised to the stream, it holds the stream's frames, and those this lane: a circle around their last chunk.
+        self.failure = self._error = None
 
     def _still_working(self) -> bool:
         """Whether a thread has work; then `_changed` will be set."""
@@ -214,12 +219,38 @@ class IngestLane:
 
 
 def _do(pieces: list[_Piece]) -> None:
+    error = _try(pieces)
+    if error is None:
+        return
+    if len(pieces) == 1 or isinstance(error, HostMemoryError):
+        pieces[0].error = error  # handed to the stream, which raises it
+        return
+    for piece in pieces:
+        piece.error = _try([piece])
+        if piece.error is not None:  # nothing behind it can be counted
+            return
+
+
+def _try(pieces: list[_Piece]) -> Exception | None:
+    """Work on the pieces; what it raised."""
     try:
         for piece, count in zip(pieces, pieces[0].work([piece.chunk for piece in pieces]), strict=True):
             piece.count = count
     except Exception as error:
-        if len(pieces) == 1:
-            pieces[0].error = error  # handed to the stream, which raises it
-            return
-        for piece in pieces:
-            _do([piece])
+        _let_go(error)
+        return error
+    return None
+
+
+def _let_go(error: Exception) -> None:
+    """Take the frames from an error, which lives as long as its stream.
+
+    They hold the chunks, and views of the segments: no segment could go before them. Where it was raised, if nobody
+    expected it, goes on as text, for the log.
+    """
+    if not isinstance(error, ServiceError):
+        error.add_note("On an ingest thread:\n" + "".join(traceback.format_exception(error)))
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__

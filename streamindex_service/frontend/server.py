@@ -207,7 +207,7 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
     """
     logs.configure(settings.log.level)
     keep_message_buffers()
-    # A descriptor an extent, here and in the worker, which inherits this.
+    # Two descriptors an extent, here and in the worker, which inherits this.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # A thread that has checked a chunk would wait up to 5 ms, the default, for a loop that is busy receiving the next

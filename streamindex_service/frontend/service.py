@@ -18,6 +18,7 @@ from streamindex_service.core.pages import PagePool
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import QueueLimits
 from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.core.spares import SpareLimits
 from streamindex_service.core.uploads import UploadTable
 from streamindex_service.errors import NotReadyError
 from streamindex_service.frontend.device import DeviceWorker
@@ -46,7 +47,9 @@ class Service:
         self.host = Ledger("host", host_limit)
         self.ingress = Ledger("ingress", int(memory.ingress_budget_bytes))
         self.hbm = Ledger("hbm", int(memory.device_budget_bytes))
-        self.host_extents = HostExtents(self._segment_dropped, self.host, int(memory.spare_bytes))
+        self.host_extents = HostExtents(
+            self._segment_dropped, self.host, _spare_limits(settings), clock, asyncio.get_running_loop()
+        )
         self.device = DeviceWorker(self.host_extents, settings.worker.poison_deaths, clock)
         host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
         device_pool = PagePool(self.hbm, int(memory.extent_bytes), self.device.make_extent, self.device.drop_extent)
@@ -62,7 +65,12 @@ class Service:
         self.governor = Governor(residency, clock, _governor_limits(settings))
         self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
         self.ingress_budget = IngressBudget(self.ingress)
-        self.blocks = BlockPool(self.ingress_budget, int(memory.search_block_bytes), int(memory.extent_bytes))
+        self.blocks = BlockPool(
+            self.ingress_budget,
+            int(memory.search_block_bytes),
+            int(memory.extent_bytes),
+            self.host_extents.drop_spares,
+        )
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
             _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, self._unusable, log.info)
@@ -156,6 +164,7 @@ class Service:
             caches = self.caches.expired()
             for cache in caches:
                 self.delete_cache(cache)
+            self.host_extents.expire_spares()
             if uploads or caches:
                 self.log.info("expired", caches=len(caches), uploads=uploads)
 
@@ -163,6 +172,11 @@ class Service:
 def _quota(settings: Settings) -> Quota:
     limits = settings.limits
     return Quota(limits.max_caller_caches or None, int(limits.max_caller_host_bytes) or None)
+
+
+def _spare_limits(settings: Settings) -> SpareLimits:
+    memory = settings.memory
+    return SpareLimits(int(memory.spare_bytes), memory.spare_segments, memory.spare_s)
 
 
 def _governor_limits(settings: Settings) -> GovernorLimits:

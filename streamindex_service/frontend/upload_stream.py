@@ -92,6 +92,7 @@ class UploadStream:
         try:
             await self._lane.close()
         finally:
+            self._silent = None  # raised, it holds the frames that hold this
             self._service.uploads.detach(self._upload)
 
     async def _next(self) -> Any:
@@ -175,10 +176,10 @@ class UploadStream:
             self._check_chunks(chunks)
             write_rows(self._service, self._upload, chunks, self._row_bytes)
         else:
-            # Where they lie now, many chunks are one tensor: three calls check them all. Every call that lets go of the
-            # interpreter lock has to wait for it afterwards, and makes the loop wait.
+            # Where they lie now, many chunks are one tensor, whose elements are checked in two calls. Every call that
+            # lets go of the interpreter lock has to wait for it afterwards, and makes the loop wait.
             stretches = write_rows(self._service, self._upload, chunks, self._row_bytes)
-            sums = tensors.verify_joined(stretches, chunks)
+            sums = tensors.verify_written(stretches, chunks)
             row = chunks[0].row_offset
             for stretch in stretches:
                 tensors.check_finite(stretch, self._format, self._row_elements, "keys", row)

@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -111,6 +112,15 @@ class RunningService:
 
     def start(self) -> None:
         """Start and wait until the service is SERVING."""
+        try:
+            with _interrupt_held_back():  # or there might be a process that nobody knows of
+                self._launch()
+            self._wait_serving()
+        except BaseException:
+            self.stop(grace_s=2.0)
+            raise
+
+    def _launch(self) -> None:
         with self._stdout_path.open("wb") as stdout, self._stderr_path.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "streamindex_service", "serve"],
@@ -121,11 +131,6 @@ class RunningService:
                 # a Ctrl-C in the terminal is the caller's; the caller then stops this service in order
                 start_new_session=True,
             )
-        try:
-            self._wait_serving()
-        except BaseException:
-            self.stop(grace_s=2.0)
-            raise
 
     def worker_pids(self) -> list[int]:
         """Processes that the frontend started."""
@@ -140,22 +145,31 @@ class RunningService:
             return log.read().decode(errors="replace")
 
     def stop(self, grace_s: float = 30.0) -> int | None:
-        """SIGTERM, wait, then SIGKILL; remove the directory. Gives the exit code, None when it was never started."""
-        code = None
-        if self._process is not None:
+        """SIGTERM, wait, then SIGKILL; remove the directory. Gives the exit code, None when it was never started.
+
+        Interrupted, it does not wait, and leaves nothing all the same.
+        """
+        try:
+            return None if self._process is None else self._end(self._process, grace_s)
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _end(self, process: subprocess.Popen[bytes], grace_s: float) -> int:
+        workers: list[int] = []
+        try:
             workers = self.worker_pids()
-            if self._process.poll() is None:
-                self._process.send_signal(signal.SIGTERM)
-            try:
-                code = self._process.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                code = self._process.wait()
-                for pid in workers:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self._directory, ignore_errors=True)
-        return code
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            return process.wait(grace_s)
+        except BaseException as error:
+            process.kill()
+            code = process.wait()
+            for pid in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return code
 
     def __enter__(self) -> Self:
         self.start()
@@ -192,6 +206,22 @@ class RunningService:
                         return
                 time.sleep(_POLL_S)
         raise ServiceStartError(f"the service was not ready in {self._start_timeout_s:.0f} s:\n{self.log_tail()}")
+
+
+@contextlib.contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """SIGINT that comes within is raised at the end; the process that is started has the usual handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING

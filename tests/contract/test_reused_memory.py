@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import streamindex_client
@@ -135,3 +139,27 @@ def test_an_upload_that_is_given_up_shows_nothing_and_gives_its_memory_back(serv
 def nothing_is_held(client: Client) -> bool:
     load = client.load()
     return load.open_uploads == 0 and load.ledgers["host"].reserved_bytes == 0
+
+
+def descriptors() -> int:
+    """Descriptors of memory segments that this process has: two each, one of them the mapping's."""
+    links = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(entry))
+    return sum("memfd:streamindex" in link for link in links)
+
+
+def test_an_idle_service_has_its_descriptors_back():
+    memory = {**ROOMY["memory"], "extent_bytes": 65_536, "spare_segments": 5, "spare_s": 1.0}
+    settings = {**ROOMY, "memory": memory, "server": {**ROOMY.get("server", {}), "sweep_s": 0.1}}
+    before = descriptors()
+    with InProcessServer(settings) as running, streamindex_client.connect(running.target) as client:
+        leave_secrets(client)
+        assert descriptors() - before == 2 * 5
+        wait_for(lambda: spare_bytes(client) == 0)
+        assert descriptors() == before
+        cache = new_cache(client)
+        cache.append(layer=0, keys=keys(DIRTY_KEYS, OWN), first_row=0)
+        assert descriptors() - before == 2 * 16
+        cache.delete()

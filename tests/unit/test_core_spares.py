@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 
 import numpy as np
@@ -9,18 +11,19 @@ import pytest
 
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
-from streamindex_service.core.spares import Spares
+from streamindex_service.core.spares import SpareLimits, Spares
 from streamindex_service.errors import HostMemoryError
-from streamindex_service.frontend.host_memory import HostExtents
+from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
 
 
 class Pool:
     """A page pool over memory with spares, as the service has it; `pieces` is what the system has given."""
 
-    def __init__(self, limit: int, spare: int, extent: int = 1024) -> None:
-        self.spare = spare
+    def __init__(self, limit: int, spare: int, extent: int = 1024, pieces: int = 1000, idle_s: float = 1e9) -> None:
+        self.limits = SpareLimits(spare, pieces, idle_s)
+        self.now_s = 0.0
         self.ledger = Ledger("x", limit)
-        self.spares: Spares[int] = Spares(self.ledger, spare, self._drop)
+        self.spares: Spares[int] = Spares(self.ledger, self.limits, self._drop, lambda: self.now_s)
         self.pool = PagePool(self.ledger, extent, self._make, self._free)
         self.pieces: dict[int, int] = {}  # piece -> bytes
         self.of_extent: dict[int, int] = {}
@@ -48,13 +51,15 @@ class Pool:
         ledger = self.ledger
         assert ledger.reserved_bytes == sum(self.pieces[piece] for piece in self.of_extent.values())
         assert ledger.reserved_bytes + ledger.spare_bytes == sum(self.pieces.values()) <= ledger.limit_bytes
-        assert 0 <= ledger.spare_bytes <= self.spare
+        assert 0 <= ledger.spare_bytes <= self.limits.size_bytes
+        assert len(self.spares) == len(self.pieces) - len(self.of_extent) <= self.limits.pieces
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_histories(seed):
     random = np.random.default_rng(seed)
-    world = Pool(limit=int(random.integers(3_000, 40_000)), spare=int(random.integers(0, 12_000)), extent=4096)
+    limit, spare, pieces = (int(random.integers(*span)) for span in ((3_000, 40_000), (0, 12_000), (1, 6)))
+    world = Pool(limit, spare, extent=4096, pieces=pieces, idle_s=200.0)
     pages: list = []
     for step in range(1500):
         if random.random() < 0.5 + 0.3 * np.sin(step / 100):
@@ -65,6 +70,9 @@ def test_random_histories(seed):
             pages += [slot] if slot is not None else []
         elif pages:
             world.pool.free(pages.pop(int(random.integers(len(pages)))))
+        world.now_s += 1.0
+        if not step % 50:
+            world.spares.expire()
         world.check()
     for slot in pages:
         world.pool.free(slot)
@@ -97,13 +105,38 @@ def test_the_whole_budget_can_be_reserved_whatever_is_spare():
     assert None not in [world.pool.try_allocate(640) for _ in range(6)]  # no spare piece has their length
 
 
+def test_the_number_of_pieces_is_bounded_whatever_their_length():
+    world = Pool(limit=10_000, spare=10_000, pieces=3)
+    for slot in [world.pool.try_allocate(1024) for _ in range(5)]:
+        world.pool.free(slot)
+    assert (set(world.pieces), len(world.spares)) == ({3, 4, 5}, 3)
+
+
+def test_what_nobody_takes_goes_after_a_time():
+    world = Pool(limit=10_000, spare=10_000, idle_s=60.0)
+    slots = [world.pool.try_allocate(1024) for _ in range(4)]
+    for slot in slots[:2]:
+        world.pool.free(slot)
+    world.now_s = 40.0
+    world.pool.free(world.pool.try_allocate(1024))  # the newest, used again, is kept anew
+    world.pool.free(slots[2])
+    for now_s, left in ((59.9, {1, 2, 3, 4}), (60.0, {2, 3, 4}), (99.9, {2, 3, 4}), (100.0, {4})):
+        world.now_s = now_s
+        world.spares.expire()
+        world.check()
+        assert set(world.pieces) == left
+    assert (world.ledger.spare_bytes, world.ledger.reserved_bytes) == (0, 1024)
+
+
 # --- segments ---
+
+ROOMY = SpareLimits(1 << 20, 1000, 60.0)
 
 
 def test_segments_are_dropped_and_told_only_when_they_really_go():
     told: list[int] = []
     ledger = Ledger("host", 1 << 20)
-    extents = HostExtents(told.append, ledger, 8192)
+    extents = HostExtents(told.append, ledger, SpareLimits(8192, 1000, 60.0))
     extents.make(1, 8192)
     segment = extents._segments[1]
     extents.drop(1)
@@ -121,7 +154,7 @@ def test_segments_are_dropped_and_told_only_when_they_really_go():
 
 def test_spare_segments_go_before_the_system_is_said_to_have_no_more(monkeypatch):
     told: list[int] = []
-    extents = HostExtents(told.append, Ledger("host", 1 << 20), 1 << 20)
+    extents = HostExtents(told.append, Ledger("host", 1 << 20), ROOMY)
     extents.make(1, 4096)
     extents.drop(1)
     create = os.memfd_create
@@ -137,3 +170,68 @@ def test_spare_segments_go_before_the_system_is_said_to_have_no_more(monkeypatch
     told.clear()
     with pytest.raises(HostMemoryError):
         extents.make(3, 8192)
+
+
+class Scarce:
+    """A system that has memory for a write only once enough segments are gone."""
+
+    def __init__(self, monkeypatch, needed: int, code: int = errno.ENOMEM) -> None:
+        self.told: list[int] = []
+        self.tries = 0
+        write = os.pwritev
+
+        def scarce(*arguments):
+            self.tries += 1
+            if len(self.told) < needed:
+                raise OSError(code, "no memory")
+            return write(*arguments)
+
+        monkeypatch.setattr(os, "pwritev", scarce)
+
+    def extents(self) -> HostExtents:
+        extents = HostExtents(self.told.append, Ledger("host", 1 << 20), ROOMY, loop=asyncio.get_running_loop())
+        for extent_id in (1, 2, 3):
+            extents.make(extent_id, 4096)
+        extents.drop(1)
+        extents.drop(2)
+        return extents
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.ENOSPC])
+async def test_a_write_for_which_there_is_no_memory_has_what_is_spare(monkeypatch, code):
+    system = Scarce(monkeypatch, needed=2, code=code)
+    extents = system.extents()
+    (stretch,) = await asyncio.to_thread(extents.write, [(3, 16, memoryview(b"rows"))])
+    assert stretch.tobytes() == b"rows"
+    assert (len(system.told), system.tries) == (2, 2)
+
+
+@pytest.mark.parametrize(("code", "dropped", "tries"), [(errno.ENOMEM, 2, 2), (errno.EIO, 0, 1)])
+async def test_a_write_that_fails_all_the_same_is_refused(monkeypatch, code, dropped, tries):
+    system = Scarce(monkeypatch, needed=9, code=code)
+    extents = system.extents()
+    with pytest.raises(HostMemoryError):
+        await asyncio.to_thread(extents.write, [(3, 0, memoryview(b"rows"))])
+    assert (len(system.told), system.tries) == (dropped, tries)
+
+
+async def test_spare_segments_go_for_a_search(monkeypatch):
+    system = Scarce(monkeypatch, needed=0)
+    extents = system.extents()
+    create = os.memfd_create
+
+    def scarce(*arguments):
+        if not system.told:
+            raise OSError(errno.EMFILE, "no descriptors")
+        return create(*arguments)
+
+    monkeypatch.setattr(os, "memfd_create", scarce)
+    ingress = Ledger("ingress", 1 << 20)
+    blocks = BlockPool(IngressBudget(ingress), 4096, 8192, extents.drop_spares)
+    await blocks.acquire()
+    assert (len(system.told), ingress.reserved_bytes) == (2, 4096)
+    system.told.clear()
+    await blocks.acquire()
+    with pytest.raises(HostMemoryError):
+        await blocks.acquire()
+    assert ingress.reserved_bytes == 2 * 4096

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 
 from streamindex_service.core.ledger import Ledger
+from streamindex_service.errors import HostMemoryError
 from streamindex_service.frontend.host_memory import IngressBudget
 from streamindex_service.frontend.ingest import _AHEAD, _AT_ONCE, _TOGETHER, IngestLane
 
@@ -145,3 +149,73 @@ async def test_chunks_that_wait_are_worked_on_together_and_a_bad_one_is_found_am
             await bench.lane.settle()
     assert max(map(len, calls)) == _TOGETHER
     assert bench.counted == [*range(_AT_ONCE), *range(many if bad is None else bad)]
+
+
+async def hold_all_threads(bench) -> None:
+    for number in range(_AT_ONCE):
+        await bench.lane.put(bench.work(number), None, 10)
+
+
+@pytest.mark.parametrize("bad", range(_TOGETHER))
+async def test_work_stops_at_the_first_bad_chunk(bench, bad):
+    calls: list[list[int]] = []
+
+    def work(chunks):
+        calls.append(chunks)
+        if any(chunk >= bad for chunk in chunks):
+            raise ValueError(str(min(chunk for chunk in chunks if chunk >= bad)))
+        return [partial(bench.counted.append, chunk) for chunk in chunks]
+
+    await hold_all_threads(bench)
+    for chunk in range(_TOGETHER):
+        await bench.lane.put(work, chunk, 10)
+    bench.gates[0].set()
+    bench.gates[1].set()
+    with pytest.raises(ValueError, match=str(bad)):
+        await bench.lane.settle()
+    assert calls == [[*range(_TOGETHER)], *([chunk] for chunk in range(bad + 1))]
+    assert bench.counted == [*range(_AT_ONCE), *range(bad)]
+
+
+async def test_want_of_memory_is_met_once(bench):
+    calls: list[list[int]] = []
+
+    def work(chunks):
+        calls.append(chunks)
+        raise HostMemoryError("none")
+
+    await hold_all_threads(bench)
+    for chunk in range(_TOGETHER):
+        await bench.lane.put(work, chunk, 10)
+    bench.gates[0].set()
+    bench.gates[1].set()
+    with pytest.raises(HostMemoryError):
+        await bench.lane.settle()
+    assert calls == [[*range(_TOGETHER)]]
+
+
+@pytest.mark.parametrize("together", [1, _TOGETHER])
+async def test_a_failure_holds_nothing_of_the_work(bench, together):
+    seen = weakref.WeakSet()
+
+    class Chunk:
+        pass
+
+    def write(chunks):
+        stretches = [np.zeros(8) for _ in chunks]
+        seen.update(chunks)
+        try:
+            raise OSError("inner")
+        except OSError as error:
+            raise ValueError(f"{len(stretches)} bad") from error
+
+    await hold_all_threads(bench)
+    for _ in range(together):
+        await bench.lane.put(write, Chunk(), 10)
+    for gate in bench.gates:
+        gate.set()
+    with pytest.raises(ValueError, match="bad") as caught:
+        await bench.lane.settle()
+    await asyncio.sleep(0.05)  # the thread is done too
+    assert not seen, "without the garbage collector"
+    assert "in write" in "".join(traceback.format_exception(caught.value)), "where it was raised is still told"

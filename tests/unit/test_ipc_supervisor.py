@@ -91,7 +91,7 @@ async def stand_in(tmp_path, monkeypatch):
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     options = WorkerOptions("cpu", "", 0, 1, 20.0, 0.05, 0.4, 100.0, 0.05, 0.2, environment)
     events = Events()
-    device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30), 0), 2, time.monotonic)
+    device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30)), 2, time.monotonic)
 
     class Governor(OneEpoch):
         def device_ready(self):
@@ -278,7 +278,7 @@ def sent(device, kind):
 
 
 async def test_a_view_serves_until_its_pages_move_and_goes_with_its_memory():
-    device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30), 0), 2, time.monotonic)
+    device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30)), 2, time.monotonic)
     device.governor, device.supervisor = OneEpoch(), OneLink()
     device.governor.residency = residency = OneEpoch.residency()
     pages = tuple(Page(PageSlot(1, at), 1024, ACCOUNT, None, device=PageSlot(9, at)) for at in (0, 1024))
@@ -304,7 +304,7 @@ async def test_a_view_serves_until_its_pages_move_and_goes_with_its_memory():
 
 async def test_pages_that_lost_their_place_before_they_were_copied():
     """A search is let in, cancelled before it says what it reads, and its pages are evicted and freed."""
-    extents = HostExtents(lambda segment_id: None, Ledger("host", 1 << 30), 0)
+    extents = HostExtents(lambda segment_id: None, Ledger("host", 1 << 30))
     extents.make(1, 8192)
     device = DeviceWorker(extents, 2, time.monotonic)
     device.governor = OneEpoch()
