@@ -25,16 +25,17 @@ Buffer = bytes | bytearray | memoryview
 
 
 def join(pieces: Sequence[Buffer]) -> bytes:
-    """The same as `b"".join(pieces)`. Every piece must be contiguous."""
-    sizes = [memoryview(piece).nbytes for piece in pieces]
-    if _new_bytes is None or sum(sizes) < _COPIED_WITH_LOCK_BYTES:
-        return b"".join(pieces)
-    joined = _new_bytes(None, sum(sizes))
+    """The same as `b"".join(pieces)`. Every piece must be contiguous; none can be resized before this returns."""
+    views = [memoryview(piece) for piece in pieces]  # held to the end: another thread may not free what is copied
+    total = sum(view.nbytes for view in views)
+    if _new_bytes is None or total < _COPIED_WITH_LOCK_BYTES:
+        return b"".join(views)
+    joined = _new_bytes(None, total)
     place = _address(joined)
-    for piece, size in zip(pieces, sizes, strict=True):
-        if size:
-            ctypes.memmove(place, _address(piece), size)
-            place += size
+    for view in views:
+        if view.nbytes:
+            ctypes.memmove(place, _address(view), view.nbytes)
+            place += view.nbytes
     return joined
 
 

@@ -193,7 +193,13 @@ class Run(Generic[_Result]):
             duplex.feed(block)
 
     def fail(self, error: BaseException) -> None:
-        """The caller's iterator or tensor has raised: end the operation with that."""
+        """The caller's iterator or tensor has raised, or sending has: end the operation with that.
+
+        A cancellation of the caller's making is told as a RuntimeError: the caller's own task was not cancelled.
+        """
+        if isinstance(error, asyncio.CancelledError):
+            cancelled, error = error, RuntimeError("the iterator was cancelled")
+            error.__cause__ = cancelled
         self._source_failure = error
 
     async def _next_block(self) -> Any:

@@ -77,9 +77,17 @@ class AioStream:
                 await self._room.acquire()
                 message = await self._next_message()
                 self._ready.put_nowait(message)
-        except Exception as error:
-            self._run.fail(error)
-            self.call.cancel()
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            self._fail(error)  # not this task was cancelled: what it asked of the caller raised that
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._run.fail(error)
+        self.call.cancel()
 
     async def _next_message(self) -> bytes | None:
         """The next message, when there is one; None at the end."""
@@ -106,8 +114,8 @@ class AioStream:
                 await self._write(message)
             await self.call.done_writing()
         except Exception as error:
-            if not self._run.failed and not isinstance(error, _CALL_IS_OVER):
-                raise
+            if not self._run.failed and not self.call.done() and not isinstance(error, _CALL_IS_OVER):
+                self._fail(error)
             # otherwise the reader learns why
 
     def _writer(self) -> Callable[[bytes], Awaitable[None]]:

@@ -4,13 +4,19 @@ Threads. The caller's thread runs the operation and reads; a thread of the strea
 order and builds messages (the copy and the checksum), at most `MESSAGES_AHEAD` before gRPC's own thread for the stream
 takes them: one message is built while another is sent. The sending half and the messages that are ready are touched
 only under the run's `changed`; building, and fetching from the caller's iterator, happen outside it.
+
+Exit. While the interpreter ends, it stops threads wherever they are, with the locks that they hold: whoever takes one
+then, to cancel a call for instance, waits for ever. So streams that are still open are closed before that.
 """
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from streamindex_client.effects import Pause
 from streamindex_client.options import MESSAGES_AHEAD
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
     from streamindex_client.sync_driver import Run, SyncDriver
 
 __all__ = ["SyncStream"]
+
+_EXIT_S = 5.0  # how long the exit waits for gRPC's word that a call is over
 
 
 class SyncStream:
@@ -44,6 +52,8 @@ class SyncStream:
         self.call, self.request_id = driver.open(effect.method, self._messages(), effect.timeout_s)
         if self._run.failed:  # an earlier attempt was still fetching
             self.cancel()
+        with _opening:
+            _streams.add(self)
         self._builder.start()
 
     def close(self) -> None:
@@ -52,6 +62,8 @@ class SyncStream:
         A message that is being built is waited for, since it reads the caller's tensor. A builder in the caller's
         iterator cannot be stopped: it ends when that returns.
         """
+        if sys.is_finalizing():
+            return  # closed by `_close_all`; there are no threads any more, but perhaps their locks
         with self._changed:
             self.closed = True
             self._changed.notify_all()
@@ -118,3 +130,26 @@ class SyncStream:
         with self._changed:
             self._ready.append(message)
             self._changed.notify_all()
+
+
+_streams: WeakSet[SyncStream] = WeakSet()
+"""Those that were started and are not yet collected, closed or not."""
+
+_opening = threading.Lock()
+
+
+def _close_all() -> None:
+    """Close the streams that are open, and see their calls end, while there are threads that can end them."""
+    with _opening:
+        streams = [stream for stream in _streams if not stream.closed]
+    ends = []
+    for stream in streams:
+        stream.close()
+        ended = threading.Event()
+        if stream.call.add_callback(ended.set):
+            ends.append(ended)
+    for ended in ends:
+        ended.wait(_EXIT_S)
+
+
+atexit.register(_close_all)

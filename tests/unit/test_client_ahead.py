@@ -72,6 +72,9 @@ class Call:
     def cancel(self) -> None:
         self.is_cancelled.set()
 
+    def done(self) -> bool:
+        return self.is_cancelled.is_set()
+
     async def wait_for_connection(self) -> None:
         pass
 
@@ -203,6 +206,28 @@ async def test_a_message_that_cannot_be_built_ends_the_stream():
     await asynchronous.close()
 
 
+async def test_a_sender_that_breaks_ends_the_stream():
+    broken = LookupError("no such word")
+
+    async def write(message: bytes) -> None:
+        raise broken
+
+    driver: Any = Driver()
+    driver.call.write = write
+    run = aio_driver.Run(driver, (effect for effect in ()), None)
+    stream = AioStream(run, Numbered(), driver.call, "id")
+    await until(driver.call.is_cancelled.is_set)
+    assert run._source_failure is broken
+    await stream.close()
+
+
+async def test_a_builder_that_is_cancelled_blames_nobody():
+    stream, _, run = aio_stream(Numbered())
+    await asyncio.sleep(0)  # it has begun
+    await stream.close()
+    assert not run.failed
+
+
 async def test_closing_waits_for_the_message_that_is_being_built():
     building, go_on = threading.Event(), threading.Event()
 
@@ -298,6 +323,59 @@ async def test_a_cancelled_append_leaves_no_thread(fake):
         with pytest.raises(asyncio.CancelledError):
             await appending
         gate.set()
+
+
+async def test_a_sender_that_breaks_reaches_the_caller(fake, monkeypatch):
+    async def write(message: bytes) -> None:
+        raise LookupError("no such word")
+
+    monkeypatch.setattr(AioStream, "_writer", lambda self: write)
+    async with streamindex_client.connect_async(fake.address, options=OPTIONS) as client:
+        cache = await client.create_key_cache(**SPEC)
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(LookupError, match="no such word"):
+                await cache.append(layer=0, keys=keys(500), first_row=0)
+
+
+async def test_an_iterator_that_is_cancelled_reaches_the_caller(fake):
+    chunk = np.ones((5, HEADS, HEAD_DIM), np.uint16), np.ones((5, HEADS), np.float32)
+
+    async def asynchronous() -> Any:
+        yield chunk
+        raise asyncio.CancelledError
+
+    def blocking() -> Any:
+        yield chunk
+        raise asyncio.CancelledError
+
+    async with streamindex_client.connect_async(fake.address, options=OPTIONS) as client:
+        cache = await client.create_key_cache(**SPEC)
+        for chunks in (asynchronous, blocking):
+            async with asyncio.timeout(PATIENCE_S):
+                with pytest.raises(RuntimeError, match="the iterator was cancelled"):
+                    await cache.search_all(layer=0, q=chunks(), top_k=4, start_position=0)
+
+
+async def test_a_cancelled_search_is_cancelled_in_the_iterator(fake):
+    waiting, ended = asyncio.Event(), []
+
+    async def chunks() -> Any:
+        waiting.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        yield
+
+    async with streamindex_client.connect_async(fake.address, options=OPTIONS) as client:
+        cache = await client.create_key_cache(**SPEC)
+        searching = asyncio.create_task(cache.search_all(layer=0, q=chunks(), top_k=4, start_position=0))
+        await waiting.wait()
+        searching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await searching
+        await until(lambda: ended == ["cancelled"])
 
 
 async def test_an_iterator_that_blocks_does_not_hold_up_closing(fake):

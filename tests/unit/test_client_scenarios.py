@@ -16,6 +16,9 @@ from tests.unit.test_client_fake import HEAD_DIM, HEADS, WORKER_LOST, FakeServic
 
 __all__ = ["fake"]
 OPTIONS = ClientOptions(chunk_bytes=4096, retry=RetryPolicy(initial_s=0.005, max_s=0.02, max_attempts=6))
+PATIENT = ClientOptions(
+    chunk_bytes=4096, reconnect_max_s=0.1, retry=RetryPolicy(initial_s=0.005, max_s=0.02, max_attempts=1 << 20)
+)
 UNAVAILABLE = error(grpc.StatusCode.UNAVAILABLE)
 _END: Any = object()
 
@@ -44,13 +47,18 @@ class Awaited:
             yield part
 
 
+@pytest.fixture
+def options() -> ClientOptions:
+    return OPTIONS
+
+
 @pytest.fixture(params=["sync", "async"])
-async def client(request, fake: FakeService):
+async def client(request, fake: FakeService, options: ClientOptions):
     if request.param == "sync":
-        with streamindex_client.connect(fake.address, options=OPTIONS) as blocking:
+        with streamindex_client.connect(fake.address, options=options) as blocking:
             yield Awaited(blocking)
     else:
-        async with streamindex_client.connect_async(fake.address, options=OPTIONS) as asynchronous:
+        async with streamindex_client.connect_async(fake.address, options=options) as asynchronous:
             yield asynchronous
 
 
@@ -113,17 +121,23 @@ async def test_a_broken_upload_is_resumed_and_no_row_travels_twice(fake, cache, 
     assert len(fake.uploads) == 1
 
 
+@pytest.mark.parametrize("options", [PATIENT], ids=["patient"])
 async def test_a_server_that_goes_away_and_comes_back(fake, cache):
-    fake.faults["AppendKeys"] = [
-        Fault(after=3, error=UNAVAILABLE, bare=True, hook=lambda: threading.Thread(target=restart).start())
-    ]
-
-    def restart() -> None:
-        fake.stop()
+    def restart(stopped: threading.Event) -> None:
+        assert stopped.wait(30)
         fake.start()
 
+    def go_away() -> None:
+        restarting.append(threading.Thread(target=restart, args=(fake.server.stop(0),)))  # takes no call from here on
+        restarting[0].start()
+
+    restarting: list[threading.Thread] = []
+    fake.faults["AppendKeys"] = [Fault(after=3, error=UNAVAILABLE, bare=True, hook=go_away)]
     rows = keys(1500)
-    assert await cache.append(layer=0, keys=rows, first_row=0) == 1500
+    try:
+        assert await cache.append(layer=0, keys=rows, first_row=0) == 1500
+    finally:
+        await asyncio.to_thread(restarting[0].join)
     assert fake.layers[0] == rows.tobytes()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,3 +55,22 @@ def test_many_threads_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_no_piece_is_freed_while_any_is_copied(monkeypatch):
+    data, refused = bytearray(OCTETS), []
+    move = ctypes.memmove
+
+    def clear_meanwhile(*arguments: Any) -> None:
+        try:
+            data.clear()
+        except BufferError:
+            refused.append(True)
+        else:
+            raise AssertionError("the piece was freed before it was copied")
+        move(*arguments)
+
+    monkeypatch.setattr(joining.ctypes, "memmove", clear_meanwhile)
+    assert joining.join([b"head", data, b"tail"]) == b"head" + OCTETS.tobytes() + b"tail"
+    assert len(refused) == 3
+    data.clear()  # now it may
