@@ -130,7 +130,7 @@ def header(device: str) -> dict[str, str]:
         # a tree that was copied without its history is told what it is
         "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(each).name if "/" in each else each for each in sys.argv),  # no folder of the host
     }
 
 
