@@ -192,7 +192,8 @@ def test_unsorted_positions_from_none_to_all(key_format: KeyFormat) -> None:
 def test_adversarial_rows(kind: str, heads: int, head_dim: int) -> None:
     keys, rows = 50_003, 40
     tiles = kernel_tiles("bf16", heads, head_dim)
-    every = max(-(-keys // tiles.sample_lanes), tiles.sample_every)  # of so many lines of 32 keys, one is sampled
+    line = tiles.sample_line
+    every = max(-(-keys // tiles.sample_lanes), tiles.sample_every)  # of so many lines of keys, one is sampled
     number = torch.arange(keys, device="cuda", dtype=torch.float32)
     column = {
         "zeros": -torch.ones(keys, device="cuda"),
@@ -205,8 +206,8 @@ def test_adversarial_rows(kind: str, heads: int, head_dim: int) -> None:
         "minus zeros": -(number % 2),
         "tiny": number * 1e-30,
         "huge": number * 1e30,
-        "sampled lines low": (number // 32 % every != 0) * 512.0 + number % 32,
-        "sampled lines high": (number // 32 % every == 0) * 512.0 + number % 32,
+        "sampled lines low": (number // line % every != 0) * 512.0 + number % line,
+        "sampled lines high": (number // line % every == 0) * 512.0 + number % line,
     }[kind]
     k = torch.zeros(keys, head_dim, device="cuda")
     # three parts of 8 bits each: a sum that bfloat16 products give exactly

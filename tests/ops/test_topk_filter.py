@@ -20,8 +20,8 @@ def _column(kind: str) -> torch.Tensor:
         "zeros": torch.full((2000,), -1.0),  # ReLU cuts all: too many survivors
         "rising": number.float(),
         "falling": (2000 - number).float(),
-        "sampled lines high": ((number // 32) % 4 == 0) * 512.0 + number % 32,  # the sample sees nothing but the best
-        "sampled lines low": ((number // 32) % 4 != 0) * 512.0 + number % 32,  # and nothing of the best
+        "sampled lines high": ((number // 8) % 4 == 0) * 512.0 + number % 8,  # the sample sees nothing but the best
+        "sampled lines low": ((number // 8) % 4 != 0) * 512.0 + number % 8,  # and nothing of the best
         "one outlier": torch.where(number == 1033, 1000.0, (number % 7).float()),
     }[kind]
 

@@ -20,6 +20,7 @@ _FULL_WIDTH_ROWS = 128
 _TILED_ROWS = 256
 _ROW_STEP = 8
 _PART_ALIGNMENT = 256
+_PARTS = 10  # of an arena
 FILTERED_TOP_K = 4  # a row of fewer than so many times top_k keys is not filtered
 
 # Queries that the multiprocessors read at a time: a third of the cache, beside the scores that pass through it.
@@ -61,7 +62,10 @@ class KernelTiles:
     select_block: int
     select_warps: int
     filter_keys: int  # tiles of at least so many keys are filtered by a sampled threshold before the selection
-    sample_every: int  # one line of 32 scores in so many is sampled, or fewer:
+    # Neighbours' scores are alike in real text, so short lines tell more: with 32 scores a line the sample misled 4 to 6
+    # rows in 100, with 8 none. A line of 8 is what memory is read by.
+    sample_line: int
+    sample_every: int  # one line in so many is sampled, or fewer:
     sample_lanes: int  # the most scores of a sample
     mark_block: int
     collect_words: int  # marks, of 32 keys each, that are unpacked at a time
@@ -146,6 +150,14 @@ def triton_workspace_bytes(shape: Shape, query_chunk: int, key_tile: int) -> int
 def arena_bytes(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> int:
     """Bytes of all buffers of a chunk of `rows` rows and `stride` keys."""
     return sum(arena_parts(top_k, rows, stride, tiles))
+
+
+def most_arena_bytes(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> int:
+    """The same from above, to a few KiB, and quickly: for those who look for the most rows that fit."""
+    row_words = stride + 4 * top_k
+    if is_filtered(stride, top_k, tiles):
+        row_words += 2 * survivor_capacity(top_k) + stride // 32 + 2
+    return 4 * (rows * row_words + tiles.mark_block) + _PARTS * _PART_ALIGNMENT
 
 
 def arena_parts(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> list[int]:
@@ -283,6 +295,7 @@ def kernel_tiles(
         select_block=2048,
         select_warps=4,
         filter_keys=2049,  # one more than select_lanes
+        sample_line=8,
         sample_every=8,
         sample_lanes=4096,
         mark_block=2048,

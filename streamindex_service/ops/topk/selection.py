@@ -51,11 +51,11 @@ def _bisect(bits, inside, needed, most):
 
 
 @triton.jit
-def _sampled_threshold(scores, sample, every, needed, LANES: tl.constexpr):
-    """Bits that `needed` of the sample reach, or an eighth more: one line of 32 scores in `every`."""
+def _sampled_threshold(scores, sample, every, needed, LANES: tl.constexpr, LINE: tl.constexpr):
+    """Bits that `needed` of the sample reach, or an eighth more: one line of LINE scores in `every`."""
     lane = tl.arange(0, LANES)
     inside = lane < sample
-    value = tl.load(scores + lane // 32 * (32 * every) + lane % 32, mask=inside, other=0.0)
+    value = tl.load(scores + lane // LINE * (LINE * every) + lane % LINE, mask=inside, other=0.0)
     bits = tl.where(inside, _ordered_bits(value), 0).to(tl.uint32)
     return _bisect(bits, inside, needed, needed + needed // 8)
 
@@ -64,7 +64,7 @@ def _sampled_threshold(scores, sample, every, needed, LANES: tl.constexpr):
 def threshold_kernel(
     scores, thresholds, positions,
     row_start, tile_start, tile_keys, length, first_position, ratio, score_stride, top_k, capacity,
-    LANES: tl.constexpr, EVERY: tl.constexpr, EXPLICIT: tl.constexpr,
+    LANES: tl.constexpr, EVERY: tl.constexpr, LINE: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
     """Per row, bits that somewhat more than top_k scores of the tile should reach, from a sample; 0 where the row is
     short. Grid: (rows of the chunk,)."""
@@ -73,18 +73,18 @@ def threshold_kernel(
     tile_count = tl.maximum(tl.minimum(visible - tile_start, tile_keys), 0)
     scores += row.to(tl.int64) * (score_stride // 256) * 256
     every = tl.maximum(tl.cdiv(tile_count, LANES), EVERY)
-    sample = tile_count // (32 * every) * 32
+    sample = tile_count // (LINE * every) * LINE
     # of the best top_k, the sample holds about `mean`; four deviations more make fewer than top_k survivors rare
     mean = top_k.to(tl.float32) * sample.to(tl.float32) / tl.maximum(tile_count, 1).to(tl.float32)
     needed = (mean + 4.0 * tl.sqrt(mean) + 4.0).to(tl.int32)
     threshold = tl.full((), 0, tl.uint32)
     if (tile_count >= 4 * top_k) & (needed < sample):
         if sample <= LANES // 4:
-            threshold = _sampled_threshold(scores, sample, every, needed, LANES // 4)
+            threshold = _sampled_threshold(scores, sample, every, needed, LANES // 4, LINE)
         elif sample <= LANES // 2:
-            threshold = _sampled_threshold(scores, sample, every, needed, LANES // 2)
+            threshold = _sampled_threshold(scores, sample, every, needed, LANES // 2, LINE)
         else:
-            threshold = _sampled_threshold(scores, sample, every, needed, LANES)
+            threshold = _sampled_threshold(scores, sample, every, needed, LANES, LINE)
     tl.store(thresholds + row, threshold.to(tl.int32, bitcast=True))
 
 

@@ -19,7 +19,6 @@ No length, row count or stride is a compile-time constant or specialised upon: a
 import sys
 from dataclasses import dataclass
 from functools import cache, partial
-from math import prod
 
 import torch
 import triton
@@ -181,6 +180,7 @@ class _Run:
         rows = min(plan.query_chunk, problem.rows)
         self.arena_bytes = planning.arena_bytes(problem.top_k, rows, plan.key_tile, plan.tiles)
         self.arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=problem.q.device)
+        self.floats, self.ints = self.arena.view(torch.float32), self.arena.view(torch.int32)
         self.launch_scores = _launch_scores
         if plan.tiles.score_kernel is ScoreKernel.HOPPER:
             # imported here: Gluon is an experimental part of Triton
@@ -195,27 +195,23 @@ class _Buffers:
     """A chunk's part of the arena, in the order and with the sizes that `plan.arena_parts` gives."""
 
     def __init__(self, run: _Run, rows: int, stride: int) -> None:
-        top_k, capacity = run.problem.top_k, planning.survivor_capacity(run.problem.top_k)
-        begin, views = 0, []
-        shapes = [
-            ((rows * stride,), torch.float32),
-            *[((rows, top_k), dtype) for dtype in (torch.float32, torch.int32)] * 2,
-            ((rows, capacity), torch.float32),
-            ((rows, capacity), torch.int32),
-            ((rows, stride // 32), torch.int32),
-            ((rows,), torch.int32),
-            ((rows,), torch.int32),
-        ]
-        sizes = planning.arena_parts(top_k, rows, stride, run.tiles)
-        for size, (shape, dtype) in zip(sizes, shapes, strict=True):
-            part = run.arena[begin : begin + size].view(dtype)
-            views.append(part[: prod(shape)].view(shape) if size else part)
+        top_k = run.problem.top_k
+        begin, parts = 0, []
+        for size in planning.arena_parts(top_k, rows, stride, run.tiles):
+            parts.append(begin // 4)
             begin += size
         assert begin <= run.arena_bytes
-        self.scores = views[0].view(rows, stride)
-        self.lists = ((views[1], views[2]), (views[3], views[4]))
-        self.survivors = (views[5], views[6])
-        self.marks, self.thresholds, self.counts = views[7], views[8], views[9]
+        # Kernels take addresses; a tensor with the right shape costs the host more than a launch, so few are made.
+        floats, ints = run.floats, run.ints
+        self.scores = floats[parts[0] : parts[0] + rows * stride].view(rows, stride)
+        lists = [
+            (floats[a : a + rows * top_k].view(rows, top_k), ints[b : b + rows * top_k].view(rows, top_k))
+            for a, b in (parts[1:3], parts[3:5])
+        ]
+        self.lists = (lists[0], lists[1])
+        self.survivors = (floats[parts[5] :], ints[parts[6] :])
+        self.marks, self.thresholds = ints[parts[7] :], ints[parts[8] :]
+        self.counts = ints[parts[9] : parts[9] + rows]
 
 
 @dataclass(frozen=True)
@@ -236,12 +232,12 @@ def _chunk_end(run: _Run, start: int) -> int:
 
     def fits(rows: int) -> bool:
         stride = planning.score_stride(problem.max_visible(start, start + rows))
-        return planning.arena_bytes(problem.top_k, rows, stride, run.tiles) <= run.arena_bytes
+        return planning.most_arena_bytes(problem.top_k, rows, stride, run.tiles) <= run.arena_bytes
 
-    most = min(planning.MAX_QUERY_CHUNK, problem.rows - start)
-    stop = start + max(planned, planning.largest(most, fits))
     # Rows that see too few keys to be filtered stay apart from those that are: among these, they would be left over.
     filtered = _first_row_of(problem, planning.least_filtered(problem.top_k, run.tiles))
+    most = min(max(planning.MAX_QUERY_CHUNK, filtered - start), problem.rows - start)
+    stop = start + max(planned, planning.largest(most, fits))
     return filtered if start < filtered < stop else stop
 
 
@@ -349,7 +345,7 @@ def _launch_select(
         return
     threshold_kernel[(rows,)](
         b.scores, b.thresholds, positions, *scalars,
-        LANES=tiles.sample_lanes, EVERY=tiles.sample_every, EXPLICIT=explicit, num_warps=tiles.select_warps,
+        LANES=tiles.sample_lanes, EVERY=tiles.sample_every, LINE=tiles.sample_line, EXPLICIT=explicit, num_warps=tiles.select_warps,
     )  # fmt: skip
     mark_kernel[(triton.cdiv(keys, tiles.mark_block), rows)](
         b.scores, b.thresholds, b.marks, positions, *scalars,
