@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,14 +99,19 @@ def bare_server() -> Iterator[dict[str, str]]:
             process.wait(10)
 
 
-def bare_seconds(channel: grpc.Channel, total_bytes: int) -> float:
-    """Send so many bytes through the bare stream, the same chunk again and again."""
-    chunk = bytes(CHUNK_BYTES)
+def chunks_of(keys: Any) -> list[bytes]:
+    """The bytes of a tensor in chunks, as a caller has them before a bare stream."""
+    octets = _octets(keys)
+    return [bytes(octets[start : start + CHUNK_BYTES]) for start in range(0, len(octets), CHUNK_BYTES)]
+
+
+def bare_seconds(channel: grpc.Channel, chunks: Sequence[bytes]) -> float:
+    """Send them through the bare stream."""
     call = channel.stream_unary(_BARE_METHOD)
     start = time.perf_counter()
-    answer = call(chunk for _ in range(total_bytes // CHUNK_BYTES))
+    answer = call(iter(chunks))
     seconds = time.perf_counter() - start
-    if int(answer) != total_bytes:
+    if int(answer) != sum(map(len, chunks)):
         raise RuntimeError("the bare stream lost bytes")
     return seconds
 

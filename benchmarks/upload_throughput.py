@@ -2,10 +2,12 @@
 
     python -m benchmarks.upload_throughput --quick --out benchmarks/results/upload_throughput.json
 
-The bare stream is the most that Python's gRPC can do: a sync client that sends the same bytes object of 1 MiB again and
-again to an asyncio server in another process that drops it. AppendKeys does the whole job: chunks cut from a tensor,
-checksums at both ends, a copy into the server's memory, acknowledgements, commit. Rounds of all cases alternate;
-figures are medians. `ratio` is to the bare stream.
+The bare stream is the most that Python's gRPC can do: a sync client that sends the bytes of the same tensor, cut
+before into chunks of 1 MiB, to an asyncio server in another process that drops them. AppendKeys does the whole job:
+chunks cut from the tensor, checksums at both ends, checks, a copy into the server's memory, acknowledgements, commit.
+Rounds of all cases alternate; figures are medians. `ratio` is to the bare stream. Beside it stands the bare stream of
+one chunk of zeros sent again and again: not a tensor's upload, for all of its source is one page in the nearest cache,
+but what an empty gRPC call moves.
 
 `--breakdown` takes the ends apart: chunks that were encoded before to our server, and our client to a server that drops
 them. The one that is nearer to AppendKeys is the end that limits it.
@@ -27,7 +29,7 @@ import streamindex_client
 from streamindex_client import Client, ClientOptions
 
 from benchmarks.harness import Report, Row
-from benchmarks.upload_ends import CHUNK_BYTES, MIB, OPTIONS, EncodedUpload, bare_seconds, bare_server
+from benchmarks.upload_ends import CHUNK_BYTES, MIB, OPTIONS, EncodedUpload, bare_seconds, bare_server, chunks_of
 from streamindex_service.testing.service import RunningService
 
 TABLE = "upload_throughput"
@@ -68,6 +70,7 @@ def encoded_seconds(client: Client, channel: grpc.Channel, keys: np.ndarray) -> 
 def compare(kind: str, bare: str, target: str, keys: np.ndarray, rounds: int, breakdown: bool) -> list[UploadRow]:
     """All cases over one kind of socket."""
     options = ClientOptions(chunk_bytes=CHUNK_BYTES)
+    chunks, zeros = chunks_of(keys), [bytes(CHUNK_BYTES)]
     with (
         grpc.insecure_channel(bare, OPTIONS) as bare_channel,
         grpc.insecure_channel(target, OPTIONS) as channel,
@@ -75,8 +78,12 @@ def compare(kind: str, bare: str, target: str, keys: np.ndarray, rounds: int, br
         streamindex_client.connect(target, options=options) as client,
     ):
         cases: dict[str, Case] = {
-            "bare raw-bytes stream": lambda rows: (bare_seconds(bare_channel, rows.nbytes), 0),
+            "bare raw-bytes stream": lambda rows: (bare_seconds(bare_channel, chunks[: rows.nbytes // CHUNK_BYTES]), 0),
             "AppendKeys": lambda rows: append_seconds(client, rows),
+            "bare stream of one chunk of zeros": lambda rows: (
+                bare_seconds(bare_channel, zeros * (rows.nbytes // CHUNK_BYTES)),
+                0,
+            ),
         }
         if breakdown:
             cases |= {

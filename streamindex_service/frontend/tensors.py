@@ -1,7 +1,7 @@
 """Tensor bytes from the wire: checked, and copied to where they will stay.
 
-Everything here runs on a thread of the ingest pool: checksums, numpy copies and numpy reductions let go of the
-interpreter lock, so the event loop receives the next chunk in the meantime.
+Copies and reductions run on a thread of the ingest pool: numpy lets go of the interpreter lock, so the event loop
+receives the next chunk in the meantime.
 """
 
 from __future__ import annotations
@@ -68,37 +68,8 @@ def verify_checksum(chunk: Chunk) -> tuple[int, int]:
     for part in chunk.parts[1:]:
         running = crc32c(part, running)
     if chunk.crc32c is not None and running != chunk.crc32c:
-        raise _damaged()
+        raise ChecksumError("the chunk's bytes do not have the checksum that came with them", field="chunk.crc32c")
     return first, running
-
-
-def verify_written(stretches: Sequence[Bytes], chunks: Sequence[Chunk]) -> list[int]:
-    """Check chunks of one part that lie in stretches of memory, one after the other, each by its own CRC-32C.
-
-    One pass over all of them, against the checksums combined, would let go of the interpreter lock once instead of once
-    a chunk, but two false checksums can make up for each other in it: whether a chunk is refused would depend on what
-    was taken with it. Every chunk must have a checksum. Returns those of the chunks. Raises ChecksumError if any chunk
-    is damaged.
-    """
-    assert sum(map(len, stretches)) == sum(chunk.payload_bytes for chunk in chunks)
-    remaining = iter(stretches)
-    rest: Bytes = np.empty(0, np.uint8)
-    sums = []
-    for chunk in chunks:
-        running, missing = 0, chunk.payload_bytes
-        while missing:
-            if not len(rest):
-                rest = next(remaining)
-            running = crc32c(rest[:missing], running)
-            rest, missing = rest[missing:], max(0, missing - len(rest))
-        if running != chunk.crc32c:
-            raise _damaged()
-        sums.append(running)
-    return sums
-
-
-def _damaged() -> ChecksumError:
-    return ChecksumError("the chunk's bytes do not have the checksum that came with them", field="chunk.crc32c")
 
 
 def copy_rows(chunk: Chunk, ranges: Sequence[RowRange], row_bytes: Sequence[int]) -> None:

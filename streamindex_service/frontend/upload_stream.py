@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamindex.checksum import combine, crc32c
 from streamindex.framing import Chunk
@@ -26,6 +26,13 @@ from streamindex_service.frontend.rpc import MessageWriter, read_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.staging import commit_upload, page_ranges, page_rows, write_rows
 from streamindex_service.frontend.tensors import RowRange
+
+
+class _Arrived(NamedTuple):
+    """A chunk whose checksum is right."""
+
+    chunk: Chunk
+    keys_crc32c: int
 
 
 class UploadStream:
@@ -139,13 +146,16 @@ class UploadStream:
         if self._upload.committed:  # its rows are the layer's now; there is nothing to compare a chunk with
             raise InvalidArgumentError("the upload is committed; only finish can be sent again", field="chunk")
         tensors.check_part_sizes(chunk, ("keys", "scales"), self._row_bytes)
+        # Here and not on a thread: the bytes are still in the processor's cache, and a thread's call that lets go of
+        # the interpreter lock has to take it away from this loop afterwards, which costs more than the checksum.
+        arrived = _Arrived(chunk, tensors.verify_checksum(chunk)[0])
         if self._upload.is_repeat(chunk.row_offset, chunk.row_count, self._rows_taken):
             await self._lane.settle()  # what it repeats must be there to be compared
-            await self._lane.put(self._compare, chunk, chunk.payload_bytes)
+            await self._lane.put(self._compare, arrived, chunk.payload_bytes)
         else:
             self._service.uploads.hold(self._upload, chunk.row_offset + chunk.row_count)
             self._rows_taken += chunk.row_count
-            await self._lane.put(self._store, chunk, chunk.payload_bytes)
+            await self._lane.put(self._store, arrived, chunk.payload_bytes)
 
     async def _acknowledge(self) -> None:
         while True:
@@ -156,35 +166,29 @@ class UploadStream:
 
     # On threads, with chunks that follow each other; what is returned counts them, in order.
 
-    def _compare(self, chunks: Sequence[Chunk]) -> list[Callable[[], None]]:
-        for chunk in chunks:
-            self._compare_one(chunk)
-        return [lambda: None] * len(chunks)
+    def _compare(self, arrived: Sequence[_Arrived]) -> list[Callable[[], None]]:
+        for chunk, _ in arrived:
+            targets = [
+                RowRange(first, count, page_rows(self._service, self._upload.staged[page], self._row_bytes, row, count))
+                for page, row, first, count in page_ranges(self._upload, chunk.row_offset, chunk.row_count)
+            ]
+            tensors.compare_rows(chunk, targets, self._row_bytes)
+        return [lambda: None] * len(arrived)
 
-    def _compare_one(self, chunk: Chunk) -> None:
-        tensors.verify_checksum(chunk)
-        targets = [
-            RowRange(first, count, page_rows(self._service, self._upload.staged[page], self._row_bytes, row, count))
-            for page, row, first, count in page_ranges(self._upload, chunk.row_offset, chunk.row_count)
-        ]
-        tensors.compare_rows(chunk, targets, self._row_bytes)
-
-    def _store(self, chunks: Sequence[Chunk]) -> list[Callable[[], None]]:
+    def _store(self, arrived: Sequence[_Arrived]) -> list[Callable[[], None]]:
         """Check and write chunks. What is found wrong after the write was never counted, and is written over."""
+        chunks = [chunk for chunk, _ in arrived]
         if self._format.has_scales:
-            sums = [tensors.verify_checksum(chunk)[0] for chunk in chunks]
             self._check_chunks(chunks)
             write_rows(self._service, self._upload, chunks, self._row_bytes)
         else:
             # Where they lie now, many chunks are one tensor, whose elements are checked in two calls. Every call that
             # lets go of the interpreter lock has to wait for it afterwards, and makes the loop wait.
-            stretches = write_rows(self._service, self._upload, chunks, self._row_bytes)
-            sums = tensors.verify_written(stretches, chunks)
             row = chunks[0].row_offset
-            for stretch in stretches:
+            for stretch in write_rows(self._service, self._upload, chunks, self._row_bytes):
                 tensors.check_finite(stretch, self._format, self._row_elements, "keys", row)
                 row += len(stretch) // self._row_bytes[0]
-        return [partial(self._count, chunk, keys_crc32c) for chunk, keys_crc32c in zip(chunks, sums, strict=True)]
+        return [partial(self._count, each) for each in arrived]
 
     def _check_chunks(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
@@ -192,10 +196,10 @@ class UploadStream:
             tensors.check_finite(keys, self._format, self._row_elements, "keys", chunk.row_offset)
             tensors.check_finite(scales, KeyFormat.FP32, 1, "scales", chunk.row_offset)
 
-    def _count(self, chunk: Chunk, keys_crc32c: int) -> None:
-        upload = self._upload
+    def _count(self, arrived: _Arrived) -> None:
+        upload, chunk = self._upload, arrived.chunk
         keys, scales = chunk.parts
-        upload.keys_crc32c = combine(upload.keys_crc32c, keys_crc32c, len(keys))
+        upload.keys_crc32c = combine(upload.keys_crc32c, arrived.keys_crc32c, len(keys))
         upload.scales_crc32c = crc32c(scales, upload.scales_crc32c)
         upload.rows_held += chunk.row_count
 

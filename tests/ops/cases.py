@@ -128,8 +128,8 @@ def small_plan(inputs: Inputs, query_chunk: int, key_tile: int, **changes: int) 
 
 
 _SMALL = {
-    "query_group": 16, "select_lanes": 128, "select_block": 256, "filter_keys": 256, "sample_line": 8, "sample_every": 4,
-    "sample_lanes": 512, "mark_block": 512, "collect_words": 4,
+    "query_group": 16, "select_lanes": 128, "select_block": 256, "filter_keys": 256, "sample_every": 4,
+    "sample_line": 8, "sample_lanes": 512, "mark_block": 512, "collect_words": 4,
 }  # fmt: skip
 
 

@@ -200,7 +200,6 @@ def test_queries_that_are_read_at_a_time_fit_the_cache_in_equal_parts(rows: int,
 def test_consecutive_positions_are_given_by_the_first(positions: list[int], expected: int | list[int]) -> None:
     found = first_if_consecutive(torch.tensor(positions, dtype=torch.int64))
     assert (found if isinstance(found, int) else found.tolist()) == expected
-    assert first_if_consecutive(5) == 5
 
 
 def test_less_than_the_floor_is_refused_with_figures() -> None:

@@ -41,6 +41,11 @@ class Bench:
 
         return run
 
+    async def put(self, work, size_bytes: int = 10) -> None:
+        """Have a chunk worked on at once, as if the loop waited for it."""
+        await self.lane.put(work, None, size_bytes)
+        self.lane._start(1)
+
     async def close(self) -> None:
         for gate in self.gates:
             gate.set()
@@ -58,7 +63,7 @@ async def bench():
 
 async def test_chunks_are_counted_in_order_whichever_is_done_first(bench):
     for number in range(3):
-        await bench.lane.put(bench.work(number), None, 10)
+        await bench.put(bench.work(number))
     for number in (2, 1):
         bench.gates[number].set()
     await asyncio.sleep(0.05)
@@ -69,23 +74,57 @@ async def test_chunks_are_counted_in_order_whichever_is_done_first(bench):
     assert bench.ledger.reserved_bytes == 0
 
 
+async def test_a_thread_begins_when_enough_chunks_wait(bench):
+    for number in range(_TOGETHER - 1):
+        await bench.lane.put(bench.work(number), None, 10)
+        assert bench.lane._threads == 0
+    await bench.lane.put(bench.work(_TOGETHER - 1), None, 10)
+    assert bench.lane._threads == 1
+
+
+async def test_a_few_chunks_are_not_left_lying(bench):
+    counted = threading.Event()
+    await bench.lane.put(lambda chunks: [counted.set], None, 10)
+    assert await asyncio.to_thread(counted.wait, 30), "nobody waits for it, and no other comes"
+
+
+async def test_a_thread_leaves_few_chunks_to_gather(bench):
+    calls: list[list[int]] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work(chunks):
+        calls.append(chunks)
+        begun.set()
+        assert go_on.wait(30)
+        return [partial(bench.counted.append, chunk) for chunk in chunks]
+
+    for chunk in range(_TOGETHER):
+        await bench.lane.put(work, chunk, 10)
+    assert await asyncio.to_thread(begun.wait, 30)
+    await bench.lane.put(work, _TOGETHER, 10)
+    go_on.set()
+    await bench.lane.settle()
+    assert calls == [[*range(_TOGETHER)], [_TOGETHER]]
+    assert bench.counted == [*range(_TOGETHER + 1)]
+
+
 async def test_nothing_behind_a_failure_is_counted_and_the_budget_is_released_once(bench):
     error = ValueError("bad")
-    await bench.lane.put(bench.work(0), None, 10)
-    await bench.lane.put(bench.work(1, error), None, 10)
-    await bench.lane.put(bench.work(2), None, 10)
+    await bench.put(bench.work(0))
+    await bench.put(bench.work(1, error))
+    await bench.put(bench.work(2))
     for number in (2, 1, 0):
         bench.gates[number].set()
     with pytest.raises(ValueError, match="bad"):
         await bench.lane.settle()
     with pytest.raises(ValueError, match="bad"):
-        await bench.lane.put(bench.work(3), None, 10)
+        await bench.put(bench.work(3))
     assert bench.counted == [0]
     assert bench.failed == 1
 
 
 async def test_a_chunk_put_between_a_failure_and_the_news_of_it(bench):
-    await bench.lane.put(bench.work(0, ValueError("bad")), None, 10)
+    await bench.put(bench.work(0, ValueError("bad")))
     bench.gates[0].set()
     bench.gates[1].set()
     # the thread has failed; the loop, which does not run meanwhile, has not heard of it
@@ -93,7 +132,7 @@ async def test_a_chunk_put_between_a_failure_and_the_news_of_it(bench):
     while bench.lane._error is None:
         deadline.wait(0.001)
     with pytest.raises(ValueError, match="bad"):
-        await bench.lane.put(bench.work(1), None, 10)
+        await bench.put(bench.work(1))
     await asyncio.sleep(0.05)
     assert bench.counted == []
 
@@ -115,7 +154,7 @@ async def test_a_lane_waits_for_room_in_the_budget():
 
 async def test_closing_drops_what_no_thread_has_begun(bench):
     for number in range(_AT_ONCE + 3):
-        await bench.lane.put(bench.work(number), None, 10)
+        await bench.put(bench.work(number))
     closing = asyncio.create_task(bench.lane.close())
     await asyncio.sleep(0.05)
     assert not closing.done()
@@ -137,7 +176,7 @@ async def test_chunks_that_wait_are_worked_on_together_and_a_bad_one_is_found_am
         return [partial(bench.counted.append, chunk) for chunk in chunks]
 
     for number in range(_AT_ONCE):  # then no thread is free
-        await bench.lane.put(bench.work(number), None, 10)
+        await bench.put(bench.work(number))
     for chunk in range(many):
         await bench.lane.put(work, chunk, 10)
     for gate in bench.gates:
@@ -153,7 +192,7 @@ async def test_chunks_that_wait_are_worked_on_together_and_a_bad_one_is_found_am
 
 async def hold_all_threads(bench) -> None:
     for number in range(_AT_ONCE):
-        await bench.lane.put(bench.work(number), None, 10)
+        await bench.put(bench.work(number))
 
 
 @pytest.mark.parametrize("bad", range(_TOGETHER))

@@ -22,7 +22,6 @@ from streamindex_service.ops.topk.problem import (
     Problem,
     check_inputs,
     check_output,
-    first_if_consecutive,
 )
 from streamindex_service.ops.topk.reference import run_reference
 from streamindex_service.ops.topk.torch_chunked import run_chunked
@@ -69,11 +68,16 @@ class Implementation:
     def supports(self, device: torch.device | str, key_format: KeyFormat) -> bool:
         """Whether it runs here on that kind of device, and takes keys of that format."""
         kind = torch.device(device).type
-        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+        if self.requires is not None and not _is_installed(self.requires):
             return False
         if kind == "cpu" and self.cpu_only_interpreted and os.environ.get("TRITON_INTERPRET") != "1":
             return False
         return kind in self.devices and key_format in self.formats
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _reference(problem: Problem, plan: Plan | None) -> None:
@@ -228,7 +232,7 @@ def topk(
     """
     found = find_implementation(implementation, q.device, keys.format)
     host_positions = positions if isinstance(positions, int) else positions.cpu()
-    check_inputs(q, w, keys, host_positions, ratio, top_k)
+    host_positions = check_inputs(q, w, keys, host_positions, ratio, top_k)
     rows, device = q.shape[0], q.device
     if out_indices is None:
         out_indices = torch.empty((rows, top_k), dtype=torch.int32, device=device)
@@ -237,7 +241,6 @@ def topk(
     check_output("out_indices", out_indices, rows, top_k, torch.int32, device)
     if out_scores is not None:
         check_output("out_scores", out_scores, rows, top_k, torch.float32, device)
-    host_positions = first_if_consecutive(host_positions)
     problem = Problem(q, w, keys, host_positions, ratio, top_k, Order(order), out_indices, out_scores)
     width = problem.max_visible(0, rows) if rows else 0
     if not width:

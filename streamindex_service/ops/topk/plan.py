@@ -62,8 +62,8 @@ class KernelTiles:
     select_block: int
     select_warps: int
     filter_keys: int  # tiles of at least so many keys are filtered by a sampled threshold before the selection
-    # Neighbours' scores are alike in real text, so short lines tell more: with 32 scores a line the sample misled 4 to 6
-    # rows in 100, with 8 none. A line of 8 is what memory is read by.
+    # Neighbours' scores are alike in real text, so short lines tell more: with 32 scores a line the sample misled 4 to
+    # 6 rows in 100, with 8 one in 1,000. A line of 8 is what memory is read by.
     sample_line: int
     sample_every: int  # one line in so many is sampled, or fewer:
     sample_lanes: int  # the most scores of a sample
@@ -130,6 +130,7 @@ class Shape:
     element_bytes: int
 
 
+@lru_cache(maxsize=256)
 def plan_triton(shape: Shape, workspace_bytes: int, score_kernel: ScoreKernel = ScoreKernel.PORTABLE) -> Plan:
     """Tiles of the fused kernels. Raises WorkspaceTooSmallError below 16 MiB."""
     tiles = kernel_tiles(shape.format_name, shape.heads, shape.head_dim, score_kernel)
@@ -238,7 +239,7 @@ def largest(most: int, fits: Callable[[int], bool]) -> int:
 
 def survivor_capacity(top_k: int) -> int:
     """Entries of a row that the filter may leave to the selection; more, and the selection reads the whole row."""
-    return max(1024, 6 * top_k)
+    return max(1024, 4 * top_k)
 
 
 @lru_cache(maxsize=16)

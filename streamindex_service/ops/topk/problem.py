@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,18 +97,26 @@ def visible_keys(positions: int | Tensor, start: int, stop: int, ratio: int, len
     return ((p + 1) // ratio).clamp_(max=length)
 
 
-def first_if_consecutive(positions: int | Tensor) -> int | Tensor:
-    """Positions that go up by one are given by the first: then no row has to look its own up."""
-    if isinstance(positions, int) or not len(positions):
+def first_if_consecutive(positions: Tensor) -> int | Tensor:
+    """Positions [rows] int64 on the CPU; those that go up by one are given by the first: then no row has to look its
+    own up."""
+    if not len(positions):
         return positions
-    first, rows = int(positions[0]), len(positions)
-    if int(positions[-1]) - first != rows - 1 or not torch.equal(positions, torch.arange(first, first + rows)):
+    # The device waits for this, and numpy's loops do not wake a pool of threads first.
+    numbers = positions.numpy()
+    first, rows = int(numbers[0]), len(numbers)
+    if int(numbers[-1]) - first != rows - 1 or not np.array_equal(numbers - first, np.arange(rows)):
         return positions
     return first
 
 
-def check_inputs(q: Tensor, w: Tensor, keys: PagedKeys, positions: int | Tensor, ratio: int, top_k: int) -> None:
-    """Raise TopkInputError for the first argument that disagrees with another one or with LIMITS."""
+def check_inputs(
+    q: Tensor, w: Tensor, keys: PagedKeys, positions: int | Tensor, ratio: int, top_k: int
+) -> int | Tensor:
+    """Raise TopkInputError for the first argument that disagrees with another one or with LIMITS.
+
+    Gives the positions, those that go up by one by the first of them.
+    """
     if q.dim() != 3 or not q.is_contiguous():
         raise TopkInputError("q", f"expected contiguous [rows, heads, head_dim], got {list(q.shape)}")
     rows, heads, head_dim = q.shape
@@ -129,18 +138,20 @@ def check_inputs(q: Tensor, w: Tensor, keys: PagedKeys, positions: int | Tensor,
         raise TopkInputError("top_k", f"{top_k}, limits are {LIMITS.min_top_k} to {LIMITS.max_top_k}")
     if keys.length > LIMITS.max_keys:
         raise TopkInputError("keys", f"{keys.length} keys, the most is {LIMITS.max_keys}")
-    _check_positions(positions, rows)
+    return _checked_positions(positions, rows)
 
 
-def _check_positions(positions: int | Tensor, rows: int) -> None:
+def _checked_positions(positions: int | Tensor, rows: int) -> int | Tensor:
+    if not isinstance(positions, int):
+        if tuple(positions.shape) != (rows,) or positions.dtype != torch.int64:
+            raise TopkInputError("positions", f"expected [{rows}] int64, got {list(positions.shape)} {positions.dtype}")
+        positions = first_if_consecutive(positions)
     if isinstance(positions, int):
         if not 0 <= positions <= LIMITS.max_position - rows:
             raise TopkInputError("positions", f"{positions}, limits are 0 to 2^62 for the last row")
-        return
-    if tuple(positions.shape) != (rows,) or positions.dtype != torch.int64:
-        raise TopkInputError("positions", f"expected [{rows}] int64, got {list(positions.shape)} {positions.dtype}")
-    if rows and not 0 <= int(positions.min()) <= int(positions.max()) <= LIMITS.max_position:
+    elif rows and not 0 <= int(positions.min()) <= int(positions.max()) <= LIMITS.max_position:
         raise TopkInputError("positions", "limits are 0 to 2^62")
+    return positions
 
 
 def check_output(name: str, out: Tensor, rows: int, top_k: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -345,7 +345,8 @@ def _launch_select(
         return
     threshold_kernel[(rows,)](
         b.scores, b.thresholds, positions, *scalars,
-        LANES=tiles.sample_lanes, EVERY=tiles.sample_every, LINE=tiles.sample_line, EXPLICIT=explicit, num_warps=tiles.select_warps,
+        LANES=tiles.sample_lanes, EVERY=tiles.sample_every, LINE=tiles.sample_line, EXPLICIT=explicit,
+        num_warps=tiles.select_warps,
     )  # fmt: skip
     mark_kernel[(triton.cdiv(keys, tiles.mark_block), rows)](
         b.scores, b.thresholds, b.marks, positions, *scalars,
