@@ -85,7 +85,7 @@ def test_rows_too_short_for_the_filter_stay_apart_from_those_it_takes() -> None:
     run = kernels._Run(Problem(inputs.q, inputs.w, inputs.keys, 0, 1, TOP_K, Order.INDEX, out, None), plan)
     border = least_filtered(TOP_K, plan.tiles) - 1  # the first row that sees so many keys
     assert 0 < border < rows
-    assert kernels._chunk_end(run, 0) == border
-    assert kernels._chunk_end(run, border) == rows
+    assert kernels._chunk_start(run, border) == 0
+    assert kernels._chunk_start(run, rows) == border
     for order in Order:
         assert same(inputs.search("triton", plan=plan, order=order), inputs.search("reference", order=order))

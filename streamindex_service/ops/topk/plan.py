@@ -153,12 +153,12 @@ def arena_bytes(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> int:
     return sum(arena_parts(top_k, rows, stride, tiles))
 
 
-def most_arena_bytes(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> int:
-    """The same from above, to a few KiB, and quickly: for those who look for the most rows that fit."""
+def most_rows(top_k: int, stride: int, tiles: KernelTiles, size_bytes: int) -> int:
+    """Rows of `stride` keys whose arena is at most so large, but for a few."""
     row_words = stride + 4 * top_k
     if is_filtered(stride, top_k, tiles):
         row_words += 2 * survivor_capacity(top_k) + stride // 32 + 2
-    return 4 * (rows * row_words + tiles.mark_block) + _PARTS * _PART_ALIGNMENT
+    return (size_bytes - 4 * tiles.mark_block - _PARTS * _PART_ALIGNMENT) // (4 * row_words)
 
 
 def arena_parts(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> list[int]:
@@ -298,7 +298,7 @@ def kernel_tiles(
         filter_keys=2049,  # one more than select_lanes
         sample_line=8,
         sample_every=8,
-        sample_lanes=4096,
+        sample_lanes=8192,
         mark_block=2048,
         collect_words=1024,
         rest_rows=32,

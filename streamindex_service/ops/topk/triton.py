@@ -160,15 +160,16 @@ def run_triton(problem: Problem, plan: Plan) -> None:
         raise ValueError("q: its address is not a multiple of 16 bytes")
     with torch.cuda.device_of(problem.q):  # kernels start on the current device, which need not be the tensors'
         run = _Run(problem, plan)
-        start = 0
-        while start < problem.rows:
-            stop = _chunk_end(run, start)
+        # From the last row on, which sees most keys: while the device has long work the host gets ahead of it.
+        stop = problem.rows
+        while stop > 0:
+            start = _chunk_start(run, stop)
             width = problem.max_visible(start, stop)
             if width <= problem.top_k and problem.order is Order.INDEX and problem.out_scores is None:
                 _all_visible(run, start, stop)
             else:
                 _search_chunk(run, start, stop, width)
-            start = stop
+            stop = start
 
 
 class _Run:
@@ -223,22 +224,27 @@ class _Chunk:
     positions: Tensor | None
 
 
-def _chunk_end(run: _Run, start: int) -> int:
-    """Where the chunk that begins at `start` ends: rows that see few keys make larger chunks of the same arena."""
+def _chunk_start(run: _Run, stop: int) -> int:
+    """Where the chunk that ends at `stop` begins: rows that see few keys make larger chunks of the same arena."""
     problem, plan = run.problem, run.plan
-    planned = min(plan.query_chunk, problem.rows - start)
+    planned = min(plan.query_chunk, stop)
     if not plan.grow:
-        return start + planned
+        return stop - planned
 
     def fits(rows: int) -> bool:
-        stride = planning.score_stride(problem.max_visible(start, start + rows))
-        return planning.most_arena_bytes(problem.top_k, rows, stride, run.tiles) <= run.arena_bytes
+        stride = min(plan.key_tile, planning.score_stride(problem.max_visible(stop - rows, stop)))
+        return rows <= planning.most_rows(problem.top_k, stride, run.tiles, run.arena_bytes)
 
     # Rows that see too few keys to be filtered stay apart from those that are: among these, they would be left over.
     filtered = _first_row_of(problem, planning.least_filtered(problem.top_k, run.tiles))
-    most = min(max(planning.MAX_QUERY_CHUNK, filtered - start), problem.rows - start)
-    stop = start + max(planned, planning.largest(most, fits))
-    return filtered if start < filtered < stop else stop
+    most = min(max(planning.MAX_QUERY_CHUNK, filtered), stop)
+    if isinstance(problem.positions, int):  # the last row sees most, however many are taken before it
+        stride = min(plan.key_tile, planning.score_stride(problem.max_visible(stop - 1, stop)))
+        rows = min(most, planning.most_rows(problem.top_k, stride, run.tiles, run.arena_bytes))
+    else:
+        rows = planning.largest(most, fits)
+    start = stop - max(planned, rows)
+    return filtered if start < filtered < stop else start
 
 
 def _first_row_of(problem: Problem, keys: int) -> int:
