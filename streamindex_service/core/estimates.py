@@ -6,6 +6,7 @@ more than a tile can use would only keep others waiting, so the most that it can
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from streamindex_service.core.sizes import (
@@ -22,6 +23,7 @@ from streamindex_service.core.sizes import (
 _SLACK_BYTES = 2 << 20  # small tensors, and what an allocator rounds up
 _FIRST_SECONDS_PER_FLOP = 1e-10  # before anything was measured
 _WEIGHT = 0.2  # of a new measurement against those before it
+_FIRST_TIMES = 3  # measurements of which the least counts
 # Bytes of workspace (a key, an entry of the answer) of one query row, by implementation: scores, marks and survivors of
 # `triton`; packed keys, twice, of `chunked`. What is not listed takes the larger.
 _ROW_WORKSPACE = {"triton": (5, 160)}
@@ -63,27 +65,50 @@ class TopkWork:
         return rows * row + page_bytes(KeyFormat.FP32, self.head_dim) + _SLACK_BYTES
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What work of one size has shown: its seconds for an operation, and how often it was measured."""
+
+    seconds_per_flop: float
+    times: int = 1
+
+    def add(self, rate: float) -> None:
+        """One more measurement. A rise counts up to a doubling: a single slow tile says little."""
+        self.times += 1
+        if self.times <= _FIRST_TIMES:
+            self.seconds_per_flop = min(self.seconds_per_flop, rate)
+        else:
+            self.seconds_per_flop += _WEIGHT * (min(rate, 2 * self.seconds_per_flop) - self.seconds_per_flop)
+
+
 class DeviceSpeed:
     """Seconds of work by the operations in it.
 
-    Small tiles are slow for their size, and say nothing of large ones: the time is kept for each power of two of
-    operations apart, at most 64 numbers, and a size never seen is judged by the nearest that was.
+    Small tiles are slow for their size, and say little of large ones: the time is kept for each power of two of
+    operations apart, at most 64 numbers. A size between two that were seen lies between them; one beyond all is judged
+    by the nearest. The first tile of a shape may have waited for its kernels to be compiled: of the first few
+    measurements of a size the least counts.
     """
 
     def __init__(self, copy_bytes_per_s: float = 8e9) -> None:
         self.copy_bytes_per_s = copy_bytes_per_s
-        self._seconds_per_flop: dict[int, float] = {}  # by floor(log2(operations))
+        self._seen: dict[int, _Seen] = {}  # by the operations' number of bits
+        self._sizes: list[int] = []  # its keys in order
 
     @property
     def measured(self) -> bool:
         """True once anything was."""
-        return bool(self._seconds_per_flop)
+        return bool(self._seen)
 
     def observe(self, flop: int, seconds: float) -> None:
         """Work of so many operations took so long."""
-        rate, bucket = max(seconds, 1e-7) / flop, flop.bit_length()
-        before = self._seconds_per_flop.get(bucket, rate)
-        self._seconds_per_flop[bucket] = before + _WEIGHT * (rate - before)
+        rate, size = max(seconds, 1e-7) / flop, flop.bit_length()
+        seen = self._seen.get(size)
+        if seen is None:
+            self._seen[size] = _Seen(rate)
+            insort(self._sizes, size)
+        else:
+            seen.add(rate)
 
     def seconds(self, flop: int) -> float:
         """What so many operations will take, about."""
@@ -93,14 +118,31 @@ class DeviceSpeed:
         """What it takes to bring so many bytes of keys to the device."""
         return size_bytes / self.copy_bytes_per_s
 
-    def rows(self, flop_per_row: int, seconds: float) -> int:
-        """Rows of a tile of about `seconds`; at least 1. The best speed shown says how many."""
-        best = min(self._seconds_per_flop.values(), default=_FIRST_SECONDS_PER_FLOP)
-        rows = max(1, int(seconds / (best * flop_per_row)))
-        return max(1, min(rows, int(seconds / (self._rate((rows * flop_per_row).bit_length()) * flop_per_row))))
+    def rows(self, flop_per_row: int, seconds: float, most: int) -> int:
+        """The most rows, up to `most`, of a tile of about `seconds`, or of twice what any work takes; at least 1.
 
-    def _rate(self, bucket: int) -> float:
-        if not self._seconds_per_flop:
+        Where a tile of one row takes most of the time for being a tile, less of them would only be slower.
+        """
+        seconds = max(seconds, 2 * self._least_s())
+        if self.seconds(most * flop_per_row) <= seconds:
+            return most
+        low, high = 1, most
+        while high - low > 1:  # as good as sorted: larger work hardly ever takes less time
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.seconds(middle * flop_per_row) <= seconds else (low, middle)
+        return low
+
+    def _least_s(self) -> float:
+        return min((seen.seconds_per_flop * 2**size for size, seen in self._seen.items()), default=0.0)
+
+    def _rate(self, size: int) -> float:
+        sizes = self._sizes
+        if not sizes:
             return _FIRST_SECONDS_PER_FLOP
-        nearest = min(self._seconds_per_flop, key=lambda other: (abs(other - bucket), -other))
-        return self._seconds_per_flop[nearest]
+        place = bisect_left(sizes, size)
+        above = sizes[min(place, len(sizes) - 1)]
+        below = above if above <= size else sizes[max(place - 1, 0)]
+        rate = self._seen[below].seconds_per_flop
+        if below == above:
+            return rate
+        return float(rate * (self._seen[above].seconds_per_flop / rate) ** ((size - below) / (above - below)))

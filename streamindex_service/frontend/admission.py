@@ -96,12 +96,15 @@ class AdmittedSearch:
     ) -> None:
         await asyncio.shield(self.service.background(self._give_back()))
 
-    @property
-    def tile_rows(self) -> int:
-        """Query rows that the device computes in about `worker.tile_s`, by the speed it has shown; at least 1."""
-        flop = self.work.flop(1, self.windows[0].keys)
-        rows = self.service.governor.speed.rows(flop, self.service.settings.worker.tile_s)
-        return min(rows, self._most_rows) if self.in_parts else rows
+    def tile_rows(self, keys: int) -> int:
+        """Query rows of the next tile, where they see up to so many keys: at least 1, at most a block.
+
+        They are what the device computes in about `Governor.tile_s`, by the speed it has shown.
+        """
+        flop = self.work.flop(1, min(keys, self.windows[0].keys))
+        most = min(self.layout.rows, self._most_rows) if self.in_parts else self.layout.rows
+        governor = self.service.governor
+        return governor.speed.rows(flop, governor.tile_s(self._search.band), most)
 
     def request(
         self,

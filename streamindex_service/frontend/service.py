@@ -195,6 +195,8 @@ def _governor_limits(settings: Settings) -> GovernorLimits:
         max_device_turns=scheduler.max_device_tiles,
         ahead_s=scheduler.device_ahead_s,
         max_wait_s=scheduler.max_wait_s,
+        short_turn_s=scheduler.short_tile_s,
+        active_s=scheduler.active_s,
         queue=queue,
     )
 
@@ -210,6 +212,7 @@ def _worker_options(settings: Settings) -> WorkerOptions:
         implementation=worker.implementation,
         device_budget_bytes=int(settings.memory.device_budget_bytes),
         cpu_threads=worker.cpu_threads,
+        issue_ahead_s=worker.issue_ahead_s,
         ready_timeout_s=worker.ready_timeout_s,
         heartbeat_s=worker.heartbeat_s,
         heartbeat_timeout_s=worker.heartbeat_timeout_s,

@@ -15,7 +15,7 @@ from streamindex_service.core.governor import Grant, SearchTurn
 from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
 from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import tile_error
+from streamindex_service.frontend.device import TileDue, tile_error
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.ipc.supervisor import CancelledTileError
 from streamindex_service.ipc.v1 import worker_pb2 as pb
@@ -102,6 +102,7 @@ class TileRun:
                 self._blame_key,
                 admitted.workspace_bytes(grant, rows),
                 admitted.part(self._window, self._keys),
+                TileDue(grant.turn.band, grant.turn.cost_s),
             )
         except Exception as error:
             # Whoever happened to let this turn run must not fail with it, and what it was granted must come back.

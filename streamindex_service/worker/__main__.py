@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import socket
 import sys
@@ -17,6 +16,7 @@ from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops.topk import IMPLEMENTATIONS
 from streamindex_service.telemetry import logs
 from streamindex_service.worker import canary
+from streamindex_service.worker.commands import Command, Commands
 from streamindex_service.worker.device import (
     Device,
     UnusableDeviceError,
@@ -28,16 +28,13 @@ from streamindex_service.worker.device import (
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
 from streamindex_service.worker.key_store import FORMATS, MissingMemoryError
 
-_Command = tuple[pb.ToWorker, int | None]
-
 
 class Worker:
-    """One thread reads packets, one (the main one) executes them in order, one reports what the device has finished."""
+    """One thread reads packets, one (the main one) executes them, one reports what the device has finished."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._send_lock = threading.Lock()
-        self._commands: queue.Queue[_Command | None] = queue.Queue()
         self._log = logs.get("worker")
 
     def run(self) -> None:
@@ -51,8 +48,13 @@ class Worker:
             return
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._announce(device)
-        while (command := self._commands.get()) is not None:
-            self._execute(*command)
+        while (taken := self._commands.take()) is not None:
+            command, cancelled = taken
+            if cancelled:
+                tile_id = command.message.search_tile.tile_id
+                self._send(pb.FromWorker(failed=pb.Failed(id=tile_id, kind=pb.FAILURE_KIND_CANCELLED)))
+            else:
+                self._execute(command.message, command.fd)
         self._executor.finish()
 
     def _configure(self, configure: pb.Configure) -> Device:
@@ -67,7 +69,8 @@ class Worker:
             # what the allocator rounds up.
             fraction = min(1.0, (self._budget_bytes * 1.05 + (64 << 20)) / device.total_bytes)
             torch.cuda.set_per_process_memory_fraction(fraction, device.torch_device)
-        self._executor = Executor(device, self._implementation, self._send)
+        self._commands = Commands(configure.issue_ahead_us / 1e6)
+        self._executor = Executor(device, self._implementation, self._send, self._commands.finished)
         canary.run(device, self._implementation)
         if device.is_cuda:
             torch.cuda.empty_cache()
@@ -112,11 +115,11 @@ class Worker:
                 )
                 self._send(pb.FromWorker(pong=pong))
             elif kind == "cancel_tiles":
-                self._executor.cancel(list(message.cancel_tiles.tile_ids))
+                self._commands.cancel(list(message.cancel_tiles.tile_ids))
             elif kind == "shutdown":
-                self._commands.put(None)
+                self._commands.close()
             else:
-                self._commands.put((message, fd))
+                self._commands.put(Command(message, fd))
 
     def _execute(self, message: pb.ToWorker, fd: int | None) -> None:
         try:

@@ -28,9 +28,9 @@ def short_of_memory(inside, monkeypatch):
     monkeypatch.setattr(governor.speed, "observe", lambda flop, seconds: None)
 
     def limited(most_rows):
-        def submit_or_fail(view, spec, block, place, request_key, workspace_bytes, part):
+        def submit_or_fail(view, spec, block, place, request_key, workspace_bytes, part, due):
             seen.append((place.rows, workspace_bytes, governor.in_flight))
-            tile_id, future = submit(view, spec, block, place, request_key, workspace_bytes, part)
+            tile_id, future = submit(view, spec, block, place, request_key, workspace_bytes, part, due)
             if place.rows <= most_rows:
                 return tile_id, future
             failed = asyncio.get_running_loop().create_future()

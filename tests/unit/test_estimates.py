@@ -48,7 +48,7 @@ def test_before_anything_was_measured_there_is_a_guess():
     speed = DeviceSpeed()
     assert not speed.measured
     assert speed.seconds(10**10) == pytest.approx(1.0)
-    assert speed.rows(10**9, 0.1) == 1
+    assert speed.rows(10**9, 0.1, 1000) == 1
 
 
 def test_small_work_says_nothing_about_large():
@@ -58,16 +58,59 @@ def test_small_work_says_nothing_about_large():
         speed.observe(10**6, 0.001)  # a launch
     assert speed.seconds(10**12) == pytest.approx(0.01)
     assert speed.seconds(10**6) == pytest.approx(0.001)
-    assert speed.rows(10**10, 0.01) == 100
+    assert speed.rows(10**10, 0.01, 1000) == 100
+
+
+def test_rows_that_see_few_keys_make_large_tiles():
+    """A prefill begins with rows of hardly any work: what they take says nothing of rows that see more."""
+    speed = DeviceSpeed()
+    speed.observe(10**5, 0.0003)  # a row at the beginning: all of it is the launch
+    assert speed.rows(10**5, 0.1, 112) == 112
+    speed.observe(112 * 10**5, 0.0004)
+    assert speed.rows(10**7, 0.1, 112) == 112
+
+
+def test_work_between_two_sizes_lies_between_them():
+    speed = DeviceSpeed()
+    speed.observe(2**20, 0.001)
+    speed.observe(2**30, 0.002)
+    times = [speed.seconds(2**size) for size in range(20, 31)]
+    assert times == sorted(times)
+    assert times[0] == pytest.approx(0.001)
+    assert times[-1] == pytest.approx(0.002)
+
+
+def test_a_first_tile_that_compiled_its_kernels_is_not_believed():
+    speed = DeviceSpeed()
+    speed.observe(10**12, 15.0)
+    speed.observe(10**12, 0.004)
+    assert speed.seconds(10**12) == pytest.approx(0.004)
+
+
+def test_one_slow_tile_among_many_says_little():
+    speed = DeviceSpeed()
+    for _ in range(5):
+        speed.observe(10**12, 0.004)
+    speed.observe(10**12, 4.0)
+    assert speed.seconds(10**12) < 0.005
+
+
+def test_a_tile_is_not_so_short_that_most_of_it_is_overhead():
+    speed = DeviceSpeed()
+    speed.observe(10**9, 0.005)  # one row, nearly all of it overhead
+    for _ in range(10):
+        rows = speed.rows(10**9, 0.003, 64)
+        speed.observe(rows * 10**9, 0.005 + 1e-5 * rows)
+    assert speed.rows(10**9, 0.003, 64) == 64
 
 
 def test_a_device_that_slows_down_is_seen_to():
     speed = DeviceSpeed()
     speed.observe(10**12, 0.01)
     for _ in range(50):
-        rows = speed.rows(10**10, 0.1)
+        rows = speed.rows(10**10, 0.1, 10_000)
         speed.observe(rows * 10**10, rows * 10**10 / 1e13)
-    assert speed.rows(10**10, 0.1) == pytest.approx(100, rel=0.2)
+    assert speed.rows(10**10, 0.1, 10_000) == pytest.approx(100, rel=0.2)
 
 
 @pytest.mark.parametrize("flop", [1, 10**3, 10**9, 10**15, 1 << 80])
@@ -76,4 +119,4 @@ def test_any_size_has_an_estimate(flop):
     for size in (1, 10**6, 10**12):
         speed.observe(size, 0.5)
     assert speed.seconds(flop) > 0
-    assert speed.rows(flop, 0.1) >= 1
+    assert 1 <= speed.rows(flop, 0.1, 50) <= 50

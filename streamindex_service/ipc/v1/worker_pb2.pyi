@@ -65,16 +65,18 @@ class FromWorker(_message.Message):
     def __init__(self, ready: _Optional[_Union[Ready, _Mapping]] = ..., operation_done: _Optional[_Union[OperationDone, _Mapping]] = ..., tile_done: _Optional[_Union[TileDone, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("device", "implementation", "device_budget_bytes", "cpu_threads")
+    __slots__ = ("device", "implementation", "device_budget_bytes", "cpu_threads", "issue_ahead_us")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     CPU_THREADS_FIELD_NUMBER: _ClassVar[int]
+    ISSUE_AHEAD_US_FIELD_NUMBER: _ClassVar[int]
     device: str
     implementation: str
     device_budget_bytes: int
     cpu_threads: int
-    def __init__(self, device: _Optional[str] = ..., implementation: _Optional[str] = ..., device_budget_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ...) -> None: ...
+    issue_ahead_us: int
+    def __init__(self, device: _Optional[str] = ..., implementation: _Optional[str] = ..., device_budget_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., issue_ahead_us: _Optional[int] = ...) -> None: ...
 
 class MapSegment(_message.Message):
     __slots__ = ("segment_id", "segment_bytes", "writable", "operation_id")
@@ -159,7 +161,7 @@ class Span(_message.Message):
     def __init__(self, segment_id: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
 class SearchTile(_message.Message):
-    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge")
+    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge", "band", "estimated_us")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +177,8 @@ class SearchTile(_message.Message):
     SCORES_FIELD_NUMBER: _ClassVar[int]
     FIRST_KEY_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
+    BAND_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     view_id: int
     rows: int
@@ -190,7 +194,9 @@ class SearchTile(_message.Message):
     scores: Span
     first_key: int
     merge: bool
-    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ...) -> None: ...
+    band: int
+    estimated_us: int
+    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
 
 class CancelTiles(_message.Message):
     __slots__ = ("tile_ids",)
@@ -241,12 +247,14 @@ class OperationDone(_message.Message):
     def __init__(self, operation_id: _Optional[int] = ...) -> None: ...
 
 class TileDone(_message.Message):
-    __slots__ = ("tile_id", "device_us")
+    __slots__ = ("tile_id", "device_us", "peak_bytes")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_US_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     device_us: int
-    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ...) -> None: ...
+    peak_bytes: int
+    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("id", "kind", "detail")
