@@ -11,23 +11,53 @@ from dataclasses import dataclass
 
 from streamindex_service.core.sizes import (
     GATE_BYTES,
+    PAGE_KEYS,
     POSITION_BYTES,
     KeyFormat,
     align,
     answer_row_bytes,
-    page_bytes,
     pages_of,
     query_row_bytes,
 )
 
-_SLACK_BYTES = 2 << 20  # small tensors, and what an allocator rounds up
 _FIRST_SECONDS_PER_FLOP = 1e-10  # before anything was measured
 _WEIGHT = 0.2  # of a new measurement against those before it
 _FIRST_TIMES = 3  # measurements of which the least counts
-# Bytes of workspace (a key, an entry of the answer) of one query row, by implementation: scores, marks and survivors of
-# `triton`; packed keys, twice, of `chunked`. What is not listed takes the larger.
-_ROW_WORKSPACE = {"triton": (5, 160)}
-_ANY_ROW_WORKSPACE = (64, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceTerms:
+    """What the workspace of an implementation depends on, as its worker says; the fields are those of the message."""
+
+    fixed_bytes: int = 0
+    row_bytes: int = 0
+    row_element_bytes: int = 0
+    row_entry_bytes: int = 0
+    row_key_32nds: int = 0
+    row_key_head_bytes: int = 0
+    key_bytes: int = 0
+    key_dim_bytes: int = 0
+    filter_keys: int = 0
+    filter_entries: int = 0
+    survivor_bytes: int = 0
+    survivors: int = 0
+    entry_survivors: int = 0
+    marked_row_bytes: int = 0
+    marked_key_32nds: int = 0
+
+    def size_bytes(self, rows: int, keys: int, heads: int, head_dim: int, top_k: int) -> int:
+        """Of a tile of so many rows and keys (a multiple of 256)."""
+        row = self.row_bytes + self.row_element_bytes * heads * head_dim + self.row_entry_bytes * top_k
+        row += self.row_key_head_bytes * keys * heads
+        row_32nds = self.row_key_32nds * keys
+        if self.filter_keys and keys >= max(self.filter_keys, self.filter_entries * top_k):
+            row += self.survivor_bytes * max(self.survivors, self.entry_survivors * top_k) + self.marked_row_bytes
+            row_32nds += self.marked_key_32nds * keys
+        return (
+            self.fixed_bytes
+            + rows * (row + -(-row_32nds // 32))
+            + keys * (self.key_bytes + self.key_dim_bytes * head_dim)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +70,7 @@ class TopkWork:
     keys: int
     top_k: int
     want_scores: bool
-    implementation: str = ""
+    terms: WorkspaceTerms
 
     def flop(self, rows: int, keys: int | None = None) -> int:
         """Operations of rows that see so many keys, all by default: a product and a sum for each head and element."""
@@ -56,13 +86,10 @@ class TopkWork:
         )
         return sum(align(rows * size) for size in sizes)
 
-    def workspace_bytes(self, rows: int) -> int:
-        """The most that a tile of so many rows can use: all keys in one key tile. More makes nothing faster."""
-        a_key, an_entry = _ROW_WORKSPACE.get(self.implementation, _ANY_ROW_WORKSPACE)
-        heads = 0 if self.implementation in _ROW_WORKSPACE else 4 * self.heads
-        all_keys = pages_of(max(1, self.keys))
-        row = 256 * all_keys * (a_key + heads) + an_entry * self.top_k + 8 * self.heads * self.head_dim
-        return rows * row + page_bytes(KeyFormat.FP32, self.head_dim) + _SLACK_BYTES
+    def workspace_bytes(self, rows: int, keys: int) -> int:
+        """The most that a tile of rows that see so many keys can use: all in one chunk and tile. More is no faster."""
+        tile_keys = PAGE_KEYS * pages_of(max(1, keys))
+        return self.terms.size_bytes(rows, tile_keys, self.heads, self.head_dim, self.top_k)
 
 
 @dataclass(slots=True)

@@ -49,13 +49,17 @@ class GovernorLimits:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory."""
+    """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory.
+
+    estimate_bytes: of device memory, what it would use if it had all that it can use.
+    """
 
     pages: Sequence[Page]
     floor_bytes: int
     want_bytes: int
     flop: int
     size_bytes: int = 0
+    estimate_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -242,10 +246,11 @@ class Governor:
         self._leave_queue(turn)
         self.pump()
 
-    def finish(self, grant: Grant, device_s: float | None = None) -> None:
+    def finish(self, grant: Grant, device_s: float | None = None, peak_bytes: int = 0) -> None:
         """The device has really finished with a turn: give everything back.
 
-        device_s: what it took; None when it was not done.
+        device_s: what it took; None when it was not done. peak_bytes: the most device memory that it held beside its
+        pages; 0 when that was not measured.
         """
         self._grants.remove(grant)
         turn = grant.turn
@@ -256,7 +261,8 @@ class Governor:
         self.hbm.release(grant.workspace_bytes)
         if device_s is not None:
             self.speed.observe(turn.need.flop, device_s)
-            self.meter.tile_done(grant.waited_s, device_s)
+            self.meter.tile_done(grant.waited_s, device_s, turn.band)
+            self.meter.memory.add(peak_bytes, min(turn.need.estimate_bytes, grant.workspace_bytes))
         if self._resume_when_idle and not self._grants:
             self._resume_when_idle = self._paused = False
         self.pump()

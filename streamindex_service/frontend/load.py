@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from streamindex.v1 import server_pb2 as pb
 
-from streamindex_service.core.meter import Quantiles
+from streamindex_service.core.meter import RATIO_BOUNDS, MemoryRatios, Quantiles
 from streamindex_service.frontend.service import Service
 
 _FRESH_TIMEOUT_S = 0.5  # for the device's own figures; a worker that hangs must not hang this
@@ -48,7 +50,9 @@ async def load_of(service: Service) -> pb.GetLoadResponse:
             evicted_pages=residency.evicted_pages,
             wait=_latency(meter.waits()),
             run=_latency(meter.runs()),
+            memory=_estimates(meter.memory),
         ),
+        device_reserved_bytes=link.pong.reserved_bytes if link else 0,
     )
 
 
@@ -60,13 +64,32 @@ def _queue(service: Service) -> pb.QueueLoad:
         bytes=scheduler.queued_bytes,
         estimated_us=_us(scheduler.backlog_s),
         bands=[
-            pb.BandLoad(priority=int(band), tiles=tiles)  # type: ignore[arg-type]
+            pb.BandLoad(
+                priority=int(band),  # type: ignore[arg-type]
+                tiles=tiles,
+                wait=_latency(service.governor.meter.waits(band)),
+            )
             for band, tiles in scheduler.queued_by_band().items()
         ],
         callers=[
             pb.CallerLoad(caller=caller, tiles=tiles, estimated_us=_us(seconds))
             for caller, (tiles, seconds) in by_caller[:_CALLERS_SHOWN]
         ],
+    )
+
+
+def _estimates(found: MemoryRatios) -> pb.MemoryEstimates:
+    return pb.MemoryEstimates(
+        large_tiles=found.large_tiles,
+        last_ratio=found.last,
+        least_ratio=found.least,
+        most_ratio=found.most,
+        most_ratio_of_any=found.most_of_any,
+        buckets=[
+            pb.RatioBucket(bound=bound, tiles=tiles)
+            for bound, tiles in zip((*RATIO_BOUNDS, math.inf), found.counts, strict=True)
+        ],
+        failures=found.failures,
     )
 
 

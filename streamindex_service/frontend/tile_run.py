@@ -120,8 +120,9 @@ class TileRun:
     ) -> None:
         self._on_device = None
         admitted, error = self._admitted, future.exception()
-        device_us = 0 if error else future.result().tile_done.device_us
-        admitted.service.governor.finish(grant, None if error else device_us / 1e6)
+        tile_done = pb.TileDone() if error else future.result().tile_done
+        device_us, governor = tile_done.device_us, admitted.service.governor
+        governor.finish(grant, None if error else device_us / 1e6, tile_done.peak_bytes)
         assert self._pieces is not None
         if error is None:
             self._window += 1
@@ -134,7 +135,9 @@ class TileRun:
             self._fail(WorkerLostError("the tile was cancelled"))
         elif isinstance(error, ServiceError):
             error = cause(error)
-            if isinstance(error, DeviceMemoryError) and self._pieces.no_memory():
+            short = isinstance(error, DeviceMemoryError)
+            governor.meter.memory.failures += short
+            if short and self._pieces.no_memory():
                 self._window = 0
                 self._next()
             else:

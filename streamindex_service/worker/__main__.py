@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from streamindex_service.worker.device import (
     choose_implementation,
     default_budget_bytes,
     probe,
+    reservable_bytes,
     supported,
 )
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
@@ -65,9 +67,9 @@ class Worker:
         self._budget_bytes = configure.device_budget_bytes or default_budget_bytes(device)
         if device.is_cuda:
             torch.cuda.set_device(device.torch_device)
-            # The governor keeps within the budget by itself; the allocator's cap stands behind it, with some room for
-            # what the allocator rounds up.
-            fraction = min(1.0, (self._budget_bytes * 1.05 + (64 << 20)) / device.total_bytes)
+            # The governor keeps within what may be reserved; the allocator's cap stands behind it. What the allocator
+            # keeps for later it gives back before it passes the cap.
+            fraction = min(1.0, self._budget_bytes / device.total_bytes)
             torch.cuda.set_per_process_memory_fraction(fraction, device.torch_device)
         self._commands = Commands(configure.issue_ahead_us / 1e6)
         self._executor = Executor(device, self._implementation, self._send, self._commands.finished)
@@ -78,18 +80,20 @@ class Worker:
         return device
 
     def _announce(self, device: Device) -> None:
+        kind = device.torch_device.type
         numbers = {key_format: number for number, key_format in FORMATS.items()}
         ready = pb.Ready(
             device_name=device.name,
-            device_type=device.torch_device.type,
+            device_type=kind,
             device_bytes=device.total_bytes,
-            device_budget_bytes=self._budget_bytes,
+            device_budget_bytes=reservable_bytes(device, self._budget_bytes),
             implementation=self._implementation,
+            workspace=pb.WorkspaceTerms(**asdict(IMPLEMENTATIONS[self._implementation].terms(kind))),
             implementations=[
                 pb.ImplementationSupport(
                     name=name,
                     key_formats=[numbers[key_format] for key_format in formats],
-                    repeatable=device.torch_device.type in IMPLEMENTATIONS[name].repeatable,
+                    repeatable=kind in IMPLEMENTATIONS[name].repeatable,
                 )
                 for name, formats in supported(device).items()
             ],
@@ -106,12 +110,13 @@ class Worker:
             message = pb.ToWorker.FromString(data)
             kind = message.WhichOneof("message")
             if kind == "ping":
-                allocated, peak = self._executor.memory()
+                memory = self._executor.memory()
                 pong = pb.Pong(
                     sequence=message.ping.sequence,
                     oldest_running_ms=self._executor.oldest_running_ms(),
-                    allocated_bytes=allocated,
-                    peak_bytes=peak,
+                    allocated_bytes=memory.allocated_bytes,
+                    peak_bytes=memory.peak_bytes,
+                    reserved_bytes=memory.reserved_bytes,
                 )
                 self._send(pb.FromWorker(pong=pong))
             elif kind == "cancel_tiles":

@@ -21,6 +21,7 @@ from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import Order, TopkResult, topk
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
+from streamindex_service.worker.memory import DeviceMemory, MemoryWatch
 from streamindex_service.worker.partial import merge, shift_positions
 
 DEVICE_FAILED_EXIT_CODE = 3
@@ -34,6 +35,7 @@ class _Issued:
     work_id: int
     started: float
     reply: Callable[[float], pb.FromWorker]
+    peak_bytes: int = 0
     start_event: torch.cuda.Event | None = None
     end_event: torch.cuda.Event | None = None
 
@@ -52,6 +54,7 @@ class Executor:
         self.store = KeyStore(device)
         self._device = device
         self._implementation = implementation
+        self._memory = MemoryWatch(device)
         self._send = send
         self._finished = finished
         self._issued: queue.Queue[_Issued | None] = queue.Queue()
@@ -70,12 +73,9 @@ class Executor:
             oldest = min(self._running.values(), default=None)
         return 0 if oldest is None else int(1000 * (time.monotonic() - oldest))
 
-    def memory(self) -> tuple[int, int]:
-        """Bytes the device's allocator holds now, and the most it has held; 0, 0 on a CPU."""
-        if not self._device.is_cuda:
-            return 0, 0
-        device = self._device.torch_device
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    def memory(self) -> DeviceMemory:
+        """What the device's allocator says; zeros on a CPU."""
+        return self._memory.now()
 
     def device_answers(self) -> bool:
         """False when the device is in an error that stays. Not every library says so with an exception of its own."""
@@ -134,14 +134,17 @@ class Executor:
 
     def search_tile(self, message: pb.SearchTile) -> None:
         """Search some rows; the answers are in the message's spans when TileDone is sent."""
-        work = self._begin(
-            message.tile_id,
-            lambda seconds: pb.FromWorker(tile_done=pb.TileDone(tile_id=message.tile_id, device_us=int(1e6 * seconds))),
-        )
+
+        def reply(seconds: float) -> pb.FromWorker:
+            done = pb.TileDone(tile_id=message.tile_id, device_us=int(1e6 * seconds), peak_bytes=work.peak_bytes)
+            return pb.FromWorker(tile_done=done)
+
+        work = self._begin(message.tile_id, reply)
         try:
             keys = self.store.view(message.view_id)
             if self._device.is_cuda:
-                self._search_on_gpu(message, keys, work)
+                with self._memory.peak_of(work):
+                    self._search_on_gpu(message, keys, work)
             else:
                 self._search_on_cpu(message, keys)
         except BaseException:

@@ -215,20 +215,56 @@ class Shutdown(_message.Message):
     def __init__(self) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("device_name", "device_type", "device_bytes", "implementation", "implementations", "device_budget_bytes")
+    __slots__ = ("device_name", "device_type", "device_bytes", "implementation", "implementations", "device_budget_bytes", "workspace")
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATIONS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_FIELD_NUMBER: _ClassVar[int]
     device_name: str
     device_type: str
     device_bytes: int
     implementation: str
     implementations: _containers.RepeatedCompositeFieldContainer[ImplementationSupport]
     device_budget_bytes: int
-    def __init__(self, device_name: _Optional[str] = ..., device_type: _Optional[str] = ..., device_bytes: _Optional[int] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[ImplementationSupport, _Mapping]]] = ..., device_budget_bytes: _Optional[int] = ...) -> None: ...
+    workspace: WorkspaceTerms
+    def __init__(self, device_name: _Optional[str] = ..., device_type: _Optional[str] = ..., device_bytes: _Optional[int] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[ImplementationSupport, _Mapping]]] = ..., device_budget_bytes: _Optional[int] = ..., workspace: _Optional[_Union[WorkspaceTerms, _Mapping]] = ...) -> None: ...
+
+class WorkspaceTerms(_message.Message):
+    __slots__ = ("fixed_bytes", "row_bytes", "row_element_bytes", "row_entry_bytes", "row_key_32nds", "row_key_head_bytes", "key_bytes", "key_dim_bytes", "filter_keys", "filter_entries", "survivor_bytes", "survivors", "entry_survivors", "marked_row_bytes", "marked_key_32nds")
+    FIXED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_ELEMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_ENTRY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_KEY_32NDS_FIELD_NUMBER: _ClassVar[int]
+    ROW_KEY_HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEY_DIM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILTER_KEYS_FIELD_NUMBER: _ClassVar[int]
+    FILTER_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    SURVIVOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    MARKED_ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MARKED_KEY_32NDS_FIELD_NUMBER: _ClassVar[int]
+    fixed_bytes: int
+    row_bytes: int
+    row_element_bytes: int
+    row_entry_bytes: int
+    row_key_32nds: int
+    row_key_head_bytes: int
+    key_bytes: int
+    key_dim_bytes: int
+    filter_keys: int
+    filter_entries: int
+    survivor_bytes: int
+    survivors: int
+    entry_survivors: int
+    marked_row_bytes: int
+    marked_key_32nds: int
+    def __init__(self, fixed_bytes: _Optional[int] = ..., row_bytes: _Optional[int] = ..., row_element_bytes: _Optional[int] = ..., row_entry_bytes: _Optional[int] = ..., row_key_32nds: _Optional[int] = ..., row_key_head_bytes: _Optional[int] = ..., key_bytes: _Optional[int] = ..., key_dim_bytes: _Optional[int] = ..., filter_keys: _Optional[int] = ..., filter_entries: _Optional[int] = ..., survivor_bytes: _Optional[int] = ..., survivors: _Optional[int] = ..., entry_survivors: _Optional[int] = ..., marked_row_bytes: _Optional[int] = ..., marked_key_32nds: _Optional[int] = ...) -> None: ...
 
 class ImplementationSupport(_message.Message):
     __slots__ = ("name", "key_formats", "repeatable")
@@ -267,13 +303,15 @@ class Failed(_message.Message):
     def __init__(self, id: _Optional[int] = ..., kind: _Optional[_Union[FailureKind, str]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Pong(_message.Message):
-    __slots__ = ("sequence", "oldest_running_ms", "allocated_bytes", "peak_bytes")
+    __slots__ = ("sequence", "oldest_running_ms", "allocated_bytes", "peak_bytes", "reserved_bytes")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     OLDEST_RUNNING_MS_FIELD_NUMBER: _ClassVar[int]
     ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     oldest_running_ms: int
     allocated_bytes: int
     peak_bytes: int
-    def __init__(self, sequence: _Optional[int] = ..., oldest_running_ms: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+    reserved_bytes: int
+    def __init__(self, sequence: _Optional[int] = ..., oldest_running_ms: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
