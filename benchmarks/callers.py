@@ -2,10 +2,11 @@
 
     python -m benchmarks.callers steps ADDRESS CACHE_ID --position P --top-k K --count N
     python -m benchmarks.callers flood ADDRESS CACHE_ID --position P --top-k K [--streams S]
+    python -m benchmarks.callers work ADDRESS ID,ID,... --position P --top-k K [--streams S --rows R --count N]
 
 `steps` are decode steps one after another: a SearchBatch of one row each. `flood` sends searches without end, each of a
-million rows, until its standard input ends. Each says `ready` once it has had an answer, and its figures as one line of
-JSON at the end.
+million rows, until its standard input ends. `work` waits for a line, then makes N searches of R rows in each of the
+caches, S caches at a time. Each says `ready` once it has had an answer, and its figures as one line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +47,12 @@ class Caller:
         assert self.process.stdout is not None
         if self.process.stdout.readline().strip() != READY:
             raise RuntimeError(f"a caller ended with exit code {self.process.wait()}")
+
+    def go(self) -> None:
+        """Let it begin."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
 
     def figures(self) -> dict[str, Any]:
         """Let it come to its end; what it measured. Raises RuntimeError when it failed."""
@@ -78,6 +88,11 @@ def queries(rows: int, heads: int, head_dim: int, seed: int) -> tuple[np.ndarray
 def step_queries(cache: KeyCache) -> tuple[np.ndarray, np.ndarray]:
     """The row of every decode step."""
     return queries(1, cache.info.spec.heads, cache.info.spec.head_dim, seed=2)
+
+
+def work_queries(cache: KeyCache) -> tuple[np.ndarray, np.ndarray]:
+    """The chunk that every search of `work` repeats."""
+    return queries(CHUNK_ROWS, cache.info.spec.heads, cache.info.spec.head_dim, seed=5)
 
 
 def run_steps(client: streamindex_client.Client, cache: KeyCache, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -147,21 +162,71 @@ class Flood:
         return {"rows": rows, "seconds": seconds}
 
 
+class Work:
+    """A number of searches in each of several caches, which hold the same keys: all answers must be the same."""
+
+    def __init__(self, caches: list[KeyCache], arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._left = deque(caches)
+        self._chunk = work_queries(caches[0])
+        self._answers: list[tuple[int, np.ndarray]] = []  # checksum of all indices, indices of the first row
+
+    def _search(self, cache: KeyCache, rows: int) -> tuple[int, np.ndarray]:
+        arguments = self._arguments
+        blocks = (self._chunk for _ in range(rows // CHUNK_ROWS))
+        indices = [
+            part.indices
+            for part in cache.search(layer=0, q=blocks, top_k=arguments.top_k, start_position=arguments.position)
+        ]
+        assert sum(map(len, indices)) == rows
+        return zlib.crc32(np.concatenate(indices).tobytes()), indices[0][0].copy()
+
+    def _run(self) -> None:
+        while self._left:
+            try:
+                cache = self._left.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            for _ in range(self._arguments.count):
+                self._answers.append(self._search(cache, self._arguments.rows))
+
+    def figures(self) -> dict[str, Any]:
+        """Once there is a line of input. Raises what a search raised."""
+        for cache in self._left:
+            self._search(cache, CHUNK_ROWS)
+        print(READY, flush=True)
+        sys.stdin.readline()
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(self._arguments.streams) as threads:
+            for done in [threads.submit(self._run) for _ in range(self._arguments.streams)]:
+                done.result()
+        seconds = time.perf_counter() - begin
+        sums = [checksum for checksum, _ in self._answers]
+        changed = sum(each != sums[0] for each in sums)
+        rows = len(sums) * self._arguments.rows
+        return {
+            "seconds": seconds, "rows": rows, "changed": changed, "checksum": sums[0],
+            "indices": self._answers[0][1].tolist(),
+        }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("steps", "flood"))
+    parser.add_argument("kind", choices=("steps", "flood", "work"))
     parser.add_argument("address")
-    parser.add_argument("cache_id")
+    parser.add_argument("cache_id", help="several for `work`, joined by commas")
     parser.add_argument("--position", type=int, required=True, help="of the (first) row")
     parser.add_argument("--top-k", type=int, required=True)
-    parser.add_argument("--count", type=int, default=1000, help="steps that are measured")
+    parser.add_argument("--count", type=int, default=1000, help="steps, or searches of each cache")
     parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=CHUNK_ROWS, help="of a search of `work`")
     arguments = parser.parse_args()
     with streamindex_client.connect(arguments.address, options=ClientOptions()) as client:
-        cache = client.open_key_cache(arguments.cache_id)
-        figures = (
-            run_steps(client, cache, arguments) if arguments.kind == "steps" else Flood(cache, arguments).figures()
-        )
+        caches = [client.open_key_cache(each) for each in arguments.cache_id.split(",")]
+        if arguments.kind == "steps":
+            figures = run_steps(client, caches[0], arguments)
+        else:
+            figures = (Flood(caches[0], arguments) if arguments.kind == "flood" else Work(caches, arguments)).figures()
     print(json.dumps(figures))
     return 0
 
