@@ -7,6 +7,7 @@ import stat
 
 import grpc
 import pytest
+import streamindex_client
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from streamindex.v1 import attention_pb2, key_cache_pb2, server_pb2, types_pb2
@@ -157,6 +158,15 @@ def test_as_many_watch_as_may(inside):
                 watcher.cancel()
 
         wait_for(one_more)
+
+
+def test_the_client_watches_and_goes(roomy_service):
+    with streamindex_client.connect(roomy_service.address) as client:
+        watching = client.watch_load(interval_s=0.1, timeout=60)
+        first, second = next(watching), next(watching)
+        assert second.uptime_ms > first.uptime_ms > 0
+        watching.close()
+        assert client.load().ready
 
 
 def test_tcp_and_unix_reach_one_service(roomy_service, calls):
