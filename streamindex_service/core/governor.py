@@ -178,7 +178,11 @@ class Governor:
         """
         self.refuse_what_never_fits(least)
         if len(self._open) >= self.limits.max_open:
-            figures: dict[str, int | str] = {"open": len(self._open), "limit": self.limits.max_open}
+            figures: dict[str, int | str] = {
+                "open": len(self._open),
+                "limit": self.limits.max_open,
+                "estimated_wait_ms": int(1000 * (self._in_flight_s + self.scheduler.wait_s(caller, band))),
+            }
             raise QueueFullError("as many searches are open as may be", metadata=figures)
         run_s = run_s if self.speed.measured else 0.0
         self.scheduler.refuse_hopeless(caller, band, self._in_flight_s, run_s, deadline_s)
@@ -365,7 +369,11 @@ class Governor:
         turn.open_search.turns -= 1
 
     def _waited_too_long(self) -> ServiceError:
-        waited = {"waited_ms": int(1000 * self.limits.max_wait_s)}
+        waited = {
+            "waited_ms": int(1000 * self.limits.max_wait_s),
+            "queued": len(self.scheduler),
+            "queued_ms": int(1000 * self.scheduler.backlog_s),
+        }
         if self._paused:
             return NotReadyError("no device process is ready", metadata={**waited})
         return QueueFullError("the device was busy with others for too long", metadata={**waited})

@@ -13,8 +13,8 @@ _FRESH_TIMEOUT_S = 0.5  # for the device's own figures; a worker that hangs must
 _CALLERS_SHOWN = 32  # those with most work waiting
 
 
-async def load_of(service: Service) -> pb.GetLoadResponse:
-    """The figures of this moment."""
+async def load_of(service: Service, caller: str) -> pb.GetLoadResponse:
+    """The figures of this moment, for this caller: others have labels for names."""
     link = service.supervisor.link
     if link is not None:
         await link.refresh(_FRESH_TIMEOUT_S)
@@ -39,7 +39,7 @@ async def load_of(service: Service) -> pb.GetLoadResponse:
         device_allocated_bytes=link.pong.allocated_bytes if link else 0,
         device_peak_bytes=link.pong.peak_bytes if link else 0,
         uptime_ms=int(1000 * (service.clock() - service.started_at)),
-        queue=_queue(service),
+        queue=_queue(service, caller),
         device=pb.DeviceLoad(
             tiles=governor.in_flight,
             estimated_us=_us(governor.in_flight_s),
@@ -56,7 +56,7 @@ async def load_of(service: Service) -> pb.GetLoadResponse:
     )
 
 
-def _queue(service: Service) -> pb.QueueLoad:
+def _queue(service: Service, asking: str) -> pb.QueueLoad:
     scheduler = service.governor.scheduler
     by_caller = sorted(scheduler.queued_by_caller().items(), key=lambda each: each[1][1], reverse=True)
     return pb.QueueLoad(
@@ -72,7 +72,12 @@ def _queue(service: Service) -> pb.QueueLoad:
             for band, tiles in scheduler.queued_by_band().items()
         ],
         callers=[
-            pb.CallerLoad(caller=caller, tiles=tiles, estimated_us=_us(seconds))
+            pb.CallerLoad(
+                caller=caller if caller == asking else service.label_of(caller),
+                tiles=tiles,
+                estimated_us=_us(seconds),
+                own=caller == asking,
+            )
             for caller, (tiles, seconds) in by_caller[:_CALLERS_SHOWN]
         ],
     )

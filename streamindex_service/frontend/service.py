@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -77,6 +78,7 @@ class Service:
         )
         self.device.governor = self.governor
         self.device.supervisor = self.supervisor
+        self._label_key = os.urandom(16)
         self._watchers: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
 
@@ -117,6 +119,10 @@ class Service:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    def label_of(self, caller: str) -> str:
+        """What other callers are told in the place of a caller's name: the same for as long as the service runs."""
+        return "caller-" + hashlib.blake2s(caller.encode(), key=self._label_key, digest_size=6).hexdigest()
 
     def delete_cache(self, cache: KeyCache) -> None:
         """Drop a cache with its uploads."""

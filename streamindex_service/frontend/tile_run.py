@@ -140,10 +140,23 @@ class TileRun:
             if short and self._pieces.no_memory():
                 self._window = 0
                 self._next()
+            elif short:
+                self._fail(self._no_memory(grant, error))
             else:
                 self._fail(error)
         else:
             self._fail(error)
+
+    def _no_memory(self, grant: Grant, error: ServiceError) -> DeviceMemoryError:
+        """The last of the wants of memory, with the figures: what the smallest piece was to take, and of what."""
+        service = self._admitted.service
+        page_bytes = sum(page.page_bytes for page in grant.turn.need.pages)
+        figures: dict[str, int | str] = {
+            "needed_bytes": page_bytes + grant.workspace_bytes,
+            "budget_bytes": service.hbm.limit_bytes,
+            "tries": service.settings.worker.memory_retries + 1,
+        }
+        return DeviceMemoryError(error.message, metadata=figures, detail=error.detail)
 
     def _next(self) -> None:
         assert self._pieces is not None

@@ -72,6 +72,9 @@ def test_what_fits_in_no_way_is_refused_and_the_worker_lives(inside, short_of_me
             refusal = call.refusal()
         assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_MEMORY")
         assert refusal.error.retry_after_ms
+        figures = dict(refusal.error.metadata)
+        assert 0 < int(figures["needed_bytes"]) <= int(figures["budget_bytes"])
+        assert figures["tries"] == "4"
         assert [rows for rows, _, _ in seen] == [20, 20, 5, 2]
         short_of_memory(ROWS)
         found, _ = calls.search(KIND, cache.id, queries, 30)

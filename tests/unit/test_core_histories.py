@@ -298,7 +298,8 @@ def test_a_queue_that_is_full_and_a_deadline_that_cannot_be_met():
             world.governor.open(snapshot, OWNER, Band.STANDARD, Need(snapshot.pages, 1, 1, 1), 0.0, deadline)
         assert caught.value.reason == reason
         assert 100 <= caught.value.retry_after_ms <= 10_000
-        assert caught.value.metadata == {"queued": "16", "limit": "16"}
+        assert caught.value.metadata["queued"] == caught.value.metadata["limit"] == "16"
+        assert int(caught.value.metadata["estimated_wait_ms"]) > 10_000
     world.store.release_snapshot(snapshot)
     while world.searches:
         world.end(next(search for search in world.searches if search.grant is not None))
@@ -418,6 +419,7 @@ def test_a_turn_that_waits_too_long_is_refused():
         world.governor.close(search)
     assert [error.reason for error in told] == ["NOT_READY", "QUEUE_FULL"]
     assert all(error.retry_after_ms for error in told)
+    assert all(error.metadata["waited_ms"] == "60000" and error.metadata["queued"] == "0" for error in told)
 
 
 def test_the_wall_clock_means_nothing():

@@ -118,14 +118,16 @@ class BandLoad(_message.Message):
     def __init__(self, priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., tiles: _Optional[int] = ..., wait: _Optional[_Union[Latency, _Mapping]] = ...) -> None: ...
 
 class CallerLoad(_message.Message):
-    __slots__ = ("caller", "tiles", "estimated_us")
+    __slots__ = ("caller", "tiles", "estimated_us", "own")
     CALLER_FIELD_NUMBER: _ClassVar[int]
     TILES_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
     caller: str
     tiles: int
     estimated_us: int
-    def __init__(self, caller: _Optional[str] = ..., tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
+    own: bool
+    def __init__(self, caller: _Optional[str] = ..., tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ..., own: bool = ...) -> None: ...
 
 class DeviceLoad(_message.Message):
     __slots__ = ("tiles", "estimated_us", "tiles_done", "busy_us", "resident_bytes", "promoted_pages", "evicted_pages", "wait", "run", "memory")
