@@ -28,6 +28,8 @@ BENCHMARKS = {
     "topk_ablations": True,
     "upload_throughput": False,
     "search_stream": False,
+    "governor_mix": False,
+    "governor_memory": True,
 }
 SHOWN = ("case", "dtype", "seconds", "of the roof", "ratio", "wrong rows", "recall", "note")
 _TIMEOUT_S = 3600

@@ -134,11 +134,15 @@ class SchedulerSettings(_Section):
     max_queued_s: Seconds = Field(30.0, description="device seconds that wait; a search beyond gets QUEUE_FULL")
     max_wait_s: Seconds = Field(60.0, description="a tile that has waited so long ends its search, with QUEUE_FULL")
     max_device_tiles: Annotated[int, Field(ge=2)] = Field(
-        16, description="tiles that the device has at a time, while they are short"
+        16, description="tiles of a priority band, and of those above it, that the device has while they are short"
     )
     device_ahead_s: Seconds = Field(
-        0.002, description="device seconds of tiles that the device has at a time; beyond, one, or two short ones"
+        0.005, description="device seconds of such tiles; beyond, it has two: one that runs, one that is ready"
     )
+    short_tile_s: Seconds = Field(
+        0.003, description="tiles are cut to about so long while a higher priority band is active"
+    )
+    active_s: Seconds = Field(1.0, description="a priority band is active for so long after each of its tiles")
     ageing_s: Seconds = Field(2.0, description="a priority band that has waited so long is given tiles in between")
     ageing_tiles: Annotated[int, Field(ge=2)] = Field(4, description="such a band gets one tile in so many")
     fair_quantum_s: Seconds = Field(
@@ -153,6 +157,9 @@ class WorkerSettings(_Section):
     implementation: str = Field("", description='top-k implementation by name; "" takes the device\'s default')
     cpu_threads: Annotated[int, Field(ge=0)] = Field(0, description="threads of a CPU device; 0: all cores")
     tile_s: Seconds = Field(0.1, description="searches are cut in tiles of about so long, by the speed seen so far")
+    issue_ahead_s: Annotated[float, Field(ge=0)] = Field(
+        0.001, description="a GPU is given its next tile so long before it is done with those that it has"
+    )
     memory_retries: Count = Field(
         3, description="tries of a tile for which the device had no memory: alone, then in ever smaller tiles"
     )

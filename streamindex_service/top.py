@@ -80,13 +80,18 @@ def _device(load: pb.GetLoadResponse, before: pb.GetLoadResponse | None) -> Tabl
     table.add_row("pages brought · evicted", f"{device.promoted_pages:,} · {device.evicted_pages:,}")
     for name, latency in (("a tile waits p50 · p99", device.wait), ("a tile runs p50 · p99", device.run)):
         table.add_row(name, f"{latency.p50_us / 1000:,.2f} · {latency.p99_us / 1000:,.2f} ms")
+    memory = device.memory
+    ratios = f"{memory.last_ratio:.3f} · {memory.least_ratio:.3f} to {memory.most_ratio:.3f} of {memory.large_tiles:,}"
+    table.add_row("memory to estimate last · all large tiles", ratios if memory.large_tiles else "not measured")
+    table.add_row("tiles without memory", f"{memory.failures:,}")
     return table
 
 
 def _bands(load: pb.GetLoadResponse) -> Table:
-    table = _table("priority", "tiles waiting")
+    table = _table("priority", "tiles waiting", "waits p50 · p99 ms")
     for band in load.queue.bands:
-        table.add_row(types_pb2.Priority.Name(band.priority).removeprefix("PRIORITY_").lower(), f"{band.tiles:,}")
+        name = types_pb2.Priority.Name(band.priority).removeprefix("PRIORITY_").lower()
+        table.add_row(name, f"{band.tiles:,}", f"{band.wait.p50_us / 1000:,.2f} · {band.wait.p99_us / 1000:,.2f}")
     return table
 
 

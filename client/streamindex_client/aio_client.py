@@ -16,6 +16,7 @@ from streamindex_client.options import ClientOptions
 from streamindex_client.requests import search_source
 from streamindex_client.retry import Environment
 from streamindex_client.target import channel_options, grpc_target
+from streamindex_client.watch import watch_load
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -109,10 +110,14 @@ class AsyncClient:
         order: ResultOrder | str = ResultOrder.SCORE,
         mode: SearchMode | str = SearchMode.EXACT,
         want_scores: bool = False,
+        priority: Priority | str | None = None,
         timeout: float | None = None,
     ) -> list[BatchResult]:
-        """A ragged decode step in one round trip; a failed item has its `error` set and fails no other."""
-        batch = build_batch(items, top_k=top_k, order=order, mode=mode, want_scores=want_scores)
+        """A ragged decode step in one round trip; a failed item has its `error` set and fails no other.
+
+        `priority`: of all items; None is INTERACTIVE, whatever the caches' are.
+        """
+        batch = build_batch(items, top_k=top_k, order=order, mode=mode, want_scores=want_scores, priority=priority)
         return await self._driver.run(operations.search_batch(self._env, batch, timeout))
 
     async def capabilities(self, *, timeout: float | None = None) -> Capabilities:
@@ -122,6 +127,14 @@ class AsyncClient:
     async def load(self, *, timeout: float | None = None) -> Load:
         """Ledgers, queue and caches."""
         return await self._driver.run(operations.load(self._env, timeout))
+
+    def watch_load(self, *, interval_s: float = 1.0, timeout: float | None = None) -> AsyncIterator[Load]:
+        """The load again and again, every `interval_s` seconds (0.1 to 60), until the iteration is left.
+
+        A connection that breaks is made anew. Raises InputError at once; ResourceExhaustedError when as many watch as
+        may, UnavailableError after the retries, DeadlineError while iterating.
+        """
+        return self._driver.events(watch_load(self._env, interval_s, timeout))
 
     async def wait_ready(self, timeout: float) -> None:
         """Until the service admits searches. Raises DeadlineError after `timeout` seconds."""

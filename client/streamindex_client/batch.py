@@ -9,7 +9,7 @@ import numpy as np
 from streamindex.v1 import search_pb2
 
 from streamindex_client.errors import InputError, ProtocolError, StreamIndexError, from_message
-from streamindex_client.formats import ResultOrder, SearchMode, member
+from streamindex_client.formats import Priority, ResultOrder, SearchMode, member
 from streamindex_client.requests import check_layer, key_rows, query_block
 from streamindex_client.tensors import maker_like, position_rows, unsigned
 
@@ -107,6 +107,7 @@ def build_batch(
     order: ResultOrder | str,
     mode: SearchMode | str,
     want_scores: bool,
+    priority: Priority | str | None,
 ) -> BatchRequest:
     """Check all items. Raises InputError naming the item and the argument."""
     message = search_pb2.SearchBatchRequest(
@@ -115,6 +116,8 @@ def build_batch(
         mode=member(SearchMode, "mode", mode).wire,
         want_scores=bool(want_scores),
     )
+    if priority is not None:
+        message.priority = member(Priority, "priority", priority).wire
     request = BatchRequest(message, list(items))
     for index, item in enumerate(request.items):
         try:

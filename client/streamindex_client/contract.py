@@ -22,6 +22,7 @@ __all__ = [
     "SEARCH",
     "SEARCH_BATCH",
     "TRUNCATE_KEYS",
+    "WATCH_LOAD",
     "Method",
 ]
 
@@ -55,3 +56,4 @@ SEARCH = _method(search_pb2, "SearchService", "Search")
 SEARCH_BATCH = _method(search_pb2, "SearchService", "SearchBatch")
 GET_CAPABILITIES = _method(server_pb2, "ServerService", "GetCapabilities")
 GET_LOAD = _method(server_pb2, "ServerService", "GetLoad")
+WATCH_LOAD = _method(server_pb2, "ServerService", "WatchLoad")

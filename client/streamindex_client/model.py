@@ -155,7 +155,8 @@ class Load:
     """How busy the server is. `ledgers` by name: hbm, host, ingress. Allocator's bytes are 0 on a CPU.
 
     Tiles of searches wait for the device (`queued_tiles`, about `queued_us` of work), then are with it
-    (`device_tiles`). `device_busy_us` is since the start.
+    (`device_tiles`). `device_busy_us` is since the start. `device_reserved_bytes` is what the allocator has taken, in
+    use or not; `memory_failures` are the times that a tile found no device memory.
     """
 
     ready: bool
@@ -173,6 +174,8 @@ class Load:
     device_tiles: int = 0
     device_busy_us: int = 0
     resident_bytes: int = 0
+    device_reserved_bytes: int = 0
+    memory_failures: int = 0
 
     @classmethod
     def from_wire(cls, answer: server_pb2.GetLoadResponse) -> Load:
@@ -196,6 +199,8 @@ class Load:
             answer.device.tiles,
             answer.device.busy_us,
             answer.device.resident_bytes,
+            answer.device_reserved_bytes,
+            answer.device.memory.failures,
         )
 
 

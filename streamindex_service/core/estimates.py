@@ -6,26 +6,58 @@ more than a tile can use would only keep others waiting, so the most that it can
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from streamindex_service.core.sizes import (
     GATE_BYTES,
+    PAGE_KEYS,
     POSITION_BYTES,
     KeyFormat,
     align,
     answer_row_bytes,
-    page_bytes,
     pages_of,
     query_row_bytes,
 )
 
-_SLACK_BYTES = 2 << 20  # small tensors, and what an allocator rounds up
 _FIRST_SECONDS_PER_FLOP = 1e-10  # before anything was measured
 _WEIGHT = 0.2  # of a new measurement against those before it
-# Bytes of workspace (a key, an entry of the answer) of one query row, by implementation: scores, marks and survivors of
-# `triton`; packed keys, twice, of `chunked`. What is not listed takes the larger.
-_ROW_WORKSPACE = {"triton": (5, 160)}
-_ANY_ROW_WORKSPACE = (64, 64)
+_FIRST_TIMES = 3  # measurements of which the least counts
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceTerms:
+    """What the workspace of an implementation depends on, as its worker says; the fields are those of the message."""
+
+    fixed_bytes: int = 0
+    row_bytes: int = 0
+    row_element_bytes: int = 0
+    row_entry_bytes: int = 0
+    row_key_32nds: int = 0
+    row_key_head_bytes: int = 0
+    key_bytes: int = 0
+    key_dim_bytes: int = 0
+    filter_keys: int = 0
+    filter_entries: int = 0
+    survivor_bytes: int = 0
+    survivors: int = 0
+    entry_survivors: int = 0
+    marked_row_bytes: int = 0
+    marked_key_32nds: int = 0
+
+    def size_bytes(self, rows: int, keys: int, heads: int, head_dim: int, top_k: int) -> int:
+        """Of a tile of so many rows and keys (a multiple of 256)."""
+        row = self.row_bytes + self.row_element_bytes * heads * head_dim + self.row_entry_bytes * top_k
+        row += self.row_key_head_bytes * keys * heads
+        row_32nds = self.row_key_32nds * keys
+        if self.filter_keys and keys >= max(self.filter_keys, self.filter_entries * top_k):
+            row += self.survivor_bytes * max(self.survivors, self.entry_survivors * top_k) + self.marked_row_bytes
+            row_32nds += self.marked_key_32nds * keys
+        return (
+            self.fixed_bytes
+            + rows * (row + -(-row_32nds // 32))
+            + keys * (self.key_bytes + self.key_dim_bytes * head_dim)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +70,7 @@ class TopkWork:
     keys: int
     top_k: int
     want_scores: bool
-    implementation: str = ""
+    terms: WorkspaceTerms
 
     def flop(self, rows: int, keys: int | None = None) -> int:
         """Operations of rows that see so many keys, all by default: a product and a sum for each head and element."""
@@ -54,36 +86,56 @@ class TopkWork:
         )
         return sum(align(rows * size) for size in sizes)
 
-    def workspace_bytes(self, rows: int) -> int:
-        """The most that a tile of so many rows can use: all keys in one key tile. More makes nothing faster."""
-        a_key, an_entry = _ROW_WORKSPACE.get(self.implementation, _ANY_ROW_WORKSPACE)
-        heads = 0 if self.implementation in _ROW_WORKSPACE else 4 * self.heads
-        all_keys = pages_of(max(1, self.keys))
-        row = 256 * all_keys * (a_key + heads) + an_entry * self.top_k + 8 * self.heads * self.head_dim
-        return rows * row + page_bytes(KeyFormat.FP32, self.head_dim) + _SLACK_BYTES
+    def workspace_bytes(self, rows: int, keys: int) -> int:
+        """The most that a tile of rows that see so many keys can use: all in one chunk and tile. More is no faster."""
+        tile_keys = PAGE_KEYS * pages_of(max(1, keys))
+        return self.terms.size_bytes(rows, tile_keys, self.heads, self.head_dim, self.top_k)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What work of one size has shown: its seconds for an operation, and how often it was measured."""
+
+    seconds_per_flop: float
+    times: int = 1
+
+    def add(self, rate: float) -> None:
+        """One more measurement. A rise counts up to a doubling: a single slow tile says little."""
+        self.times += 1
+        if self.times <= _FIRST_TIMES:
+            self.seconds_per_flop = min(self.seconds_per_flop, rate)
+        else:
+            self.seconds_per_flop += _WEIGHT * (min(rate, 2 * self.seconds_per_flop) - self.seconds_per_flop)
 
 
 class DeviceSpeed:
     """Seconds of work by the operations in it.
 
-    Small tiles are slow for their size, and say nothing of large ones: the time is kept for each power of two of
-    operations apart, at most 64 numbers, and a size never seen is judged by the nearest that was.
+    Small tiles are slow for their size, and say little of large ones: the time is kept for each power of two of
+    operations apart, at most 64 numbers. A size between two that were seen lies between them; one beyond all is judged
+    by the nearest. The first tile of a shape may have waited for its kernels to be compiled: of the first few
+    measurements of a size the least counts.
     """
 
     def __init__(self, copy_bytes_per_s: float = 8e9) -> None:
         self.copy_bytes_per_s = copy_bytes_per_s
-        self._seconds_per_flop: dict[int, float] = {}  # by floor(log2(operations))
+        self._seen: dict[int, _Seen] = {}  # by the operations' number of bits
+        self._sizes: list[int] = []  # its keys in order
 
     @property
     def measured(self) -> bool:
         """True once anything was."""
-        return bool(self._seconds_per_flop)
+        return bool(self._seen)
 
     def observe(self, flop: int, seconds: float) -> None:
         """Work of so many operations took so long."""
-        rate, bucket = max(seconds, 1e-7) / flop, flop.bit_length()
-        before = self._seconds_per_flop.get(bucket, rate)
-        self._seconds_per_flop[bucket] = before + _WEIGHT * (rate - before)
+        rate, size = max(seconds, 1e-7) / flop, flop.bit_length()
+        seen = self._seen.get(size)
+        if seen is None:
+            self._seen[size] = _Seen(rate)
+            insort(self._sizes, size)
+        else:
+            seen.add(rate)
 
     def seconds(self, flop: int) -> float:
         """What so many operations will take, about."""
@@ -93,14 +145,31 @@ class DeviceSpeed:
         """What it takes to bring so many bytes of keys to the device."""
         return size_bytes / self.copy_bytes_per_s
 
-    def rows(self, flop_per_row: int, seconds: float) -> int:
-        """Rows of a tile of about `seconds`; at least 1. The best speed shown says how many."""
-        best = min(self._seconds_per_flop.values(), default=_FIRST_SECONDS_PER_FLOP)
-        rows = max(1, int(seconds / (best * flop_per_row)))
-        return max(1, min(rows, int(seconds / (self._rate((rows * flop_per_row).bit_length()) * flop_per_row))))
+    def rows(self, flop_per_row: int, seconds: float, most: int) -> int:
+        """The most rows, up to `most`, of a tile of about `seconds`, or of twice what any work takes; at least 1.
 
-    def _rate(self, bucket: int) -> float:
-        if not self._seconds_per_flop:
+        Where a tile of one row takes most of the time for being a tile, less of them would only be slower.
+        """
+        seconds = max(seconds, 2 * self._least_s())
+        if self.seconds(most * flop_per_row) <= seconds:
+            return most
+        low, high = 1, most
+        while high - low > 1:  # as good as sorted: larger work hardly ever takes less time
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.seconds(middle * flop_per_row) <= seconds else (low, middle)
+        return low
+
+    def _least_s(self) -> float:
+        return min((seen.seconds_per_flop * 2**size for size, seen in self._seen.items()), default=0.0)
+
+    def _rate(self, size: int) -> float:
+        sizes = self._sizes
+        if not sizes:
             return _FIRST_SECONDS_PER_FLOP
-        nearest = min(self._seconds_per_flop, key=lambda other: (abs(other - bucket), -other))
-        return self._seconds_per_flop[nearest]
+        place = bisect_left(sizes, size)
+        above = sizes[min(place, len(sizes) - 1)]
+        below = above if above <= size else sizes[max(place - 1, 0)]
+        rate = self._seen[below].seconds_per_flop
+        if below == above:
+            return rate
+        return float(rate * (self._seen[above].seconds_per_flop / rate) ** ((size - below) / (above - below)))

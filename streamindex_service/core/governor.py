@@ -25,36 +25,41 @@ from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
 from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError
 
-# A turn is short when the way to the frontend and back is a noticeable part of it: then the next one is given ahead.
-# Measured in times of `ahead_s`.
-_SHORT = 3
+_FED = 2  # turns that keep the device busy, however long they are: one runs, one is ready
 
 
 @dataclass(frozen=True, slots=True)
 class GovernorLimits:
     """Bounds; times in seconds.
 
-    max_open: searches open at a time. max_device_turns: turns that the device may have, as long as they take no more
-    than `ahead_s` together: one that is in a hurry has to wait for them. max_wait_s: a turn that has waited longer is
-    refused.
+    max_open: searches open at a time. max_device_turns: turns that the device may have of a band and those above it, as
+    long as they take no more than `ahead_s` together; it has two in any case. max_wait_s: a turn that has waited longer
+    is refused. short_turn_s: what a turn is cut to while a band above its own is active, which it is for `active_s`
+    after each of its turns.
     """
 
     max_open: int = 1024
     max_device_turns: int = 16
-    ahead_s: float = 0.002
+    ahead_s: float = 0.005
     max_wait_s: float = 60.0
     queue: QueueLimits = field(default_factory=QueueLimits)
+    short_turn_s: float = 0.003
+    active_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory."""
+    """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory.
+
+    estimate_bytes: of device memory, what it would use if it had all that it can use.
+    """
 
     pages: Sequence[Page]
     floor_bytes: int
     want_bytes: int
     flop: int
     size_bytes: int = 0
+    estimate_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +71,7 @@ class OpenSearch:
     snapshot: Snapshot
     turns: int = 0
     grants: int = 0
+    used: dict[int, Sequence[Page]] = field(default_factory=dict)  # what its turns had pinned, by identity
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +114,7 @@ class Governor:
         self._open: set[OpenSearch] = set()
         self._grants: set[Grant] = set()
         self._in_flight_s = 0.0
+        self._last_turn: dict[Band, float] = {}  # when a band last asked for one
         self._epoch = 0
         self._paused = True  # until the first worker is ready
         self._resume_when_idle = False
@@ -153,6 +160,13 @@ class Governor:
         """True: nothing runs, for there is no device."""
         return self._paused
 
+    def tile_s(self, band: Band) -> float:
+        """Device seconds that a turn of this band had better not pass: what those above may have to wait for."""
+        active = self._clock() - self.limits.active_s
+        above = any(other < band and at >= active for other, at in self._last_turn.items())
+        longest_s = self.limits.queue.max_turn_s
+        return min(self.limits.short_turn_s, longest_s) if above else longest_s
+
     def open(
         self, snapshot: Snapshot, caller: str, band: Band, least: Need, run_s: float, deadline_s: float | None
     ) -> OpenSearch:
@@ -164,7 +178,11 @@ class Governor:
         """
         self.refuse_what_never_fits(least)
         if len(self._open) >= self.limits.max_open:
-            figures: dict[str, int | str] = {"open": len(self._open), "limit": self.limits.max_open}
+            figures: dict[str, int | str] = {
+                "open": len(self._open),
+                "limit": self.limits.max_open,
+                "estimated_wait_ms": int(1000 * (self._in_flight_s + self.scheduler.wait_s(caller, band))),
+            }
             raise QueueFullError("as many searches are open as may be", metadata=figures)
         run_s = run_s if self.speed.measured else 0.0
         self.scheduler.refuse_hopeless(caller, band, self._in_flight_s, run_s, deadline_s)
@@ -185,6 +203,8 @@ class Governor:
         """A search is over. Its turns have been finished or cancelled."""
         assert not search.turns, "a search ends and its turns still wait"
         assert not search.grants, "a search ends and the device still works for it"
+        for pages in search.used.values():
+            self.residency.let_go(pages)
         self._open.remove(search)
 
     def request(
@@ -213,6 +233,7 @@ class Governor:
             refused=refused,
         )
         search.turns += 1
+        self._last_turn[search.band] = turn.arrived_at
         self.scheduler.add(turn)
         self.pump()
         return turn
@@ -229,10 +250,11 @@ class Governor:
         self._leave_queue(turn)
         self.pump()
 
-    def finish(self, grant: Grant, device_s: float | None = None) -> None:
+    def finish(self, grant: Grant, device_s: float | None = None, peak_bytes: int = 0) -> None:
         """The device has really finished with a turn: give everything back.
 
-        device_s: what it took; None when it was not done.
+        device_s: what it took; None when it was not done. peak_bytes: the most device memory that it held beside its
+        pages; 0 when that was not measured.
         """
         self._grants.remove(grant)
         turn = grant.turn
@@ -243,7 +265,8 @@ class Governor:
         self.hbm.release(grant.workspace_bytes)
         if device_s is not None:
             self.speed.observe(turn.need.flop, device_s)
-            self.meter.tile_done(grant.waited_s, device_s)
+            self.meter.tile_done(grant.waited_s, device_s, turn.band)
+            self.meter.memory.add(peak_bytes, min(turn.need.estimate_bytes, grant.workspace_bytes))
         if self._resume_when_idle and not self._grants:
             self._resume_when_idle = self._paused = False
         self.pump()
@@ -300,15 +323,19 @@ class Governor:
         self.pump()
 
     def _device_takes(self, turn: Turn) -> bool:
-        """Whether the device should have one more turn."""
-        there, limits = len(self._grants), self.limits
-        if not there:
+        """Whether the device should have one more turn.
+
+        It is never left with nothing to go on with. Of the turns that it has and has not begun it takes those of the
+        highest band first, so that only these are in the way of a new one.
+        """
+        if not self._grants:
             return True
-        if turn.alone or any(grant.turn.alone for grant in self._grants) or there >= limits.max_device_turns:
+        if turn.alone or any(grant.turn.alone for grant in self._grants):
             return False
-        if there == 1 and self._in_flight_s <= _SHORT * limits.ahead_s:
+        before = [grant.turn.cost_s for grant in self._grants if grant.turn.band <= turn.band]
+        if len(before) < _FED:
             return True
-        return self._in_flight_s + turn.cost_s <= limits.ahead_s
+        return len(before) < self.limits.max_device_turns and sum(before) + turn.cost_s <= self.limits.ahead_s
 
     def _try_grant(self, turn: SearchTurn) -> Grant | None:
         need, placed = turn.need, False
@@ -326,6 +353,7 @@ class Governor:
         turn.waiting = False
         turn.open_search.turns -= 1
         turn.open_search.grants += 1
+        turn.open_search.used[id(need.pages)] = need.pages
         # Elastic: what is free anyway makes the tiles larger. Nothing is evicted for it.
         more = max(0, min(need.want_bytes - need.floor_bytes, self.hbm.free_bytes))
         reserved = self.hbm.try_reserve(more)
@@ -341,7 +369,11 @@ class Governor:
         turn.open_search.turns -= 1
 
     def _waited_too_long(self) -> ServiceError:
-        waited = {"waited_ms": int(1000 * self.limits.max_wait_s)}
+        waited = {
+            "waited_ms": int(1000 * self.limits.max_wait_s),
+            "queued": len(self.scheduler),
+            "queued_ms": int(1000 * self.scheduler.backlog_s),
+        }
         if self._paused:
             return NotReadyError("no device process is ready", metadata={**waited})
         return QueueFullError("the device was busy with others for too long", metadata={**waited})

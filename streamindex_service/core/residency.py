@@ -3,15 +3,27 @@
 The device holds copies; the host keeps every page, so an eviction costs time and no keys. Two things keep pages from
 going to and fro: the scheduler lets a search whose keys have just come go on for a while, and an eviction frees as much
 as an extent at once, so that the next few allocations need none.
+
+A search comes back with the same pages tile by tile, thousands of them at times. They stay pinned from one tile to the
+next, and nobody looks at each, until somebody needs memory: then pins without a tile go before anything is evicted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from streamindex_service.core.caches import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
+
+
+@dataclass(slots=True, eq=False)
+class _Pinned:
+    """Pages that are on the device, and how many tiles use them."""
+
+    pages: Sequence[Page]
+    tiles: int = 1
 
 
 class Residency:
@@ -30,16 +42,26 @@ class Residency:
         self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
         self._load = load
         self._resident: dict[Page, None] = {}  # least recently used first
+        self._pinned: dict[int, _Pinned] = {}  # by the identity of the sequence
+        self._idle: dict[int, _Pinned] = {}  # of them, those that no tile uses; idle for longest first
 
     def __len__(self) -> int:
         return len(self._resident)
 
     def missing_bytes(self, pages: Sequence[Page]) -> int:
         """Bytes that would have to be brought to the device."""
+        if id(pages) in self._pinned:
+            return 0
         return sum(page.page_bytes for page in pages if page.device is None)
 
     def try_place(self, pages: Sequence[Page], workspace_bytes: int) -> bool:
-        """Pin the pages, reserve the workspace, promote what is missing; or change nothing but evict, and say False."""
+        """Pin the pages, reserve the workspace, promote what is missing; or change nothing but evict, and say False.
+
+        The very same sequence goes to `unpin`, and is not changed until then.
+        """
+        pinned = self._pinned.get(id(pages))
+        if pinned is not None:
+            return self._place_again(pinned, workspace_bytes)
         # Pinned first: pages may be shared with a layer that is about to be evicted for this very search.
         _pin(pages)
         if not self._reserve(workspace_bytes):
@@ -49,11 +71,21 @@ class Residency:
             self.hbm.release(workspace_bytes)
             _unpin(pages)
             return False
+        self._pinned[id(pages)] = _Pinned(pages)
         return True
 
     def unpin(self, pages: Sequence[Page]) -> None:
-        """The search is done with them; they stay until their place is needed."""
-        _unpin(pages)
+        """A tile is done with them; they stay until their place is needed."""
+        pinned = self._pinned[id(pages)]
+        pinned.tiles -= 1
+        assert pinned.tiles >= 0, "pages were unpinned twice"
+        if not pinned.tiles:
+            self._idle[id(pages)] = pinned
+
+    def let_go(self, pages: Sequence[Page]) -> None:
+        """No tile will come for them any more: the search is over."""
+        if id(pages) in self._idle:
+            self._let_go(self._idle[id(pages)])
 
     def evict_all(self) -> None:
         """Drop every page that is not pinned."""
@@ -77,7 +109,23 @@ class Residency:
         self.moves += 1
         self.resident_bytes = 0
         self._resident.clear()
+        self._pinned.clear()
+        self._idle.clear()
         self.device.reset()
+
+    def _place_again(self, pinned: _Pinned, workspace_bytes: int) -> bool:
+        self._idle.pop(id(pinned.pages), None)
+        pinned.tiles += 1  # before the memory is looked for: its pages are not to go for it
+        if self._reserve(workspace_bytes):
+            return True
+        self.unpin(pinned.pages)
+        return False
+
+    def _let_go(self, pinned: _Pinned) -> None:
+        """Pins without a tile go: the pages are like any others, used just now."""
+        del self._idle[id(pinned.pages)], self._pinned[id(pinned.pages)]
+        _unpin(pinned.pages)
+        self._touch(pinned.pages)
 
     def _reserve(self, size_bytes: int) -> bool:
         victims: Iterator[Page] | None = None
@@ -106,10 +154,13 @@ class Residency:
             self.resident_bytes += page.page_bytes
             self._load(page)
         self.promoted_pages += len(placed)
+        self._touch(pages)
+        return True
+
+    def _touch(self, pages: Sequence[Page]) -> None:
         for page in pages:  # the most recently used are last
             self._resident.pop(page, None)
             self._resident[page] = None
-        return True
 
     def _evict_some(self) -> bool:
         """An extent's worth of the pages used longest ago. False: all that are left are pinned."""
@@ -126,6 +177,8 @@ class Residency:
         self.evicted_pages += 1
 
     def _victims(self) -> Iterator[Page]:
+        for pinned in list(self._idle.values()):
+            self._let_go(pinned)
         return iter([page for page in self._resident if page.pins == 0])
 
 

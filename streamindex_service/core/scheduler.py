@@ -267,9 +267,12 @@ class Scheduler:
             ("queued_ms", int(1000 * backlog_s), int(1000 * limits.max_s)),
         ):
             if value >= limit:
-                raise QueueFullError(
-                    "the queue is full", metadata={what: value, "limit": limit}, retry_after_ms=retry_after_ms
-                )
+                full: dict[str, int | str] = {
+                    what: value,
+                    "limit": limit,
+                    "estimated_wait_ms": int(1000 * wait_s),
+                }
+                raise QueueFullError("the queue is full", metadata=full, retry_after_ms=retry_after_ms)
         if deadline_s is not None and wait_s + run_s > deadline_s:
             figures: dict[str, int | str] = {
                 "estimated_wait_ms": int(1000 * wait_s),

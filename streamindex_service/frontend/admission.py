@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import fields
 from types import TracebackType
 from typing import Protocol
 
 from streamindex_service.core.caches import KeyCache
-from streamindex_service.core.estimates import TopkWork
+from streamindex_service.core.estimates import TopkWork, WorkspaceTerms
 from streamindex_service.core.governor import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.windows import MERGE_BYTES_PER_ENTRY, windows_of
 from streamindex_service.errors import ServiceError
@@ -17,6 +18,9 @@ from streamindex_service.frontend.device import TilePart, TilePlace, TileSpec, V
 from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.service import Service
+from streamindex_service.ipc.v1 import worker_pb2
+
+_TERMS = [field.name for field in fields(WorkspaceTerms)]
 
 
 class GivesBack(Protocol):
@@ -56,7 +60,7 @@ class AdmittedSearch:
             self.snapshot.length_keys,
             parameters.top_k,
             parameters.want_scores,
-            service.require_worker_info().implementation,
+            workspace_terms(service.require_worker_info().workspace),
         )
         beside, block_bytes = requests.search_floor_bytes(service.settings), service.blocks.block_bytes
         with_scores = BlockLayout.of(spec, parameters.top_k, True, block_bytes)
@@ -96,12 +100,15 @@ class AdmittedSearch:
     ) -> None:
         await asyncio.shield(self.service.background(self._give_back()))
 
-    @property
-    def tile_rows(self) -> int:
-        """Query rows that the device computes in about `worker.tile_s`, by the speed it has shown; at least 1."""
-        flop = self.work.flop(1, self.windows[0].keys)
-        rows = self.service.governor.speed.rows(flop, self.service.settings.worker.tile_s)
-        return min(rows, self._most_rows) if self.in_parts else rows
+    def tile_rows(self, keys: int) -> int:
+        """Query rows of the next tile, where they see up to so many keys: at least 1, at most a block.
+
+        They are what the device computes in about `Governor.tile_s`, by the speed it has shown.
+        """
+        flop = self.work.flop(1, min(keys, self.windows[0].keys))
+        most = min(self.layout.rows, self._most_rows) if self.in_parts else self.layout.rows
+        governor = self.service.governor
+        return governor.speed.rows(flop, governor.tile_s(self._search.band), most)
 
     def request(
         self,
@@ -164,9 +171,11 @@ class AdmittedSearch:
     def _need(self, number: int, rows: int, keys: int, smallest: bool) -> Need:
         memory, staging, window = self.service.settings.memory, self._staging_bytes(rows), self.windows[number]
         floor = int(memory.workspace_floor_bytes)
-        want = floor if smallest else min(int(memory.workspace_bytes), max(floor, self.work.workspace_bytes(rows)))
-        flop = self.work.flop(rows, min(window.keys, max(0, keys - window.first_key)))
-        return Need(window.pages, floor + staging, want + staging, flop, staging)
+        seen = min(window.keys, max(0, keys - window.first_key))
+        most = self.work.workspace_bytes(rows, seen)
+        want = floor if smallest else min(int(memory.workspace_bytes), max(floor, most))
+        flop = self.work.flop(rows, seen)
+        return Need(window.pages, floor + staging, want + staging, flop, staging, most + staging)
 
     async def _give_back(self) -> None:
         await asyncio.gather(*(user.give_back() for user in self.users))
@@ -178,3 +187,8 @@ class AdmittedSearch:
         self.service.governor.pump()
         self._cache.busy -= 1
         self._cache.used_at = self.service.clock()
+
+
+def workspace_terms(message: worker_pb2.WorkspaceTerms) -> WorkspaceTerms:
+    """What a worker said of its implementation."""
+    return WorkspaceTerms(**{name: getattr(message, name) for name in _TERMS})

@@ -69,7 +69,16 @@ class TilePart:
     is_last: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class TileDue:
+    """Which of the tiles that the worker has goes first, and how long it may take."""
+
+    band: int = 0
+    estimated_s: float = 0.0
+
+
 WHOLE = TilePart()
+AT_ONCE = TileDue()
 
 
 class DeviceWorker:
@@ -217,6 +226,7 @@ class DeviceWorker:
         request_key: str,
         workspace_bytes: int,
         part: TilePart = WHOLE,
+        due: TileDue = AT_ONCE,
     ) -> tuple[int, asyncio.Future[pb.FromWorker]]:
         """Have a tile computed; the future is done when the answers are in the block.
 
@@ -245,6 +255,8 @@ class DeviceWorker:
             scores=None if place.scores is None else span(place.scores),
             first_key=part.first_key,
             merge=part.first_key > 0,
+            band=due.band,
+            estimated_us=int(1e6 * due.estimated_s),
         )
         if worker.alive:  # a search may not have learnt yet that its worker is gone
             self._outstanding[tile_id] = request_key

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from streamindex.v1 import server_pb2 as pb
 
-from streamindex_service.core.meter import Quantiles
+from streamindex_service.core.meter import RATIO_BOUNDS, MemoryRatios, Quantiles
 from streamindex_service.frontend.service import Service
 
 _FRESH_TIMEOUT_S = 0.5  # for the device's own figures; a worker that hangs must not hang this
 _CALLERS_SHOWN = 32  # those with most work waiting
 
 
-async def load_of(service: Service) -> pb.GetLoadResponse:
-    """The figures of this moment."""
+async def load_of(service: Service, caller: str) -> pb.GetLoadResponse:
+    """The figures of this moment, for this caller: others have labels for names."""
     link = service.supervisor.link
     if link is not None:
         await link.refresh(_FRESH_TIMEOUT_S)
@@ -37,7 +39,7 @@ async def load_of(service: Service) -> pb.GetLoadResponse:
         device_allocated_bytes=link.pong.allocated_bytes if link else 0,
         device_peak_bytes=link.pong.peak_bytes if link else 0,
         uptime_ms=int(1000 * (service.clock() - service.started_at)),
-        queue=_queue(service),
+        queue=_queue(service, caller),
         device=pb.DeviceLoad(
             tiles=governor.in_flight,
             estimated_us=_us(governor.in_flight_s),
@@ -48,11 +50,13 @@ async def load_of(service: Service) -> pb.GetLoadResponse:
             evicted_pages=residency.evicted_pages,
             wait=_latency(meter.waits()),
             run=_latency(meter.runs()),
+            memory=_estimates(meter.memory),
         ),
+        device_reserved_bytes=link.pong.reserved_bytes if link else 0,
     )
 
 
-def _queue(service: Service) -> pb.QueueLoad:
+def _queue(service: Service, asking: str) -> pb.QueueLoad:
     scheduler = service.governor.scheduler
     by_caller = sorted(scheduler.queued_by_caller().items(), key=lambda each: each[1][1], reverse=True)
     return pb.QueueLoad(
@@ -60,13 +64,37 @@ def _queue(service: Service) -> pb.QueueLoad:
         bytes=scheduler.queued_bytes,
         estimated_us=_us(scheduler.backlog_s),
         bands=[
-            pb.BandLoad(priority=int(band), tiles=tiles)  # type: ignore[arg-type]
+            pb.BandLoad(
+                priority=int(band),  # type: ignore[arg-type]
+                tiles=tiles,
+                wait=_latency(service.governor.meter.waits(band)),
+            )
             for band, tiles in scheduler.queued_by_band().items()
         ],
         callers=[
-            pb.CallerLoad(caller=caller, tiles=tiles, estimated_us=_us(seconds))
+            pb.CallerLoad(
+                caller=caller if caller == asking else service.label_of(caller),
+                tiles=tiles,
+                estimated_us=_us(seconds),
+                own=caller == asking,
+            )
             for caller, (tiles, seconds) in by_caller[:_CALLERS_SHOWN]
         ],
+    )
+
+
+def _estimates(found: MemoryRatios) -> pb.MemoryEstimates:
+    return pb.MemoryEstimates(
+        large_tiles=found.large_tiles,
+        last_ratio=found.last,
+        least_ratio=found.least,
+        most_ratio=found.most,
+        most_ratio_of_any=found.most_of_any,
+        buckets=[
+            pb.RatioBucket(bound=bound, tiles=tiles)
+            for bound, tiles in zip((*RATIO_BOUNDS, math.inf), found.counts, strict=True)
+        ],
+        failures=found.failures,
     )
 
 

@@ -143,9 +143,10 @@ class _ItemSearch:
         indices, scores = [], []
         first = 0
         while first < item.row_count:
-            count = min(self._layout.rows, self._admitted.tile_rows, item.row_count - first)
+            left = item.positions[first : first + self._layout.rows]
+            count = min(len(left), self._admitted.tile_rows(self._admitted.keys_seen(max(left))))
             fill_rows(self._layout, cache, chunk, first, count, block, 0, first, None)
-            keys = self._admitted.keys_seen(max(item.positions[first : first + count]))
+            keys = self._admitted.keys_seen(max(left[:count]))
             # A step of many callers' sequences: no single one is to blame for a worker's death.
             self._running = run = TileRun(self._admitted, block, 0, count, keys)
             run.start()

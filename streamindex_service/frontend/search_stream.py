@@ -225,7 +225,7 @@ class SearchStream:
             return
         for filling in self._at.fillings:
             while (ready := filling.ready - filling.submitted) > 0:
-                limit = self._admitted.tile_rows
+                limit = self._admitted.tile_rows(self._keys_seen(ready))
                 last = self._at.tiles[-1] if self._at.tiles else None
                 if last is not None and last.filling is filling and last.run.waiting and last.run.rows < limit:
                     rows = min(ready, limit - last.run.rows)

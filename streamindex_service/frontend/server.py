@@ -162,7 +162,7 @@ class Server:
         )
         caches = KeyCacheServicer(self.service, self._identify)
         searches = SearchServicer(self.service, self._identify)
-        status = ServerServicer(self.service)
+        status = ServerServicer(self.service, self._identify)
         handlers = (
             generic_handler(
                 key_cache_pb2.DESCRIPTOR.services_by_name["KeyCacheService"],

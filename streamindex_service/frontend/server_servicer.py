@@ -13,6 +13,7 @@ from streamindex.v1 import types_pb2
 from streamindex_service import __version__
 from streamindex_service.errors import InvalidArgumentError, TooManyError
 from streamindex_service.frontend import requests
+from streamindex_service.frontend.identity import Identify
 from streamindex_service.frontend.load import load_of
 from streamindex_service.frontend.service import Service
 
@@ -23,8 +24,9 @@ _DEFAULT_INTERVAL_MS = 1000
 class ServerServicer:
     """streamindex.v1.ServerService."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, identify: Identify) -> None:
         self._service = service
+        self._identify = identify
         self._watchers = 0
 
     async def get_capabilities(self, request: pb.GetCapabilitiesRequest, context: Any) -> pb.GetCapabilitiesResponse:
@@ -55,7 +57,7 @@ class ServerServicer:
 
     async def get_load(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
         """GetLoad."""
-        return await load_of(self._service)
+        return await load_of(self._service, self._identify(context))
 
     async def watch_load(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:
         """WatchLoad."""
@@ -73,7 +75,7 @@ class ServerServicer:
         self._watchers += 1
         try:
             while True:
-                yield pb.WatchLoadResponse(load=await load_of(self._service))
+                yield pb.WatchLoadResponse(load=await load_of(self._service, self._identify(context)))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._service.draining.wait(), interval_ms / 1000)
                 self._service.admit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -77,6 +78,7 @@ class Service:
         )
         self.device.governor = self.governor
         self.device.supervisor = self.supervisor
+        self._label_key = os.urandom(16)
         self._watchers: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
 
@@ -117,6 +119,10 @@ class Service:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    def label_of(self, caller: str) -> str:
+        """What other callers are told in the place of a caller's name: the same for as long as the service runs."""
+        return "caller-" + hashlib.blake2s(caller.encode(), key=self._label_key, digest_size=6).hexdigest()
 
     def delete_cache(self, cache: KeyCache) -> None:
         """Drop a cache with its uploads."""
@@ -195,6 +201,8 @@ def _governor_limits(settings: Settings) -> GovernorLimits:
         max_device_turns=scheduler.max_device_tiles,
         ahead_s=scheduler.device_ahead_s,
         max_wait_s=scheduler.max_wait_s,
+        short_turn_s=scheduler.short_tile_s,
+        active_s=scheduler.active_s,
         queue=queue,
     )
 
@@ -210,6 +218,7 @@ def _worker_options(settings: Settings) -> WorkerOptions:
         implementation=worker.implementation,
         device_budget_bytes=int(settings.memory.device_budget_bytes),
         cpu_threads=worker.cpu_threads,
+        issue_ahead_s=worker.issue_ahead_s,
         ready_timeout_s=worker.ready_timeout_s,
         heartbeat_s=worker.heartbeat_s,
         heartbeat_timeout_s=worker.heartbeat_timeout_s,

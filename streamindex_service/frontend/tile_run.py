@@ -15,7 +15,7 @@ from streamindex_service.core.governor import Grant, SearchTurn
 from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
 from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import tile_error
+from streamindex_service.frontend.device import TileDue, tile_error
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.ipc.supervisor import CancelledTileError
 from streamindex_service.ipc.v1 import worker_pb2 as pb
@@ -102,6 +102,7 @@ class TileRun:
                 self._blame_key,
                 admitted.workspace_bytes(grant, rows),
                 admitted.part(self._window, self._keys),
+                TileDue(grant.turn.band, grant.turn.cost_s),
             )
         except Exception as error:
             # Whoever happened to let this turn run must not fail with it, and what it was granted must come back.
@@ -119,8 +120,9 @@ class TileRun:
     ) -> None:
         self._on_device = None
         admitted, error = self._admitted, future.exception()
-        device_us = 0 if error else future.result().tile_done.device_us
-        admitted.service.governor.finish(grant, None if error else device_us / 1e6)
+        tile_done = pb.TileDone() if error else future.result().tile_done
+        device_us, governor = tile_done.device_us, admitted.service.governor
+        governor.finish(grant, None if error else device_us / 1e6, tile_done.peak_bytes)
         assert self._pieces is not None
         if error is None:
             self._window += 1
@@ -133,13 +135,28 @@ class TileRun:
             self._fail(WorkerLostError("the tile was cancelled"))
         elif isinstance(error, ServiceError):
             error = cause(error)
-            if isinstance(error, DeviceMemoryError) and self._pieces.no_memory():
+            short = isinstance(error, DeviceMemoryError)
+            governor.meter.memory.failures += short
+            if short and self._pieces.no_memory():
                 self._window = 0
                 self._next()
+            elif short:
+                self._fail(self._no_memory(grant, error))
             else:
                 self._fail(error)
         else:
             self._fail(error)
+
+    def _no_memory(self, grant: Grant, error: ServiceError) -> DeviceMemoryError:
+        """The last of the wants of memory, with the figures: what the smallest piece was to take, and of what."""
+        service = self._admitted.service
+        page_bytes = sum(page.page_bytes for page in grant.turn.need.pages)
+        figures: dict[str, int | str] = {
+            "needed_bytes": page_bytes + grant.workspace_bytes,
+            "budget_bytes": service.hbm.limit_bytes,
+            "tries": service.settings.worker.memory_retries + 1,
+        }
+        return DeviceMemoryError(error.message, metadata=figures, detail=error.detail)
 
     def _next(self) -> None:
         assert self._pieces is not None

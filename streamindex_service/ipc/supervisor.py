@@ -38,6 +38,7 @@ class WorkerOptions:
     restart_backoff_s: float
     max_restart_backoff_s: float
     environment: dict[str, str] = field(default_factory=dict)
+    issue_ahead_s: float = 0.001
 
 
 @dataclass
@@ -322,6 +323,7 @@ class Supervisor:
             implementation=self._options.implementation,
             device_budget_bytes=self._options.device_budget_bytes,
             cpu_threads=self._options.cpu_threads,
+            issue_ahead_us=int(1e6 * self._options.issue_ahead_s),
         )
         worker.send(pb.ToWorker(configure=configure))
         return worker

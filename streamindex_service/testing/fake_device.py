@@ -1,9 +1,13 @@
-"""A device of numbers: memory that is exactly as large as it is said to be, and one thing done after another."""
+"""A device of numbers: memory that is exactly as large as it is said to be, and one thing done after another.
+
+As in the worker two tiles at most have begun, and of the others those of the highest band go first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from streamindex_service.core.caches import Page
 from streamindex_service.core.pages import PageSlot
@@ -22,18 +26,24 @@ class FakeTile:
     content: Sequence[int]  # of the pages, as they must be
     workspace_bytes: int
     ended: Callable[[str], object]
+    seconds: float
+    band: int = 0
     outcome: str = "done"
     over: bool = False
 
 
+_BEGUN = 2  # tiles: one runs, one is ready
+
+
 class FakeDevice:
-    """An allocator that enforces its budget, pages that remember what was copied to them, tiles in order of arrival."""
+    """An allocator that enforces its budget, pages that remember what was copied to them, tiles by band."""
 
     def __init__(self, time: VirtualTime, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.extents: dict[int, int] = {}
         self.workspace_bytes = 0
-        self.tiles: list[FakeTile] = []
+        self.tiles: list[FakeTile] = []  # in order of arrival
+        self._begun: list[FakeTile] = []
         self._time = time
         self._content: dict[PageSlot, int] = {}
         self._busy_until = 0.0
@@ -59,17 +69,24 @@ class FakeDevice:
             raise BudgetBrokenError(f"a page was put into extent {slot.extent_id}, which is not there")
         self._content[slot] = content
 
-    def run(self, tile: FakeTile, seconds: float) -> None:
-        """Do a tile after those that are here. Raises BudgetBrokenError."""
+    def run(self, tile: FakeTile) -> None:
+        """Do a tile after those that go before it. Raises BudgetBrokenError."""
         self.workspace_bytes += tile.workspace_bytes
         self._check()
         self.tiles.append(tile)
-        self._busy_until = max(self._busy_until, self._time.now_s) + seconds
-        self._time.after(self._busy_until - self._time.now_s, lambda: self._finish(tile))
+        self._begin()
+
+    def _begin(self) -> None:
+        while len(self._begun) < min(_BEGUN, len(self.tiles)):
+            tile = min((tile for tile in self.tiles if tile not in self._begun), key=lambda tile: tile.band)
+            self._begun.append(tile)
+            self._busy_until = max(self._busy_until, self._time.now_s) + tile.seconds
+            self._time.after(self._busy_until - self._time.now_s, partial(self._finish, tile))
 
     def crash(self) -> None:
         """Everything here is lost."""
         lost, self.tiles = self.tiles, []
+        self._begun.clear()
         self.extents.clear()
         self._content.clear()
         self.workspace_bytes, self._busy_until = 0, 0.0
@@ -94,7 +111,9 @@ class FakeDevice:
                 raise BudgetBrokenError(f"a tile read pages {found}, not {list(tile.content)}")
         tile.over = True
         self.tiles.remove(tile)
+        self._begun.remove(tile)
         self.workspace_bytes -= tile.workspace_bytes
+        self._begin()
         tile.ended(tile.outcome)
 
     def _check(self) -> None:

@@ -23,6 +23,7 @@ from streamindex_service.testing.fake_device import FakeDevice, FakeTile
 from streamindex_service.testing.virtual_time import VirtualTime
 
 TILES_AHEAD = 2
+MOST_TILE_ROWS = 64
 FLOP_PER_ROW = 1_000_000
 SECONDS_PER_FLOP = 1e-9  # a row takes a millisecond
 
@@ -132,7 +133,8 @@ class SimulatedSearch:
 
     def pump(self) -> None:
         """Make tiles of what is there, as the frontend does."""
-        limit = self.service.governor.speed.rows(FLOP_PER_ROW, self.service.governor.limits.queue.max_turn_s)
+        governor = self.service.governor
+        limit = governor.speed.rows(FLOP_PER_ROW, governor.tile_s(self.band), MOST_TILE_ROWS)
         while not self._ended and (ready := self._ready - self._submitted) > 0:
             last = self.outstanding[-1] if self.outstanding else None
             if last is not None and last.waiting and last.rows < limit:
@@ -239,10 +241,11 @@ class SimulatedTile:
         def ended(how: str) -> None:
             self._ran(grant, how, seconds)
 
-        tile = FakeTile(self._search.snapshot.pages, self._search.content, grant.workspace_bytes, ended)
+        search = self._search
+        tile = FakeTile(search.snapshot.pages, search.content, grant.workspace_bytes, ended, seconds, search.band)
         if service.tiles_out_of_memory():
             tile.outcome = "no memory"
-        service.device.run(tile, seconds)
+        service.device.run(tile)
 
     def _refused(self, error: ServiceError) -> None:
         self._search.tile_over(self, error.reason)

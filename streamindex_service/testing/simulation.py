@@ -29,7 +29,7 @@ _PAGE_BYTES = 256 * 16 * 2
 _EXPIRY_PERIOD_S = 0.5
 _MOST_EVENTS = 20_000  # of a history; one that goes on for longer has lost its way
 _BANDS = (Band.INTERACTIVE, Band.STANDARD, Band.STANDARD, Band.BATCH)
-_ROWS = (1, 1, 2, 8, 40, 150)
+_ROWS = (1, 1, 2, 8, 40, 150, 500)
 
 
 class History:
@@ -52,6 +52,8 @@ class History:
             max_device_turns=draw.randint(2, 6),
             ahead_s=draw.choice((0.002, 0.02)),
             max_wait_s=draw.choice((1.0, 5.0)),
+            short_turn_s=draw.choice((0.003, 0.02)),
+            active_s=draw.choice((0.01, 1.0)),
             queue=QueueLimits(
                 max_turns=draw.choice((6, 32)),
                 max_s=draw.choice((0.5, 30.0)),

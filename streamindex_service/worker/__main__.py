@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import socket
 import sys
 import threading
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,27 +17,26 @@ from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops.topk import IMPLEMENTATIONS
 from streamindex_service.telemetry import logs
 from streamindex_service.worker import canary
+from streamindex_service.worker.commands import Command, Commands
 from streamindex_service.worker.device import (
     Device,
     UnusableDeviceError,
     choose_implementation,
     default_budget_bytes,
     probe,
+    reservable_bytes,
     supported,
 )
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
 from streamindex_service.worker.key_store import FORMATS, MissingMemoryError
 
-_Command = tuple[pb.ToWorker, int | None]
-
 
 class Worker:
-    """One thread reads packets, one (the main one) executes them in order, one reports what the device has finished."""
+    """One thread reads packets, one (the main one) executes them, one reports what the device has finished."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._send_lock = threading.Lock()
-        self._commands: queue.Queue[_Command | None] = queue.Queue()
         self._log = logs.get("worker")
 
     def run(self) -> None:
@@ -51,8 +50,13 @@ class Worker:
             return
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._announce(device)
-        while (command := self._commands.get()) is not None:
-            self._execute(*command)
+        while (taken := self._commands.take()) is not None:
+            command, cancelled = taken
+            if cancelled:
+                tile_id = command.message.search_tile.tile_id
+                self._send(pb.FromWorker(failed=pb.Failed(id=tile_id, kind=pb.FAILURE_KIND_CANCELLED)))
+            else:
+                self._execute(command.message, command.fd)
         self._executor.finish()
 
     def _configure(self, configure: pb.Configure) -> Device:
@@ -63,11 +67,12 @@ class Worker:
         self._budget_bytes = configure.device_budget_bytes or default_budget_bytes(device)
         if device.is_cuda:
             torch.cuda.set_device(device.torch_device)
-            # The governor keeps within the budget by itself; the allocator's cap stands behind it, with some room for
-            # what the allocator rounds up.
-            fraction = min(1.0, (self._budget_bytes * 1.05 + (64 << 20)) / device.total_bytes)
+            # The governor keeps within what may be reserved; the allocator's cap stands behind it. What the allocator
+            # keeps for later it gives back before it passes the cap.
+            fraction = min(1.0, self._budget_bytes / device.total_bytes)
             torch.cuda.set_per_process_memory_fraction(fraction, device.torch_device)
-        self._executor = Executor(device, self._implementation, self._send)
+        self._commands = Commands(configure.issue_ahead_us / 1e6)
+        self._executor = Executor(device, self._implementation, self._send, self._commands.finished)
         canary.run(device, self._implementation)
         if device.is_cuda:
             torch.cuda.empty_cache()
@@ -75,18 +80,20 @@ class Worker:
         return device
 
     def _announce(self, device: Device) -> None:
+        kind = device.torch_device.type
         numbers = {key_format: number for number, key_format in FORMATS.items()}
         ready = pb.Ready(
             device_name=device.name,
-            device_type=device.torch_device.type,
+            device_type=kind,
             device_bytes=device.total_bytes,
-            device_budget_bytes=self._budget_bytes,
+            device_budget_bytes=reservable_bytes(device, self._budget_bytes),
             implementation=self._implementation,
+            workspace=pb.WorkspaceTerms(**asdict(IMPLEMENTATIONS[self._implementation].terms(kind))),
             implementations=[
                 pb.ImplementationSupport(
                     name=name,
                     key_formats=[numbers[key_format] for key_format in formats],
-                    repeatable=device.torch_device.type in IMPLEMENTATIONS[name].repeatable,
+                    repeatable=kind in IMPLEMENTATIONS[name].repeatable,
                 )
                 for name, formats in supported(device).items()
             ],
@@ -103,20 +110,21 @@ class Worker:
             message = pb.ToWorker.FromString(data)
             kind = message.WhichOneof("message")
             if kind == "ping":
-                allocated, peak = self._executor.memory()
+                memory = self._executor.memory()
                 pong = pb.Pong(
                     sequence=message.ping.sequence,
                     oldest_running_ms=self._executor.oldest_running_ms(),
-                    allocated_bytes=allocated,
-                    peak_bytes=peak,
+                    allocated_bytes=memory.allocated_bytes,
+                    peak_bytes=memory.peak_bytes,
+                    reserved_bytes=memory.reserved_bytes,
                 )
                 self._send(pb.FromWorker(pong=pong))
             elif kind == "cancel_tiles":
-                self._executor.cancel(list(message.cancel_tiles.tile_ids))
+                self._commands.cancel(list(message.cancel_tiles.tile_ids))
             elif kind == "shutdown":
-                self._commands.put(None)
+                self._commands.close()
             else:
-                self._commands.put((message, fd))
+                self._commands.put(Command(message, fd))
 
     def _execute(self, message: pb.ToWorker, fd: int | None) -> None:
         try:

@@ -10,6 +10,8 @@ import torch
 from streamindex_service.ops.formats import KeyFormat
 from streamindex_service.ops.topk import IMPLEMENTATIONS
 
+# Of a GPU's budget: small tensors take whole segments of the allocator, of each stream its own.
+UNTRACKED_BYTES = 32 << 20
 # Of the device's default implementation; first that is supported wins.
 _DEFAULTS = {"cuda": ("triton", "chunked"), "cpu": ("chunked",)}
 
@@ -46,6 +48,11 @@ def probe(wanted: str) -> Device:
         raise UnusableDeviceError(f"device {wanted} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     properties = torch.cuda.get_device_properties(index)
     return Device(torch.device("cuda", index), properties.name, properties.total_memory)
+
+
+def reservable_bytes(device: Device, budget_bytes: int) -> int:
+    """Of the memory budget, what may be reserved: all on a CPU; on a GPU not what its allocator rounds up and keeps."""
+    return budget_bytes - (min(budget_bytes // 8, UNTRACKED_BYTES + budget_bytes // 64) if device.is_cuda else 0)
 
 
 def default_budget_bytes(device: Device) -> int:

@@ -1,4 +1,4 @@
-"""Runs the frontend's commands on the device, in the order in which they came.
+"""Runs the frontend's commands on the device, in the order in which it is given them.
 
 On a GPU three streams overlap: rows of the next tile are copied in while the present one is computed and the answers
 of the last one are copied out. Commands are issued by one thread; another waits for the device and reports, so that
@@ -21,10 +21,9 @@ from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import Order, TopkResult, topk
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
+from streamindex_service.worker.memory import DeviceMemory, MemoryWatch
 from streamindex_service.worker.partial import merge, shift_positions
 
-# Tiles issued to the device and not finished. Two keep it busy; a third hides the reporting.
-MAX_IN_FLIGHT = 3
 DEVICE_FAILED_EXIT_CODE = 3
 _ORDERS = {0: Order.SCORE, 1: Order.SCORE, 2: Order.INDEX}
 
@@ -36,23 +35,29 @@ class _Issued:
     work_id: int
     started: float
     reply: Callable[[float], pb.FromWorker]
+    peak_bytes: int = 0
     start_event: torch.cuda.Event | None = None
     end_event: torch.cuda.Event | None = None
 
 
 class Executor:
-    """One device. `send` may be called from several threads."""
+    """One device. `send` and `finished` (of the work with this number) may be called from several threads."""
 
-    def __init__(self, device: Device, implementation: str, send: Callable[[pb.FromWorker], None]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        implementation: str,
+        send: Callable[[pb.FromWorker], None],
+        finished: Callable[[int], None] = lambda work_id: None,
+    ) -> None:
         self.segments = SegmentMap(device)
         self.store = KeyStore(device)
         self._device = device
         self._implementation = implementation
+        self._memory = MemoryWatch(device)
         self._send = send
-        self._cancelled: set[int] = set()  # tiles that have not come yet, and a few that have
-        self._latest_tile_id = 0
+        self._finished = finished
         self._issued: queue.Queue[_Issued | None] = queue.Queue()
-        self._slots = threading.Semaphore(MAX_IN_FLIGHT)
         self._running: dict[int, float] = {}  # work id -> when it started
         self._lock = threading.Lock()
         if device.is_cuda:
@@ -68,12 +73,9 @@ class Executor:
             oldest = min(self._running.values(), default=None)
         return 0 if oldest is None else int(1000 * (time.monotonic() - oldest))
 
-    def memory(self) -> tuple[int, int]:
-        """Bytes the device's allocator holds now, and the most it has held; 0, 0 on a CPU."""
-        if not self._device.is_cuda:
-            return 0, 0
-        device = self._device.torch_device
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    def memory(self) -> DeviceMemory:
+        """What the device's allocator says; zeros on a CPU."""
+        return self._memory.now()
 
     def device_answers(self) -> bool:
         """False when the device is in an error that stays. Not every library says so with an exception of its own."""
@@ -83,11 +85,6 @@ class Executor:
             except RuntimeError:
                 return False
         return True
-
-    def cancel(self, tile_ids: list[int]) -> None:
-        """Do not start these tiles. Called from the reading thread."""
-        latest = self._latest_tile_id  # tiles come in the order of their numbers: these have started
-        self._cancelled = {tile_id for tile_id in (*self._cancelled, *tile_ids) if tile_id > latest}
 
     def finish(self) -> None:
         """Wait until everything issued is reported."""
@@ -137,19 +134,17 @@ class Executor:
 
     def search_tile(self, message: pb.SearchTile) -> None:
         """Search some rows; the answers are in the message's spans when TileDone is sent."""
-        self._latest_tile_id = message.tile_id
-        if message.tile_id in self._cancelled:
-            failed = pb.Failed(id=message.tile_id, kind=pb.FAILURE_KIND_CANCELLED)
-            self._send(pb.FromWorker(failed=failed))
-            return
-        keys = self.store.view(message.view_id)
-        work = self._begin(
-            message.tile_id,
-            lambda seconds: pb.FromWorker(tile_done=pb.TileDone(tile_id=message.tile_id, device_us=int(1e6 * seconds))),
-        )
+
+        def reply(seconds: float) -> pb.FromWorker:
+            done = pb.TileDone(tile_id=message.tile_id, device_us=int(1e6 * seconds), peak_bytes=work.peak_bytes)
+            return pb.FromWorker(tile_done=done)
+
+        work = self._begin(message.tile_id, reply)
         try:
+            keys = self.store.view(message.view_id)
             if self._device.is_cuda:
-                self._search_on_gpu(message, keys, work)
+                with self._memory.peak_of(work):
+                    self._search_on_gpu(message, keys, work)
             else:
                 self._search_on_cpu(message, keys)
         except BaseException:
@@ -158,16 +153,17 @@ class Executor:
         self._issued.put(work)
 
     def _begin(self, work_id: int, reply: Callable[[float], pb.FromWorker]) -> _Issued:
-        self._slots.acquire()
         started = time.monotonic()
         with self._lock:
             self._running[work_id] = started
         return _Issued(work_id, started, reply)
 
-    def _end(self, work: _Issued) -> None:
+    def _end(self, work: _Issued, reply: pb.FromWorker | None = None) -> None:
         with self._lock:
             self._running.pop(work.work_id, None)
-        self._slots.release()
+        if reply is not None:  # first: the frontend's way back takes longer than the issue of the next tile
+            self._send(reply)
+        self._finished(work.work_id)
 
     def _host_tensors(
         self, message: pb.SearchTile, keys: PagedKeys
@@ -261,8 +257,7 @@ class Executor:
                 failed = pb.Failed(id=work.work_id, kind=pb.FAILURE_KIND_DEVICE, detail=repr(error))
                 self._send(pb.FromWorker(failed=failed))
                 os._exit(DEVICE_FAILED_EXIT_CODE)  # a CUDA context that has failed once fails for ever
-            self._end(work)
-            self._send(work.reply(seconds))
+            self._end(work, work.reply(seconds))
 
     def _wait(self, work: _Issued) -> float:
         if work.end_event is None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 
 import grpc
 import pytest
+import streamindex_client
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from streamindex.v1 import attention_pb2, key_cache_pb2, server_pb2, types_pb2
 
+from streamindex_service.core.scheduler import Band, Scheduler, Turn
 from tests.support.calls import Calls, StreamCall, refused, search_header
 from tests.support.services import wait_for
 from tests.support.tensors import Draw, Kind, expected
@@ -157,6 +160,42 @@ def test_as_many_watch_as_may(inside):
                 watcher.cancel()
 
         wait_for(one_more)
+
+
+def test_callers_see_no_other_callers_name(inside):
+    """Two with work in the queue: each sees its own name, and a label for the other, the same each time."""
+    service = inside.server.service
+
+    def queue_of(caller: str) -> dict[str, bool]:
+        with Calls(inside.target, caller) as calls:
+            load = calls.server.GetLoad(server_pb2.GetLoadRequest(), timeout=30, metadata=calls.metadata)
+        return {each.caller: each.own for each in load.queue.callers}
+
+    turns = [Turn(name, Band.BATCH, object(), 1.0, 1, 0.0) for name in ("mine", "theirs")]
+    scheduler = Scheduler(service.governor.limits.queue)
+    for each in turns:
+        scheduler.add(each)
+    before = service.governor.scheduler
+    inside.run(lambda: setattr(service.governor, "scheduler", scheduler))
+    try:
+        mine, theirs, again = queue_of("mine"), queue_of("theirs"), queue_of("mine")
+    finally:
+        inside.run(lambda: setattr(service.governor, "scheduler", before))
+    assert mine == again
+    assert (mine["mine"], theirs["theirs"]) == (True, True)
+    (label,) = set(mine) - {"mine"}
+    assert re.fullmatch("caller-[0-9a-f]{12}", label)
+    assert not mine[label]
+    assert label not in theirs
+
+
+def test_the_client_watches_and_goes(roomy_service):
+    with streamindex_client.connect(roomy_service.address) as client:
+        watching = client.watch_load(interval_s=0.1, timeout=60)
+        first, second = next(watching), next(watching)
+        assert second.uptime_ms > first.uptime_ms > 0
+        watching.close()
+        assert client.load().ready
 
 
 def test_tcp_and_unix_reach_one_service(roomy_service, calls):

@@ -28,9 +28,9 @@ def short_of_memory(inside, monkeypatch):
     monkeypatch.setattr(governor.speed, "observe", lambda flop, seconds: None)
 
     def limited(most_rows):
-        def submit_or_fail(view, spec, block, place, request_key, workspace_bytes, part):
+        def submit_or_fail(view, spec, block, place, request_key, workspace_bytes, part, due):
             seen.append((place.rows, workspace_bytes, governor.in_flight))
-            tile_id, future = submit(view, spec, block, place, request_key, workspace_bytes, part)
+            tile_id, future = submit(view, spec, block, place, request_key, workspace_bytes, part, due)
             if place.rows <= most_rows:
                 return tile_id, future
             failed = asyncio.get_running_loop().create_future()
@@ -72,6 +72,9 @@ def test_what_fits_in_no_way_is_refused_and_the_worker_lives(inside, short_of_me
             refusal = call.refusal()
         assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_MEMORY")
         assert refusal.error.retry_after_ms
+        figures = dict(refusal.error.metadata)
+        assert 0 < int(figures["needed_bytes"]) <= int(figures["budget_bytes"])
+        assert figures["tries"] == "4"
         assert [rows for rows, _, _ in seen] == [20, 20, 5, 2]
         short_of_memory(ROWS)
         found, _ = calls.search(KIND, cache.id, queries, 30)

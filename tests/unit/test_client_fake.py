@@ -87,6 +87,8 @@ class FakeService:
                     return grpc.stream_stream_rpc_method_handler(outer.append)
                 if name == "Search":
                     return grpc.stream_stream_rpc_method_handler(outer.search)
+                if name == "WatchLoad":
+                    return grpc.unary_stream_rpc_method_handler(outer.watch)
                 return grpc.unary_unary_rpc_method_handler(lambda data, context: outer.unary(name, data, context))
 
         return Handlers()
@@ -154,6 +156,16 @@ class FakeService:
     def GetLoad(self, request: Any) -> Any:
         ledger = server_pb2.Ledger(name="hbm", limit_bytes=9, reserved_bytes=1, peak_bytes=2)
         return server_pb2.GetLoadResponse(ready=not self.faults.get("ready"), ledgers=[ledger], uptime_ms=7)
+
+    def watch(self, data: bytes, context: Any) -> Any:
+        self.calls.append(("WatchLoad", server_pb2.WatchLoadRequest.FromString(data)))
+        fault = self.next_fault("WatchLoad") or Fault(after=5)
+        for _ in range(fault.after):
+            yield server_pb2.WatchLoadResponse(load=self.GetLoad(None)).SerializeToString()
+        if fault.corrupt:
+            yield b"\xff"
+        if fault.error is not None:
+            self.fail(context, fault)
 
     def GetCapabilities(self, request: Any) -> Any:
         limits = server_pb2.Limits(max_heads=128, max_top_k=4096)

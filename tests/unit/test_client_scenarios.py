@@ -33,7 +33,7 @@ class Awaited:
         value = getattr(self.inner, name)
         if not callable(value) or name == "length":
             return value
-        if name == "search":
+        if name in ("search", "watch_load"):
             return lambda **arguments: Awaited(value(**arguments))
 
         async def call(*positional: Any, **named: Any) -> Any:
@@ -422,9 +422,24 @@ async def test_a_batch(fake, client, cache):
     assert second.indices is None
     assert third.indices.shape == (0, 4)
     assert cache.length(0) == third.layer_keys == 13
+    await client.search_batch(items[:1], top_k=4, priority="batch")
+    assert [request.priority for name, request in fake.calls if name == "SearchBatch"] == [0, 3]
     bad = BatchItem(cache_of(cache), 0, q, w)
     with pytest.raises(errors.InputError, match=r"items\[1\]\.positions: give either"):
         await client.search_batch([items[0], bad], top_k=4)
+
+
+async def test_the_load_is_watched(fake, client):
+    fake.faults["WatchLoad"] = [Fault(after=2, error=WORKER_LOST), Fault(error=UNAVAILABLE, bare=True)]
+    loads = [load async for load in client.watch_load(interval_s=0.25)]  # until the server ends it in order
+    assert [load.ledgers["hbm"].limit_bytes for load in loads] == [9] * (2 + 5)
+    assert [request.interval_ms for name, request in fake.calls if name == "WatchLoad"] == [250] * 3
+    for wrong in (0.05, 61):
+        with pytest.raises(errors.InputError, match="interval_s"):
+            client.watch_load(interval_s=wrong)
+    fake.faults["WatchLoad"] = [Fault(after=1, corrupt=True)]
+    with pytest.raises(errors.ProtocolError):
+        _ = [load async for load in client.watch_load()]
 
 
 async def test_wait_ready(fake, client):

@@ -298,16 +298,17 @@ def test_a_queue_that_is_full_and_a_deadline_that_cannot_be_met():
             world.governor.open(snapshot, OWNER, Band.STANDARD, Need(snapshot.pages, 1, 1, 1), 0.0, deadline)
         assert caught.value.reason == reason
         assert 100 <= caught.value.retry_after_ms <= 10_000
-        assert caught.value.metadata == {"queued": "16", "limit": "16"}
+        assert caught.value.metadata["queued"] == caught.value.metadata["limit"] == "16"
+        assert int(caught.value.metadata["estimated_wait_ms"]) > 10_000
     world.store.release_snapshot(snapshot)
     while world.searches:
         world.end(next(search for search in world.searches if search.grant is not None))
         world.check()
 
 
-@pytest.mark.parametrize(("flop", "taken"), [(1, 4), (300, 3), (600, 2), (2_000, 2), (4_000, 1)])
+@pytest.mark.parametrize(("flop", "taken"), [(1, 4), (300, 3), (600, 2), (4_000, 2)])
 def test_the_device_has_many_small_tiles_or_few_large_ones(flop, taken):
-    """ahead_s is one second here, and an operation takes a millisecond."""
+    """ahead_s is one second here, and an operation takes a millisecond. With two tiles it is never idle."""
     world = World()
     world.governor.device_ready()
     cache = world.store.create(OWNER, spec(layers=1))
@@ -317,6 +318,68 @@ def test_the_device_has_many_small_tiles_or_few_large_ones(flop, taken):
     assert sum(search.grant is not None for search in made) == taken == world.governor.in_flight
     while world.searches:
         world.end(next(search for search in world.searches if search.grant is not None))
+
+
+def test_one_in_a_hurry_goes_to_the_device_past_those_below():
+    """The worker has them in the order of their bands: what is there of lower ones is in nobody's way."""
+    world = World(max_device_turns=2)
+    world.governor.device_ready()
+    cache = world.store.create(OWNER, spec(layers=1))
+    world.write(cache, 0, 0, 10)
+    below = [world.search(cache, 0, 1, 1, band=Band.BATCH) for _ in range(3)]
+    assert [search.grant is not None for search in below] == [True, True, False]
+    hurried = [world.search(cache, 0, 1, 1, band=Band.INTERACTIVE) for _ in range(3)]
+    assert [search.grant is not None for search in hurried] == [True, True, False]
+    standard = world.search(cache, 0, 1, 1, band=Band.STANDARD)
+    assert standard.grant is None  # two of a band above it are there
+    while world.searches:
+        world.end(next(search for search in world.searches if search.grant is not None))
+        world.check()
+
+
+def test_tiles_are_short_while_a_band_above_is_active():
+    world = World()
+    world.governor.device_ready()
+    governor, limits = world.governor, world.governor.limits
+    longest_s = limits.queue.max_turn_s
+    assert [governor.tile_s(band) for band in Band] == [longest_s] * 3
+    cache = world.store.create(OWNER, spec(layers=1))
+    world.write(cache, 0, 0, 10)
+    world.end(world.search(cache, 0, 1, 1, band=Band.STANDARD))
+    assert [governor.tile_s(band) for band in Band] == [longest_s, longest_s, limits.short_turn_s]
+    world.end(world.search(cache, 0, 1, 1, band=Band.INTERACTIVE))
+    assert [governor.tile_s(band) for band in Band] == [longest_s, limits.short_turn_s, limits.short_turn_s]
+    world.clock.advance(limits.active_s + 0.001)
+    assert [governor.tile_s(band) for band in Band] == [longest_s] * 3
+
+
+def test_pages_stay_pinned_from_tile_to_tile_until_somebody_needs_memory():
+    world = World(hbm_bytes=2 * 65_536, host_bytes=10_000_000)
+    world.governor.device_ready()
+    kind = spec(KeyFormat.BF16, 16, layers=1)  # pages of 8 KiB, eight an extent
+    first, second = (world.store.create(OWNER, kind) for _ in range(2))
+    for cache in (first, second):
+        world.write(cache, 0, 0, 8 * 256)
+    governor, snapshot = world.governor, world.store.snapshot(first, 0)
+    need, grants = Need(snapshot.pages, 1000, 1000, 1), []
+    long = governor.open(snapshot, OWNER, Band.STANDARD, need, 0.0, None)
+    for _ in range(3):
+        governor.request(long, need, grants.append, lambda error: None)
+        governor.finish(grants[-1], 0.001)
+        assert {page.pins for page in snapshot.pages} == {1}
+    assert governor.residency.promoted_pages == 8
+    other = world.search(second, 0, 1000, 1000)  # a second extent does not fit beside the workspace
+    assert other.grant is not None
+    assert {page.pins for page in snapshot.pages} == {0}
+    assert governor.residency.evicted_pages == 8
+    world.end(other)
+    governor.request(long, need, grants.append, lambda error: None)
+    assert governor.residency.promoted_pages == 24
+    governor.finish(grants[-1], 0.001)
+    governor.close(long)
+    assert {page.pins for page in snapshot.pages} == {0}
+    world.store.release_snapshot(snapshot)
+    world.check()
 
 
 def test_an_open_search_that_waits_for_its_caller_holds_nothing_on_the_device():
@@ -356,6 +419,7 @@ def test_a_turn_that_waits_too_long_is_refused():
         world.governor.close(search)
     assert [error.reason for error in told] == ["NOT_READY", "QUEUE_FULL"]
     assert all(error.retry_after_ms for error in told)
+    assert all(error.metadata["waited_ms"] == "60000" and error.metadata["queued"] == "0" for error in told)
 
 
 def test_the_wall_clock_means_nothing():

@@ -3,42 +3,61 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
 
 import pytest
 
 from streamindex_service.core.estimates import DeviceSpeed, TopkWork
 from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.frontend.admission import workspace_terms
+from streamindex_service.ipc.v1 import worker_pb2
+from streamindex_service.ops.topk import IMPLEMENTATIONS
 from streamindex_service.ops.topk.plan import Shape, plan_chunked, plan_triton
 
 MIB = 1 << 20
 SHAPES = list(itertools.product((1, 8, 128), (300, 70_000, 1_000_000), (1, 512, 4096), (1, 64)))
 
 
-@pytest.mark.parametrize("implementation", ["triton", "chunked"])
+def work_of(implementation: str, heads: int = 64, keys: int = 10_000, top_k: int = 512, **others) -> TopkWork:
+    """As the frontend makes it of what a worker says."""
+    message = worker_pb2.WorkspaceTerms(**asdict(IMPLEMENTATIONS[implementation].terms(others.get("device", "cpu"))))
+    return TopkWork(KeyFormat.BF16, heads, 128, keys, top_k, others.get("want_scores", False), workspace_terms(message))
+
+
+@pytest.mark.parametrize(("implementation", "device"), [("triton", "cuda"), ("chunked", "cpu"), ("chunked", "cuda")])
 @pytest.mark.parametrize(("rows", "keys", "top_k", "heads"), SHAPES)
-def test_the_workspace_asked_for_is_enough_for_all_rows_at_once(implementation, rows, keys, top_k, heads):
-    work = TopkWork(KeyFormat.BF16, heads, 128, keys, top_k, False, implementation)
+def test_the_workspace_asked_for_is_what_all_rows_at_once_take(implementation, device, rows, keys, top_k, heads):
     shape = Shape(rows, heads, 128, keys, top_k, "bf16", 2)
-    offered = max(16 * MIB, work.workspace_bytes(rows))
-    plan = plan_triton(shape, offered) if implementation == "triton" else plan_chunked(shape, offered, on_cuda=False)
+    asked = work_of(implementation, heads, keys, top_k, device=device).workspace_bytes(rows, keys)
+    offered = max(16 * MIB, asked)
+    if implementation == "triton":
+        plan = plan_triton(shape, offered)
+    else:
+        plan = plan_chunked(shape, offered, on_cuda=device == "cuda")
     assert plan.query_chunk == rows
     assert plan.key_tile >= keys
-    assert plan.workspace_bytes <= offered
+    assert plan.workspace_bytes <= asked
+    assert plan.workspace_bytes >= 0.98 * asked or asked < 64 * MIB
 
 
-def test_an_implementation_that_is_not_known_is_given_more():
-    known, unknown = (TopkWork(KeyFormat.BF16, 64, 128, 10_000, 512, False, name) for name in ("triton", "new"))
-    assert unknown.workspace_bytes(8) > known.workspace_bytes(8)
+def test_rows_that_see_few_keys_ask_for_little():
+    work = work_of("triton", keys=1_000_000)
+    assert work.workspace_bytes(64, 1000) < work.workspace_bytes(64, 1_000_000) / 100
+
+
+def test_an_implementation_without_a_plan_is_given_more():
+    planned, unplanned = (work_of(name) for name in ("triton", "reference"))
+    assert unplanned.workspace_bytes(8, 10_000) > planned.workspace_bytes(8, 10_000)
 
 
 def test_staging_is_what_a_tile_brings_and_takes():
-    work = TopkWork(KeyFormat.BF16, 64, 128, 10_000, 512, want_scores=True)
+    work = work_of("triton", want_scores=True)
     exact = 64 * 128 * 2 + 64 * 4 + 8 + 512 * 8
     assert 10 * exact <= work.staging_bytes(10) < 10 * exact + 4 * 256
 
 
 def test_operations_grow_with_what_rows_see():
-    work = TopkWork(KeyFormat.BF16, 64, 128, 1000, 512, False)
+    work = work_of("triton", keys=1000)
     assert work.flop(3) == 2 * 3 * 1000 * 64 * 128
     assert work.flop(3, 10) == 2 * 3 * 10 * 64 * 128
     assert work.flop(3, 0) == 1
@@ -48,7 +67,7 @@ def test_before_anything_was_measured_there_is_a_guess():
     speed = DeviceSpeed()
     assert not speed.measured
     assert speed.seconds(10**10) == pytest.approx(1.0)
-    assert speed.rows(10**9, 0.1) == 1
+    assert speed.rows(10**9, 0.1, 1000) == 1
 
 
 def test_small_work_says_nothing_about_large():
@@ -58,16 +77,59 @@ def test_small_work_says_nothing_about_large():
         speed.observe(10**6, 0.001)  # a launch
     assert speed.seconds(10**12) == pytest.approx(0.01)
     assert speed.seconds(10**6) == pytest.approx(0.001)
-    assert speed.rows(10**10, 0.01) == 100
+    assert speed.rows(10**10, 0.01, 1000) == 100
+
+
+def test_rows_that_see_few_keys_make_large_tiles():
+    """A prefill begins with rows of hardly any work: what they take says nothing of rows that see more."""
+    speed = DeviceSpeed()
+    speed.observe(10**5, 0.0003)  # a row at the beginning: all of it is the launch
+    assert speed.rows(10**5, 0.1, 112) == 112
+    speed.observe(112 * 10**5, 0.0004)
+    assert speed.rows(10**7, 0.1, 112) == 112
+
+
+def test_work_between_two_sizes_lies_between_them():
+    speed = DeviceSpeed()
+    speed.observe(2**20, 0.001)
+    speed.observe(2**30, 0.002)
+    times = [speed.seconds(2**size) for size in range(20, 31)]
+    assert times == sorted(times)
+    assert times[0] == pytest.approx(0.001)
+    assert times[-1] == pytest.approx(0.002)
+
+
+def test_a_first_tile_that_compiled_its_kernels_is_not_believed():
+    speed = DeviceSpeed()
+    speed.observe(10**12, 15.0)
+    speed.observe(10**12, 0.004)
+    assert speed.seconds(10**12) == pytest.approx(0.004)
+
+
+def test_one_slow_tile_among_many_says_little():
+    speed = DeviceSpeed()
+    for _ in range(5):
+        speed.observe(10**12, 0.004)
+    speed.observe(10**12, 4.0)
+    assert speed.seconds(10**12) < 0.005
+
+
+def test_a_tile_is_not_so_short_that_most_of_it_is_overhead():
+    speed = DeviceSpeed()
+    speed.observe(10**9, 0.005)  # one row, nearly all of it overhead
+    for _ in range(10):
+        rows = speed.rows(10**9, 0.003, 64)
+        speed.observe(rows * 10**9, 0.005 + 1e-5 * rows)
+    assert speed.rows(10**9, 0.003, 64) == 64
 
 
 def test_a_device_that_slows_down_is_seen_to():
     speed = DeviceSpeed()
     speed.observe(10**12, 0.01)
     for _ in range(50):
-        rows = speed.rows(10**10, 0.1)
+        rows = speed.rows(10**10, 0.1, 10_000)
         speed.observe(rows * 10**10, rows * 10**10 / 1e13)
-    assert speed.rows(10**10, 0.1) == pytest.approx(100, rel=0.2)
+    assert speed.rows(10**10, 0.1, 10_000) == pytest.approx(100, rel=0.2)
 
 
 @pytest.mark.parametrize("flop", [1, 10**3, 10**9, 10**15, 1 << 80])
@@ -76,4 +138,4 @@ def test_any_size_has_an_estimate(flop):
     for size in (1, 10**6, 10**12):
         speed.observe(size, 0.5)
     assert speed.seconds(flop) > 0
-    assert speed.rows(flop, 0.1) >= 1
+    assert 1 <= speed.rows(flop, 0.1, 50) <= 50

@@ -165,7 +165,7 @@ def test_a_queue_that_is_full_refuses_with_the_figures(limits, figure):
     scheduler.add(turn(cost_s=0.1))
     with pytest.raises(QueueFullError) as caught:
         scheduler.refuse_hopeless("b", Band.BATCH, 0.1, 0.0, None)
-    assert caught.value.metadata == figure
+    assert caught.value.metadata == {**figure, "estimated_wait_ms": "400"}
     assert caught.value.retry_after_ms == 400  # when what is there now will be done
 
 

@@ -19,10 +19,19 @@ LOAD = pb.GetLoadResponse(
     uptime_ms=2000,
     queue=pb.QueueLoad(
         tiles=9,
-        bands=[pb.BandLoad(priority=1, tiles=2), pb.BandLoad(priority=3, tiles=7)],
+        bands=[
+            pb.BandLoad(priority=1, tiles=2, wait=pb.Latency(p50_us=330, p99_us=440)),
+            pb.BandLoad(priority=3, tiles=7),
+        ],
         callers=[pb.CallerLoad(caller="[red]greedy", tiles=8, estimated_us=12_500)],
     ),
-    device=pb.DeviceLoad(tiles=2, tiles_done=1234, busy_us=500_000, run=pb.Latency(p50_us=1500, p99_us=2500)),
+    device=pb.DeviceLoad(
+        tiles=2,
+        tiles_done=1234,
+        busy_us=500_000,
+        run=pb.Latency(p50_us=1500, p99_us=2500),
+        memory=pb.MemoryEstimates(large_tiles=4321, last_ratio=0.97, least_ratio=0.9, most_ratio=0.99, failures=17),
+    ),
 )
 
 
@@ -34,8 +43,21 @@ def shown(*loads: pb.GetLoadResponse) -> str:
 
 def test_what_is_shown():
     text = shown(LOAD)
-    for words in ("here:1", "3 running, 7 waiting", "25.0", "50.0", "100.0", "1,234", "1.50 · 2.50 ms", "25%"):
+    for words in (
+        "here:1",
+        "3 running, 7 waiting",
+        "25.0",
+        "50.0",
+        "100.0",
+        "1,234",
+        "1.50 · 2.50 ms",
+        "25%",
+        "0.970 · 0.900 to 0.990 of 4,321",
+        "17",
+    ):
         assert words in text
+    assert "0.33 · 0.44" in text
+    assert "not measured" in shown(pb.GetLoadResponse())
     assert "[red]greedy" in text  # a caller's name is text, whatever it is
 
 

@@ -64,7 +64,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms", "queue", "device")
+    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms", "queue", "device", "device_reserved_bytes")
     LEDGERS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_SEARCHES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEARCHES_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class GetLoadResponse(_message.Message):
     UPTIME_MS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     ledgers: _containers.RepeatedCompositeFieldContainer[Ledger]
     queued_searches: int
     running_searches: int
@@ -89,7 +90,8 @@ class GetLoadResponse(_message.Message):
     uptime_ms: int
     queue: QueueLoad
     device: DeviceLoad
-    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., queue: _Optional[_Union[QueueLoad, _Mapping]] = ..., device: _Optional[_Union[DeviceLoad, _Mapping]] = ...) -> None: ...
+    device_reserved_bytes: int
+    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., queue: _Optional[_Union[QueueLoad, _Mapping]] = ..., device: _Optional[_Union[DeviceLoad, _Mapping]] = ..., device_reserved_bytes: _Optional[int] = ...) -> None: ...
 
 class QueueLoad(_message.Message):
     __slots__ = ("tiles", "bytes", "estimated_us", "bands", "callers")
@@ -106,25 +108,29 @@ class QueueLoad(_message.Message):
     def __init__(self, tiles: _Optional[int] = ..., bytes: _Optional[int] = ..., estimated_us: _Optional[int] = ..., bands: _Optional[_Iterable[_Union[BandLoad, _Mapping]]] = ..., callers: _Optional[_Iterable[_Union[CallerLoad, _Mapping]]] = ...) -> None: ...
 
 class BandLoad(_message.Message):
-    __slots__ = ("priority", "tiles")
+    __slots__ = ("priority", "tiles", "wait")
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TILES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     priority: _types_pb2.Priority
     tiles: int
-    def __init__(self, priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., tiles: _Optional[int] = ...) -> None: ...
+    wait: Latency
+    def __init__(self, priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., tiles: _Optional[int] = ..., wait: _Optional[_Union[Latency, _Mapping]] = ...) -> None: ...
 
 class CallerLoad(_message.Message):
-    __slots__ = ("caller", "tiles", "estimated_us")
+    __slots__ = ("caller", "tiles", "estimated_us", "own")
     CALLER_FIELD_NUMBER: _ClassVar[int]
     TILES_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
     caller: str
     tiles: int
     estimated_us: int
-    def __init__(self, caller: _Optional[str] = ..., tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
+    own: bool
+    def __init__(self, caller: _Optional[str] = ..., tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ..., own: bool = ...) -> None: ...
 
 class DeviceLoad(_message.Message):
-    __slots__ = ("tiles", "estimated_us", "tiles_done", "busy_us", "resident_bytes", "promoted_pages", "evicted_pages", "wait", "run")
+    __slots__ = ("tiles", "estimated_us", "tiles_done", "busy_us", "resident_bytes", "promoted_pages", "evicted_pages", "wait", "run", "memory")
     TILES_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
     TILES_DONE_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +140,7 @@ class DeviceLoad(_message.Message):
     EVICTED_PAGES_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     tiles: int
     estimated_us: int
     tiles_done: int
@@ -143,7 +150,34 @@ class DeviceLoad(_message.Message):
     evicted_pages: int
     wait: Latency
     run: Latency
-    def __init__(self, tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ..., tiles_done: _Optional[int] = ..., busy_us: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., promoted_pages: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., wait: _Optional[_Union[Latency, _Mapping]] = ..., run: _Optional[_Union[Latency, _Mapping]] = ...) -> None: ...
+    memory: MemoryEstimates
+    def __init__(self, tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ..., tiles_done: _Optional[int] = ..., busy_us: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., promoted_pages: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., wait: _Optional[_Union[Latency, _Mapping]] = ..., run: _Optional[_Union[Latency, _Mapping]] = ..., memory: _Optional[_Union[MemoryEstimates, _Mapping]] = ...) -> None: ...
+
+class MemoryEstimates(_message.Message):
+    __slots__ = ("large_tiles", "last_ratio", "least_ratio", "most_ratio", "most_ratio_of_any", "buckets", "failures")
+    LARGE_TILES_FIELD_NUMBER: _ClassVar[int]
+    LAST_RATIO_FIELD_NUMBER: _ClassVar[int]
+    LEAST_RATIO_FIELD_NUMBER: _ClassVar[int]
+    MOST_RATIO_FIELD_NUMBER: _ClassVar[int]
+    MOST_RATIO_OF_ANY_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    large_tiles: int
+    last_ratio: float
+    least_ratio: float
+    most_ratio: float
+    most_ratio_of_any: float
+    buckets: _containers.RepeatedCompositeFieldContainer[RatioBucket]
+    failures: int
+    def __init__(self, large_tiles: _Optional[int] = ..., last_ratio: _Optional[float] = ..., least_ratio: _Optional[float] = ..., most_ratio: _Optional[float] = ..., most_ratio_of_any: _Optional[float] = ..., buckets: _Optional[_Iterable[_Union[RatioBucket, _Mapping]]] = ..., failures: _Optional[int] = ...) -> None: ...
+
+class RatioBucket(_message.Message):
+    __slots__ = ("bound", "tiles")
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    bound: float
+    tiles: int
+    def __init__(self, bound: _Optional[float] = ..., tiles: _Optional[int] = ...) -> None: ...
 
 class Latency(_message.Message):
     __slots__ = ("p50_us", "p99_us")

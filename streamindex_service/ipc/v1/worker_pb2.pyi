@@ -65,16 +65,18 @@ class FromWorker(_message.Message):
     def __init__(self, ready: _Optional[_Union[Ready, _Mapping]] = ..., operation_done: _Optional[_Union[OperationDone, _Mapping]] = ..., tile_done: _Optional[_Union[TileDone, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("device", "implementation", "device_budget_bytes", "cpu_threads")
+    __slots__ = ("device", "implementation", "device_budget_bytes", "cpu_threads", "issue_ahead_us")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     CPU_THREADS_FIELD_NUMBER: _ClassVar[int]
+    ISSUE_AHEAD_US_FIELD_NUMBER: _ClassVar[int]
     device: str
     implementation: str
     device_budget_bytes: int
     cpu_threads: int
-    def __init__(self, device: _Optional[str] = ..., implementation: _Optional[str] = ..., device_budget_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ...) -> None: ...
+    issue_ahead_us: int
+    def __init__(self, device: _Optional[str] = ..., implementation: _Optional[str] = ..., device_budget_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., issue_ahead_us: _Optional[int] = ...) -> None: ...
 
 class MapSegment(_message.Message):
     __slots__ = ("segment_id", "segment_bytes", "writable", "operation_id")
@@ -159,7 +161,7 @@ class Span(_message.Message):
     def __init__(self, segment_id: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
 class SearchTile(_message.Message):
-    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge")
+    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge", "band", "estimated_us")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +177,8 @@ class SearchTile(_message.Message):
     SCORES_FIELD_NUMBER: _ClassVar[int]
     FIRST_KEY_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
+    BAND_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     view_id: int
     rows: int
@@ -190,7 +194,9 @@ class SearchTile(_message.Message):
     scores: Span
     first_key: int
     merge: bool
-    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ...) -> None: ...
+    band: int
+    estimated_us: int
+    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
 
 class CancelTiles(_message.Message):
     __slots__ = ("tile_ids",)
@@ -209,20 +215,56 @@ class Shutdown(_message.Message):
     def __init__(self) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("device_name", "device_type", "device_bytes", "implementation", "implementations", "device_budget_bytes")
+    __slots__ = ("device_name", "device_type", "device_bytes", "implementation", "implementations", "device_budget_bytes", "workspace")
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATIONS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_FIELD_NUMBER: _ClassVar[int]
     device_name: str
     device_type: str
     device_bytes: int
     implementation: str
     implementations: _containers.RepeatedCompositeFieldContainer[ImplementationSupport]
     device_budget_bytes: int
-    def __init__(self, device_name: _Optional[str] = ..., device_type: _Optional[str] = ..., device_bytes: _Optional[int] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[ImplementationSupport, _Mapping]]] = ..., device_budget_bytes: _Optional[int] = ...) -> None: ...
+    workspace: WorkspaceTerms
+    def __init__(self, device_name: _Optional[str] = ..., device_type: _Optional[str] = ..., device_bytes: _Optional[int] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[ImplementationSupport, _Mapping]]] = ..., device_budget_bytes: _Optional[int] = ..., workspace: _Optional[_Union[WorkspaceTerms, _Mapping]] = ...) -> None: ...
+
+class WorkspaceTerms(_message.Message):
+    __slots__ = ("fixed_bytes", "row_bytes", "row_element_bytes", "row_entry_bytes", "row_key_32nds", "row_key_head_bytes", "key_bytes", "key_dim_bytes", "filter_keys", "filter_entries", "survivor_bytes", "survivors", "entry_survivors", "marked_row_bytes", "marked_key_32nds")
+    FIXED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_ELEMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_ENTRY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_KEY_32NDS_FIELD_NUMBER: _ClassVar[int]
+    ROW_KEY_HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEY_DIM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILTER_KEYS_FIELD_NUMBER: _ClassVar[int]
+    FILTER_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    SURVIVOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    MARKED_ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MARKED_KEY_32NDS_FIELD_NUMBER: _ClassVar[int]
+    fixed_bytes: int
+    row_bytes: int
+    row_element_bytes: int
+    row_entry_bytes: int
+    row_key_32nds: int
+    row_key_head_bytes: int
+    key_bytes: int
+    key_dim_bytes: int
+    filter_keys: int
+    filter_entries: int
+    survivor_bytes: int
+    survivors: int
+    entry_survivors: int
+    marked_row_bytes: int
+    marked_key_32nds: int
+    def __init__(self, fixed_bytes: _Optional[int] = ..., row_bytes: _Optional[int] = ..., row_element_bytes: _Optional[int] = ..., row_entry_bytes: _Optional[int] = ..., row_key_32nds: _Optional[int] = ..., row_key_head_bytes: _Optional[int] = ..., key_bytes: _Optional[int] = ..., key_dim_bytes: _Optional[int] = ..., filter_keys: _Optional[int] = ..., filter_entries: _Optional[int] = ..., survivor_bytes: _Optional[int] = ..., survivors: _Optional[int] = ..., entry_survivors: _Optional[int] = ..., marked_row_bytes: _Optional[int] = ..., marked_key_32nds: _Optional[int] = ...) -> None: ...
 
 class ImplementationSupport(_message.Message):
     __slots__ = ("name", "key_formats", "repeatable")
@@ -241,12 +283,14 @@ class OperationDone(_message.Message):
     def __init__(self, operation_id: _Optional[int] = ...) -> None: ...
 
 class TileDone(_message.Message):
-    __slots__ = ("tile_id", "device_us")
+    __slots__ = ("tile_id", "device_us", "peak_bytes")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_US_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     device_us: int
-    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ...) -> None: ...
+    peak_bytes: int
+    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("id", "kind", "detail")
@@ -259,13 +303,15 @@ class Failed(_message.Message):
     def __init__(self, id: _Optional[int] = ..., kind: _Optional[_Union[FailureKind, str]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Pong(_message.Message):
-    __slots__ = ("sequence", "oldest_running_ms", "allocated_bytes", "peak_bytes")
+    __slots__ = ("sequence", "oldest_running_ms", "allocated_bytes", "peak_bytes", "reserved_bytes")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     OLDEST_RUNNING_MS_FIELD_NUMBER: _ClassVar[int]
     ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     oldest_running_ms: int
     allocated_bytes: int
     peak_bytes: int
-    def __init__(self, sequence: _Optional[int] = ..., oldest_running_ms: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+    reserved_bytes: int
+    def __init__(self, sequence: _Optional[int] = ..., oldest_running_ms: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...

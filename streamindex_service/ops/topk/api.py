@@ -15,7 +15,7 @@ from streamindex_service.ops.formats import KeyFormat
 from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
-from streamindex_service.ops.topk.plan import Plan, Shape, choose_score_kernel
+from streamindex_service.ops.topk.plan import Plan, Shape, WorkspaceTerms, choose_score_kernel
 from streamindex_service.ops.topk.problem import (
     LIMITS,
     Limits,
@@ -53,6 +53,7 @@ class Implementation:
     it imports.
     repeatable: the device types on which chunk, tile, workspace and neighbours cannot change a bit of the answer.
     plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled.
+    terms: device type -> what its plans take, in closed form.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Implementation:
     repeatable: frozenset[str]
     limits: Limits
     plan: Callable[[Shape, int, torch.device], Plan] | None
+    terms: Callable[[str], WorkspaceTerms] = lambda device_type: planning.any_terms()
     requires: str | None = None
     cpu_only_interpreted: bool = False
 
@@ -134,6 +136,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
                 repeatable=frozenset({"cpu"}),
                 limits=LIMITS,
                 plan=lambda shape, budget, device: planning.plan_chunked(shape, budget, on_cuda=device.type == "cuda"),
+                terms=lambda device_type: planning.chunked_terms(on_cuda=device_type == "cuda"),
             ),
             Implementation(
                 "triton",
@@ -143,6 +146,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
                 repeatable=_ANY_DEVICE,
                 limits=LIMITS,
                 plan=_plan_triton,
+                terms=lambda device_type: planning.triton_terms(),
                 requires="triton",
                 cpu_only_interpreted=True,
             ),

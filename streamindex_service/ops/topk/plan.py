@@ -21,6 +21,7 @@ _TILED_ROWS = 256
 _ROW_STEP = 8
 _PART_ALIGNMENT = 256
 _PARTS = 10  # of an arena
+_MOST_HEADS, _MOST_HEAD_DIM = 128, 256
 FILTERED_TOP_K = 4  # a row of fewer than so many times top_k keys is not filtered
 
 # Queries that the multiprocessors read at a time: a third of the cache, beside the scores that pass through it.
@@ -40,6 +41,36 @@ class ScoreKernel(StrEnum):
     PORTABLE = "portable"
     HOPPER = "hopper"
     WITHOUT_GLUON = "portable, for this Triton lacks what the hopper kernel needs"
+
+
+@dataclass(frozen=True)
+class WorkspaceTerms:
+    """The workspace of a run whose rows and keys are one chunk and one tile, in closed form: for whoever reserves
+    memory and cannot ask for a plan. Never less than the plan's, and hardly more.
+
+    Bytes of a run: `fixed_bytes`, and for each row `row_bytes`; for each (row, head, element of it)
+    `row_element_bytes`; for each (row, entry of its answer) `row_entry_bytes`; for each (row, key) 1/32 of
+    `row_key_32nds`; for each (row, key, head) `row_key_head_bytes`; for each key `key_bytes`, and `key_dim_bytes` for
+    each of its elements. Rows that see at least `filter_keys` keys, and `filter_entries` for each entry, have a filter:
+    `survivor_bytes` for each of `survivors` or of `entry_survivors` an entry, what is more, and `marked_row_bytes`, and
+    1/32 of `marked_key_32nds` for each key.
+    """
+
+    fixed_bytes: int
+    row_bytes: int = 0
+    row_element_bytes: int = 0
+    row_entry_bytes: int = 0
+    row_key_32nds: int = 0
+    row_key_head_bytes: int = 0
+    key_bytes: int = 0
+    key_dim_bytes: int = 0
+    filter_keys: int = 0
+    filter_entries: int = 0
+    survivor_bytes: int = 0
+    survivors: int = 0
+    entry_survivors: int = 0
+    marked_row_bytes: int = 0
+    marked_key_32nds: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,6 +177,45 @@ def triton_workspace_bytes(shape: Shape, query_chunk: int, key_tile: int) -> int
     """Peak bytes of the fused kernels: the arena of a chunk × tile."""
     tiles = kernel_tiles(shape.format_name, shape.heads, shape.head_dim)  # no score kernel changes a byte of it
     return arena_bytes(shape.top_k, query_chunk, key_tile, tiles) + _SLACK_BYTES
+
+
+def triton_terms() -> WorkspaceTerms:
+    """Of the fused kernels: what `arena_parts` adds up to."""
+    tiles = kernel_tiles("bf16", 64, 128)  # nothing here depends on the format or the dimensions
+    return WorkspaceTerms(
+        fixed_bytes=4 * tiles.mark_block + _PARTS * _PART_ALIGNMENT + _SLACK_BYTES,
+        row_entry_bytes=4 * 4,
+        row_key_32nds=4 * 32,
+        filter_keys=tiles.filter_keys,
+        filter_entries=FILTERED_TOP_K,
+        survivor_bytes=4 * 2,
+        survivors=survivor_capacity(0),
+        entry_survivors=survivor_capacity(1 << 20) >> 20,
+        marked_row_bytes=4 * 2,
+        marked_key_32nds=4,
+    )
+
+
+def chunked_terms(*, on_cuda: bool) -> WorkspaceTerms:
+    """Of the torch implementation: what `chunked_cuda_workspace_bytes` and `chunked_cpu_workspace_bytes` say."""
+    if on_cuda:
+        return WorkspaceTerms(
+            fixed_bytes=_SLACK_BYTES, row_element_bytes=4, row_entry_bytes=40, row_key_32nds=56 * 32,
+            row_key_head_bytes=4, key_bytes=8, key_dim_bytes=8,
+        )  # fmt: skip
+    page = 4 * PAGE_KEYS * (_MOST_HEAD_DIM + _MOST_HEADS)
+    return WorkspaceTerms(
+        fixed_bytes=_SLACK_BYTES + page, row_bytes=4 * _MOST_HEADS, row_element_bytes=4, row_entry_bytes=40,
+        row_key_32nds=56 * 32,
+    )  # fmt: skip
+
+
+def any_terms() -> WorkspaceTerms:
+    """Of an implementation that has no plan: more than it is known to take."""
+    return WorkspaceTerms(
+        fixed_bytes=4 * _SLACK_BYTES, row_element_bytes=8, row_entry_bytes=64, row_key_32nds=64 * 32,
+        row_key_head_bytes=4, key_dim_bytes=4,
+    )  # fmt: skip
 
 
 def arena_bytes(top_k: int, rows: int, stride: int, tiles: KernelTiles) -> int:

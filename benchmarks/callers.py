@@ -1,0 +1,235 @@
+"""Callers of a running service, each in a process of its own, so that none waits for another's interpreter.
+
+    python -m benchmarks.callers steps ADDRESS CACHE_ID --position P --top-k K --count N
+    python -m benchmarks.callers flood ADDRESS CACHE_ID --position P --top-k K [--streams S]
+    python -m benchmarks.callers work ADDRESS ID,ID,... --position P --top-k K [--streams S --rows R --count N]
+
+`steps` are decode steps one after another: a SearchBatch of one row each. `flood` sends searches without end, each of a
+million rows, until its standard input ends. `work` waits for a line, then makes N searches of R rows in each of the
+caches, S caches at a time. Each says `ready` once it has had an answer, and its figures as one line of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import streamindex_client
+from streamindex_client import BatchItem, ClientOptions, KeyCache
+
+CHUNK_ROWS = 256
+FLOOD_ROWS = 1 << 20  # of one search
+READY = "ready"
+_WARM_STEPS = 50
+_START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A process that calls."""
+
+    process: subprocess.Popen[str]
+
+    def wait_ready(self) -> None:
+        """Until it has had an answer. Raises RuntimeError when it ends instead."""
+        assert self.process.stdout is not None
+        if self.process.stdout.readline().strip() != READY:
+            raise RuntimeError(f"a caller ended with exit code {self.process.wait()}")
+
+    def go(self) -> None:
+        """Let it begin."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def figures(self) -> dict[str, Any]:
+        """Let it come to its end; what it measured. Raises RuntimeError when it failed."""
+        out, _ = self.process.communicate(timeout=_START_TIMEOUT_S)
+        if self.process.returncode:
+            raise RuntimeError(f"a caller ended with exit code {self.process.returncode}")
+        found: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return found
+
+
+@contextmanager
+def caller(kind: str, address: str, cache_id: str, **options: int) -> Iterator[Caller]:
+    """Start one; it is ended at the end of the block."""
+    command = [sys.executable, "-m", "benchmarks.callers", kind, address, cache_id]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Caller(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def queries(rows: int, heads: int, head_dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """q [rows, heads, head_dim] bf16 as its bits in uint16, w [rows, heads] float32."""
+    random = np.random.default_rng(seed)
+    q = random.standard_normal((rows, heads, head_dim), dtype=np.float32).view(np.uint32) >> 16
+    w = random.standard_normal((rows, heads), dtype=np.float32) * np.float32((heads * head_dim) ** -0.5)
+    return q.astype(np.uint16), w
+
+
+def step_queries(cache: KeyCache) -> tuple[np.ndarray, np.ndarray]:
+    """The row of every decode step."""
+    return queries(1, cache.info.spec.heads, cache.info.spec.head_dim, seed=2)
+
+
+def work_queries(cache: KeyCache) -> tuple[np.ndarray, np.ndarray]:
+    """The chunk that every search of `work` repeats."""
+    return queries(CHUNK_ROWS, cache.info.spec.heads, cache.info.spec.head_dim, seed=5)
+
+
+def run_steps(client: streamindex_client.Client, cache: KeyCache, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Decode steps one after another, the same each time: every answer must be the first one."""
+    q, w = step_queries(cache)
+    item = BatchItem(cache, 0, q, w, start_position=arguments.position)
+    times, first, changed = [], None, 0
+    for step in range(_WARM_STEPS + arguments.count):
+        begin = time.perf_counter()
+        (result,) = client.search_batch([item], top_k=arguments.top_k)
+        times.append(time.perf_counter() - begin)
+        if result.error is not None:
+            raise result.error
+        if first is None:
+            first = result.indices
+        changed += not np.array_equal(first, result.indices)
+        if step == _WARM_STEPS:
+            print(READY, flush=True)
+    assert first is not None
+    return {"seconds": times[_WARM_STEPS:], "changed": changed, "indices": first[0].tolist()}
+
+
+class Flood:
+    """Searches without end on several streams; rows that were answered count from `begin` to `stop`."""
+
+    def __init__(self, cache: KeyCache, arguments: argparse.Namespace) -> None:
+        self._cache = cache
+        self._arguments = arguments
+        spec = cache.info.spec
+        self._chunk = queries(CHUNK_ROWS, spec.heads, spec.head_dim, seed=3)
+        self._stop = threading.Event()
+        self._answered = [0] * arguments.streams
+        self._failed: list[BaseException] = []
+
+    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for _ in range(FLOOD_ROWS // CHUNK_ROWS):
+            if self._stop.is_set():
+                return
+            yield self._chunk
+
+    def _run(self, stream: int) -> None:
+        try:
+            while not self._stop.is_set():
+                position, top_k = self._arguments.position, self._arguments.top_k
+                for part in self._cache.search(layer=0, q=self._blocks(), top_k=top_k, start_position=position):
+                    self._answered[stream] += part.rows
+        except BaseException as error:
+            self._failed.append(error)
+            self._stop.set()
+
+    def figures(self) -> dict[str, Any]:
+        """Until standard input ends. Raises what a stream raised."""
+        threads = [threading.Thread(target=self._run, args=(stream,)) for stream in range(self._arguments.streams)]
+        for thread in threads:
+            thread.start()
+        while not all(self._answered) and not self._failed:
+            time.sleep(0.01)
+        before, begin = sum(self._answered), time.perf_counter()
+        print(READY, flush=True)
+        sys.stdin.read()
+        rows, seconds = sum(self._answered) - before, time.perf_counter() - begin
+        self._stop.set()
+        for thread in threads:
+            thread.join()
+        if self._failed:
+            raise self._failed[0]
+        return {"rows": rows, "seconds": seconds}
+
+
+class Work:
+    """A number of searches in each of several caches, which hold the same keys: all answers must be the same."""
+
+    def __init__(self, caches: list[KeyCache], arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._left = deque(caches)
+        self._chunk = work_queries(caches[0])
+        self._answers: list[tuple[int, np.ndarray]] = []  # checksum of all indices, indices of the first row
+
+    def _search(self, cache: KeyCache, rows: int) -> tuple[int, np.ndarray]:
+        arguments = self._arguments
+        blocks = (self._chunk for _ in range(rows // CHUNK_ROWS))
+        indices = [
+            part.indices
+            for part in cache.search(layer=0, q=blocks, top_k=arguments.top_k, start_position=arguments.position)
+        ]
+        assert sum(map(len, indices)) == rows
+        return zlib.crc32(np.concatenate(indices).tobytes()), indices[0][0].copy()
+
+    def _run(self) -> None:
+        while self._left:
+            try:
+                cache = self._left.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            for _ in range(self._arguments.count):
+                self._answers.append(self._search(cache, self._arguments.rows))
+
+    def figures(self) -> dict[str, Any]:
+        """Once there is a line of input. Raises what a search raised."""
+        for cache in self._left:
+            self._search(cache, CHUNK_ROWS)
+        print(READY, flush=True)
+        sys.stdin.readline()
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(self._arguments.streams) as threads:
+            for done in [threads.submit(self._run) for _ in range(self._arguments.streams)]:
+                done.result()
+        seconds = time.perf_counter() - begin
+        sums = [checksum for checksum, _ in self._answers]
+        changed = sum(each != sums[0] for each in sums)
+        rows = len(sums) * self._arguments.rows
+        return {
+            "seconds": seconds, "rows": rows, "changed": changed, "checksum": sums[0],
+            "indices": self._answers[0][1].tolist(),
+        }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("steps", "flood", "work"))
+    parser.add_argument("address")
+    parser.add_argument("cache_id", help="several for `work`, joined by commas")
+    parser.add_argument("--position", type=int, required=True, help="of the (first) row")
+    parser.add_argument("--top-k", type=int, required=True)
+    parser.add_argument("--count", type=int, default=1000, help="steps, or searches of each cache")
+    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=CHUNK_ROWS, help="of a search of `work`")
+    arguments = parser.parse_args()
+    with streamindex_client.connect(arguments.address, options=ClientOptions()) as client:
+        caches = [client.open_key_cache(each) for each in arguments.cache_id.split(",")]
+        if arguments.kind == "steps":
+            figures = run_steps(client, caches[0], arguments)
+        else:
+            figures = (Flood(caches[0], arguments) if arguments.kind == "flood" else Work(caches, arguments)).figures()
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

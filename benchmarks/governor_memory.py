@@ -1,0 +1,273 @@
+"""Device memory and throughput while callers offer four times what fits, against the same work at exactly what fits.
+
+    python -m benchmarks.governor_memory --quick --out benchmarks/results/governor_memory.json
+
+64 key caches, of which the device budget holds 16 beside their workspaces. All of them are searched at once, by 64
+callers; and, in turn with that, 16 at a time: the same searches. The memory of the device is sampled from outside,
+through NVML, every few milliseconds, all the while. The context is what the service takes beyond its allocator's
+memory once every cache has been searched.
+
+The run fails, and writes no figures, when the memory passes budget and context, a tile found no memory, a worker was
+lost, an answer was wrong or not that of all the others, or the throughput is more than 10 % below that of what fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+import streamindex_client
+import torch
+from streamindex.v1 import server_pb2, server_pb2_grpc
+from streamindex_client import KeyCache
+
+from benchmarks.callers import caller, work_queries
+from benchmarks.device_memory import Sampler, nvml_used_bytes
+from benchmarks.harness import V4_FLASH, Model, Report, Row
+from streamindex_service.ops import PagedKeys
+from streamindex_service.ops.topk import check_topk
+from streamindex_service.testing.service import RunningService
+
+TABLE = "governor_memory"
+MIB = 1 << 20
+TINY = Model("tiny", heads=4, head_dim=32, ratio=4, top_k=64)  # for a CPU
+LEAST_THROUGHPUT = 0.9
+TIMES = 4  # what is offered, in times of what fits
+_PERIOD_S = 0.003
+_CPU_PERIOD_S = 0.05  # there the service is asked
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one run. `fitting` caches of `keys` fit the budget; `processes` of callers divide them evenly."""
+
+    model: Model
+    keys: int
+    fitting: int
+    processes: int
+    rows: int
+    searches: int
+    rounds: int
+    budget_bytes: int
+    extent_bytes: int
+
+    @property
+    def caches(self) -> int:
+        return TIMES * self.fitting
+
+
+@dataclass(frozen=True)
+class MemoryRow(Row):
+    """`seconds` of the work at four times what fits; `ratio` of its throughput to that at what fits.
+
+    `peak_bytes`: the most that was in use on the device, beyond what was before the service started; of it
+    `context_bytes` are not the allocator's.
+    """
+
+    checked_rows: int = 0
+    budget_bytes: int = 0
+    context_bytes: int = 0
+    samples: int = 0
+    rows_per_s: float = 0.0
+    fitting_rows_per_s: float = 0.0
+    failures: int = 0
+    worker_restarts: int = 0
+    promoted_pages: int = 0
+    evicted_pages: int = 0
+
+
+@dataclass
+class Outcome:
+    """Of several rounds."""
+
+    seconds: list[float] = field(default_factory=list)
+    rows: int = 0
+    changed: int = 0
+    checksums: set[int] = field(default_factory=set)
+    indices: list[int] = field(default_factory=list)
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.rows / sum(self.seconds)
+
+
+def load_of(address: str) -> server_pb2.GetLoadResponse:
+    """What the service says of itself."""
+    with grpc.insecure_channel(address) as channel:
+        return server_pb2_grpc.ServerServiceStub(channel).GetLoad(server_pb2.GetLoadRequest(), timeout=30)
+
+
+def make_caches(client: streamindex_client.Client, sizes: Sizes, keys: np.ndarray) -> list[KeyCache]:
+    """All with the same keys."""
+    caches, model = [], sizes.model
+    for _ in range(sizes.caches):
+        cache = client.create_key_cache(
+            heads=model.heads, head_dim=model.head_dim, ratio=model.ratio, key_format="bf16", layers=1
+        )
+        cache.append(layer=0, keys=keys, first_row=0)
+        caches.append(cache)
+    return caches
+
+
+def run_work(address: str, caches: list[KeyCache], sizes: Sizes, at_once: int, outcome: Outcome) -> None:
+    """Search all caches, so many at once."""
+    options = {
+        "position": sizes.keys * sizes.model.ratio, "top_k": sizes.model.top_k, "rows": sizes.rows,
+        "count": sizes.searches, "streams": at_once // sizes.processes,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        shares = [caches[number :: sizes.processes] for number in range(sizes.processes)]
+        callers = [
+            stack.enter_context(caller("work", address, ",".join(cache.id for cache in share), **options))
+            for share in shares
+        ]
+        for each in callers:
+            each.wait_ready()
+        begin = time.perf_counter()
+        for each in callers:
+            each.go()
+        figures = [each.figures() for each in callers]
+        outcome.seconds.append(time.perf_counter() - begin)
+    outcome.rows += sum(each["rows"] for each in figures)
+    outcome.changed += sum(each["changed"] for each in figures)
+    outcome.checksums.update(each["checksum"] for each in figures)
+    outcome.indices = figures[0]["indices"]
+
+
+def wrong_rows(outcomes: list[Outcome], sizes: Sizes, keys: np.ndarray, cache: KeyCache) -> int:
+    """Answers that differ from the others, and whether the first row of them is wrong."""
+
+    def bf16(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+
+    q, w = work_queries(cache)
+    report = check_topk(
+        torch.tensor([outcomes[0].indices], dtype=torch.int32),
+        bf16(q[:1]),
+        torch.from_numpy(w[:1]),
+        PagedKeys.from_contiguous(bf16(keys)),
+        torch.tensor([sizes.keys * sizes.model.ratio]),
+        ratio=sizes.model.ratio,
+        top_k=sizes.model.top_k,
+    )
+    different = len(set().union(*(outcome.checksums for outcome in outcomes))) - 1
+    return int(report.wrong_rows) + different + sum(outcome.changed for outcome in outcomes)
+
+
+def measure(device: str, sizes: Sizes) -> MemoryRow:
+    """Start the service, upload, let every cache be searched once, then offer what fits and four times that in turn."""
+    model, on_gpu = sizes.model, device != "cpu"
+    keys = np.random.default_rng(1).standard_normal((sizes.keys, model.head_dim), dtype=np.float32)
+    keys = (keys.view(np.uint32) >> 16).astype(np.uint16)
+    read: Callable[[], int] = lambda: 0  # noqa: E731
+    if on_gpu:
+        read = nvml_used_bytes(str(torch.cuda.get_device_properties(device).uuid))
+    before = read()
+    settings = {
+        "worker": {"device": device},
+        "memory": {
+            "device_budget_bytes": sizes.budget_bytes,
+            "host_budget_bytes": 2 * sizes.caches * keys.nbytes + 64 * MIB,
+            "extent_bytes": sizes.extent_bytes,
+            "ingress_budget_bytes": 1024 * MIB,
+        },
+        "scheduler": {"max_queued_bytes": 1024 * MIB},
+        "log": {"level": "warning"},
+    }
+    fits, over = Outcome(), Outcome()
+    with RunningService(settings) as service, streamindex_client.connect(service.address) as client:
+        if not on_gpu:
+            read = lambda: next(e for e in load_of(service.address).ledgers if e.name == "hbm").reserved_bytes  # noqa: E731
+        caches = make_caches(client, sizes, keys)
+        warm = Outcome()
+        with Sampler(read, _PERIOD_S if on_gpu else _CPU_PERIOD_S) as sampler:
+            run_work(service.address, caches, sizes, sizes.fitting, warm)
+            load = load_of(service.address)
+            context = read() - before - load.device_reserved_bytes if on_gpu else 0
+            for _ in range(sizes.rounds):
+                run_work(service.address, caches, sizes, sizes.fitting, fits)
+                run_work(service.address, caches, sizes, sizes.caches, over)
+        load = load_of(service.address)
+    return MemoryRow(
+        table=TABLE,
+        case=f"{sizes.caches} callers, {sizes.caches * keys.nbytes // MIB} MiB of keys, budget "
+        f"{sizes.budget_bytes // MIB} MiB",
+        dtype="bf16",
+        seconds=sum(over.seconds) / sizes.rounds,
+        useful_tflops=None,
+        roof_fraction=None,
+        ratio=over.rows_per_s / fits.rows_per_s,
+        ratio_to="what fits",
+        peak_bytes=sampler.most - before,
+        wrong_rows=wrong_rows([warm, fits, over], sizes, keys, caches[0]),
+        repeats=sizes.rounds,
+        note=f"{over.rows_per_s:,.0f} rows/s at {TIMES} times what fits, {fits.rows_per_s:,.0f} at what fits; context "
+        f"{context / MIB:.0f} MiB, {sampler.samples} samples",
+        checked_rows=3,
+        budget_bytes=sizes.budget_bytes,
+        context_bytes=context,
+        samples=sampler.samples,
+        rows_per_s=over.rows_per_s,
+        fitting_rows_per_s=fits.rows_per_s,
+        failures=load.device.memory.failures,
+        worker_restarts=load.worker_restarts,
+        promoted_pages=load.device.promoted_pages,
+        evicted_pages=load.device.evicted_pages,
+    )
+
+
+def broken_promises(row: MemoryRow) -> list[str]:
+    """What the row shows that must not be."""
+    found = []
+    assert row.peak_bytes is not None
+    assert row.ratio is not None
+    if row.peak_bytes > row.budget_bytes + row.context_bytes:
+        found.append(f"{row.peak_bytes} bytes in use, budget {row.budget_bytes} and context {row.context_bytes}")
+    for name, count in (("tiles without memory", row.failures), ("lost workers", row.worker_restarts)):
+        if count:
+            found.append(f"{count} {name}")
+    if row.wrong_rows:
+        found.append(f"{row.wrong_rows} wrong answers")
+    if row.ratio < LEAST_THROUGHPUT:
+        found.append(f"{row.ratio:.2f} of the throughput of what fits")
+    if not row.evicted_pages:
+        found.append("nothing was evicted: all of it fitted")
+    return found
+
+
+def sizes_of(device: str, *, quick: bool) -> Sizes:
+    """What is measured there."""
+    if device == "cpu":
+        return Sizes(TINY, 16_384, 2, 2, 256, 1, 1, budget_bytes=40 * MIB, extent_bytes=MIB)
+    # 16 × 64 MiB of keys; what is left of the budget are three workspaces of the largest tiles
+    return Sizes(
+        V4_FLASH, 262_144, 16, 8, 1024, 2 if quick else 4, 1 if quick else 2, 1600 * MIB, extent_bytes=32 * MIB
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    report = Report(arguments.device)
+    report.start()
+    row = measure(arguments.device, sizes_of(arguments.device, quick=arguments.quick))
+    report.add(row)
+    print({name: value for name, value in vars(row).items() if name not in Row.__dataclass_fields__}, flush=True)
+    if broken := broken_promises(row):
+        print(f"nothing is written: {'; '.join(broken)}", file=sys.stderr)
+        return 1
+    return report.finish(arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
