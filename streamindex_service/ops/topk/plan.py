@@ -309,7 +309,7 @@ def largest(most: int, fits: Callable[[int], bool]) -> int:
 
 def survivor_capacity(top_k: int) -> int:
     """Entries of a row that the filter may leave to the selection; more, and the selection reads the whole row."""
-    return max(1024, 4 * top_k)
+    return max(1024, 6 * top_k)
 
 
 @lru_cache(maxsize=16)
@@ -368,7 +368,7 @@ def kernel_tiles(
         filter_keys=2049,  # one more than select_lanes
         sample_line=8,
         sample_every=8,
-        sample_lanes=8192,
+        sample_lanes=4096,
         mark_block=2048,
         collect_words=1024,
         rest_rows=32,
