@@ -48,16 +48,13 @@ def measure(
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
     work()
     if on_cuda:
         torch.cuda.synchronize()
-    is_short = time.perf_counter() - begin < _SETTLE_S
     peak = torch.cuda.max_memory_allocated() - before if on_cuda else 0
     if when_warm is not None:
         when_warm()
-        if is_short:
-            _keep_up(work, device)
+        _keep_up(work, device)
     # the first run that is warm says how many there is time for: the one before may have compiled what it needs
     samples = [seconds_of(work, device)]
     repeats = max(1, min(max_repeats, int(budget_s / max(samples[0], 1e-6))))
@@ -66,12 +63,13 @@ def measure(
 
 
 def _keep_up(work: Callable[[], object], device: str) -> None:
-    if device == "cpu":
-        return
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < _SETTLE_S:
+    """Run short work again and again; what takes long enough by itself is not run."""
+    left_s = _SETTLE_S if device != "cpu" else 0.0
+    while left_s > 0:
+        begin = time.perf_counter()
         work()
         torch.cuda.synchronize()
+        left_s -= time.perf_counter() - begin
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
