@@ -36,6 +36,11 @@ TIGHT = {
     },
     "worker": CPU,
 }
+# 3 MiB for pages as well, and no end of host memory: the keys are there, the device is what they do not fit.
+SMALL_DEVICE = {
+    **ROOMY,
+    "memory": {**ROOMY["memory"], "device_budget_bytes": 19 * MIB + MIB // 4, "extent_bytes": MIB // 4},
+}
 
 
 def is_idle(load: Any) -> bool:

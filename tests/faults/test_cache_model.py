@@ -1,0 +1,60 @@
+"""Evictions, promotions and dead workers cost no wrong answer: seeded histories against plain arrays.
+
+A failure names its seed: python -m tests.support.cache_history SEED tells that history again, step by step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from streamindex_service.testing.service import RunningService
+from tests.support.cache_history import CacheHistory, killer
+from tests.support.calls import Calls
+from tests.support.services import SMALL_DEVICE, is_idle, wait_for
+
+SEEDS = 5
+STEPS_SEEN: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module")
+def service():
+    with RunningService(SMALL_DEVICE) as running:
+        yield running
+
+
+@pytest.fixture
+def connection(service):
+    with Calls(service.address) as calls:
+        calls.wait_health(1)
+        yield calls
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_every_answer_is_the_models(service, connection, seed):
+    before = connection.load()
+    history = CacheHistory(connection, killer(service), seed)
+    try:
+        history.run()
+    except Exception as error:
+        raise AssertionError(f"python -m tests.support.cache_history {seed}") from error
+    after = connection.load()
+    # It was about something: pages had to go and come back, and workers died.
+    assert after.device.evicted_pages > before.device.evicted_pages + 10
+    assert after.device.promoted_pages > before.device.promoted_pages + 50
+    assert after.worker_restarts > before.worker_restarts
+    STEPS_SEEN.update(history.steps)
+    wait_for(lambda: is_idle(connection.load()))
+    host = connection.ledger("host")
+    assert (host.reserved_bytes, connection.load().key_caches) == (0, 0)
+
+
+def test_a_seed_is_the_same_history_every_time(service, connection):
+    told: list[list[str]] = []
+    for _ in range(2):
+        lines: list[str] = []
+        CacheHistory(connection, killer(service), 4711, tell=lines.append, steps=12).run()
+        told.append(lines)
+    assert told[0] == told[1]
+    assert len(told[0]) > 8
