@@ -7,8 +7,9 @@ of a page on the device stays valid for as long as the page exists.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from streamindex_service.core.accounts import NO_QUOTA, Account, Accounts, Quota
@@ -27,6 +28,17 @@ from streamindex_service.errors import (
 CACHE_RECORD_BYTES = 1024
 LAYER_RECORD_BYTES = 256
 FORKED_PAGE_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Watermarks:
+    """Parts of the host budget: up to `high` uploads begin; up to `critical` they go on, and caches are made."""
+
+    high: float = 1.0
+    critical: float = 1.0
+
+
+NO_WATERMARKS = Watermarks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +165,8 @@ class CacheStore:
     """All caches.
 
     `host` is where pages come from; `drop_device` is told when a page with a copy on the device is gone, `make_room`
-    when host memory was reserved for something else than pages.
+    when host memory was reserved for something else than pages. `reclaim` is asked for what has expired before anybody
+    is refused for want of memory, and tells whether there was any; the uploads set it.
     """
 
     def __init__(
@@ -165,8 +178,11 @@ class CacheStore:
         quota: Quota = NO_QUOTA,
         make_room: Callable[[], None] = lambda: None,
         new_id: Callable[[], str] = lambda: "kc_" + secrets.token_urlsafe(18),
+        watermarks: Watermarks = NO_WATERMARKS,
     ) -> None:
         self.host = host
+        self.watermarks = watermarks
+        self.reclaim: Callable[[], bool] = lambda: False
         self.accounts = Accounts(quota)
         self._drop_device = drop_device
         self._clock = clock
@@ -188,12 +204,13 @@ class CacheStore:
                 metadata={"key_caches": len(self._caches), "limit": self._max_caches},
             )
         record_bytes = CACHE_RECORD_BYTES + spec.layers * LAYER_RECORD_BYTES + shared_pages * FORKED_PAGE_BYTES
+        self.require_room(spec.page_bytes, record_bytes, self.watermarks.critical)
         account = self.accounts.of(owner)
         account.open_cache()
         if not self.host.ledger.try_reserve(record_bytes):
             account.close_cache()
             self.accounts.forget_if_empty(account)
-            raise host_memory_used_up(self.host, record_bytes)
+            raise self.memory_used_up(spec.page_bytes, record_bytes, self.watermarks.critical)
         self._make_room()
         self._created += 1
         now = self._clock()
@@ -249,7 +266,8 @@ class CacheStore:
     def fork(self, cache: KeyCache, keys: int | None) -> KeyCache:
         """Make a cache that shares this one's pages. Raises TooManyError, HostMemoryError."""
         lengths = [layer.length_keys if keys is None else min(keys, layer.length_keys) for layer in cache.layers]
-        twin = self.create(cache.owner, cache.spec, sum(map(pages_of, lengths)))
+        with self.kept(cache):
+            twin = self.create(cache.owner, cache.spec, sum(map(pages_of, lengths)))
         for source, target, length in zip(cache.layers, twin.layers, lengths, strict=True):
             target.length_keys = length
             target.pages = source.pages[: pages_of(length)]
@@ -297,6 +315,43 @@ class CacheStore:
         layer.version += 1
         assert len(layer.pages) == pages_of(layer.length_keys)
 
+    @contextlib.contextmanager
+    def kept(self, cache: KeyCache) -> Iterator[None]:
+        """A cache that does not go, whatever is reclaimed within."""
+        cache.busy += 1
+        try:
+            yield
+        finally:
+            cache.busy -= 1
+
+    def pages_below(self, watermark: float, page_bytes: int) -> int:
+        """Pages of this size that may be taken until so much of the host budget is used."""
+        left_bytes = int(watermark * self.host.ledger.limit_bytes) - self.host.used_bytes(page_bytes)
+        return max(0, left_bytes // page_bytes)
+
+    def require_room(self, page_bytes: int, needed_bytes: int, watermark: float) -> None:
+        """That so many bytes more are below a watermark, for a cache whose pages have this size.
+
+        Raises HostMemoryError with the figures, when nothing has expired that could go.
+        """
+        limit_bytes = int(watermark * self.host.ledger.limit_bytes)
+        while self.host.used_bytes(page_bytes) + needed_bytes > limit_bytes:
+            if not self.reclaim():
+                raise self.memory_used_up(page_bytes, needed_bytes, watermark)
+
+    def memory_used_up(self, page_bytes: int, needed_bytes: int, watermark: float) -> HostMemoryError:
+        """The refusal, with the figures."""
+        ledger = self.host.ledger
+        return HostMemoryError(
+            "the host memory budget is used up",
+            metadata={
+                "needed_bytes": needed_bytes,
+                "reserved_bytes": self.host.used_bytes(page_bytes),
+                "watermark_bytes": int(watermark * ledger.limit_bytes),
+                "budget_bytes": ledger.limit_bytes,
+            },
+        )
+
     def _expired(self, cache: KeyCache) -> bool:
         return cache.busy == 0 and self._clock() - cache.used_at >= cache.spec.idle_ttl_s
 
@@ -319,19 +374,6 @@ class CacheStore:
                 self.host.free(page.host)
                 page.account.take(-page.page_bytes)
                 self.accounts.forget_if_empty(page.account)
-
-
-def host_memory_used_up(host: PagePool, needed_bytes: int) -> HostMemoryError:
-    """The refusal, with the figures."""
-    ledger = host.ledger
-    return HostMemoryError(
-        "the host memory budget is used up",
-        metadata={
-            "needed_bytes": needed_bytes,
-            "reserved_bytes": ledger.reserved_bytes,
-            "budget_bytes": ledger.limit_bytes,
-        },
-    )
 
 
 def edges(layer: Layer, first_row: int, rows: int) -> list[tuple[int, int, int]]:

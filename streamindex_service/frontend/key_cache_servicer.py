@@ -30,7 +30,8 @@ class KeyCacheServicer:
     async def create(self, request: pb.CreateKeyCacheRequest, context: Any) -> pb.CreateKeyCacheResponse:
         """CreateKeyCache."""
         service = self._service
-        spec = requests.cache_spec(request.spec, service.settings, service.formats, service.host.limit_bytes)
+        most_bytes = int(service.caches.watermarks.critical * service.host.limit_bytes)
+        spec = requests.cache_spec(request.spec, service.settings, service.formats, most_bytes)
         cache = service.caches.create(self._identify(context), spec)
         return pb.CreateKeyCacheResponse(key_cache=to_key_cache(cache))
 

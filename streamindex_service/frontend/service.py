@@ -12,7 +12,7 @@ from typing import Any
 
 from streamindex_service.config import Settings
 from streamindex_service.core.accounts import Quota
-from streamindex_service.core.caches import CacheStore, KeyCache, Page
+from streamindex_service.core.caches import CacheStore, KeyCache, Page, Watermarks
 from streamindex_service.core.governor import Governor, GovernorLimits
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
@@ -61,6 +61,7 @@ class Service:
             settings.server.max_caches,
             _quota(settings),
             self.host_extents.make_room,
+            watermarks=Watermarks(memory.host_high_watermark, memory.host_critical_watermark),
         )
         residency = Residency(self.hbm, device_pool, self.device.load)
         self.governor = Governor(residency, clock, _governor_limits(settings))

@@ -32,6 +32,8 @@ TIGHT = {
         **ROOMY["memory"],
         "device_budget_bytes": 19 * MIB + MIB // 4,
         "host_budget_bytes": 8 * MIB + 12 * 1024,  # pages, and the records of a few caches
+        "host_high_watermark": 1.0,  # to the last byte
+        "host_critical_watermark": 1.0,
         "extent_bytes": MIB // 4,
     },
     "worker": CPU,
