@@ -105,6 +105,15 @@ class MemorySettings(_Section):
         0.98,
         description="part of the host budget above which no upload takes more memory and no cache is made; 1: none",
     )
+    spill_dir: str = Field(
+        "", description='directory on a local disk to which idle caches go when host memory is short; "" for none'
+    )
+    spill_bytes: ByteSize = Field(ByteSize(64 * 1024 * _MIB), description="keys that may be there")
+    spill_watermark: Share = Field(
+        0.9, description="part of the host budget above which caches idle for so long go to disk ahead of need"
+    )
+    spill_idle_s: Seconds = Field(30.0, description="so long")
+    spill_pause_s: Seconds = Field(10.0, description="after a write that failed, none is tried for so long")
     spare_bytes: ByteSize = Field(
         ByteSize(512 * _MIB),
         description="freed memory of the host budget that is kept for the next keys, as long as nothing else needs it",

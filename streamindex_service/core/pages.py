@@ -100,6 +100,12 @@ class PagePool:
         """Pages of this size that could be allocated now."""
         return self._free_pages.get(page_bytes, 0) + self.ledger.free_bytes // page_bytes
 
+    @property
+    def page_bytes_in_use(self) -> int:
+        """Bytes of the pages that are allocated; what is reserved for the free places beside them does not count."""
+        extents = sum(extent.slots * extent.page_bytes for extent in self._extents.values())
+        return extents - sum(size * pages for size, pages in self._free_pages.items())
+
     def used_bytes(self, page_bytes: int) -> int:
         """What of the budget is not there for pages of this size: all that is reserved, less their free places."""
         return self.ledger.reserved_bytes - self._free_pages.get(page_bytes, 0) * page_bytes

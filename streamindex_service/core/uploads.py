@@ -143,9 +143,8 @@ class UploadTable:
         """The stream is gone; from now on the time to live runs."""
         upload.attached = False
         upload.cache.busy -= 1
-        now = self._clock()
-        upload.touched_at = now
-        upload.cache.used_at = now
+        upload.touched_at = self._clock()
+        self._store.touch(upload.cache)
         if upload.cache.deleted and upload.upload_id in self._uploads:
             self.drop(upload)
 
@@ -168,13 +167,14 @@ class UploadTable:
             upload.staged += slots
             account.take(len(slots) * page_bytes)
 
-    def reclaim(self) -> bool:
+    def reclaim(self, at_once: bool = False) -> bool:
         """Drop caches and uploads past their time to live, before anybody is refused for want of memory.
 
-        False when there are none, and when it was tried a moment ago: it looks at all of them.
+        False when there are none, and when it was tried a moment ago, unless it is to be done at once: it looks at all
+        of them.
         """
         now = self._clock()
-        if now - self._reclaimed_at < _RECLAIM_S:
+        if now - self._reclaimed_at < _RECLAIM_S and not at_once:
             return False
         self._reclaimed_at = now
         dropped = self.expire()
@@ -207,6 +207,12 @@ class UploadTable:
         account.take(-len(upload.staged) * upload.cache.spec.page_bytes)
         self._store.accounts.forget_if_empty(account)
         upload.staged = []
+
+    def close(self, upload: Upload) -> None:
+        """A short upload is over, committed or not: nothing of it is remembered."""
+        self.detach(upload)
+        if upload.upload_id in self._uploads:
+            self.drop(upload)
 
     def drop_cache(self, cache: KeyCache) -> None:
         """Forget the uploads of a cache that is gone, those that a stream still writes apart."""

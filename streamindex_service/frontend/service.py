@@ -24,6 +24,7 @@ from streamindex_service.core.uploads import UploadTable
 from streamindex_service.errors import NotReadyError
 from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
+from streamindex_service.frontend.spill import HostRoom, SpillingRoom, SpillLimits
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
@@ -73,6 +74,7 @@ class Service:
             int(memory.extent_bytes),
             self.host_extents.drop_spares,
         )
+        self.room = self._make_room()
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
             _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, self._unusable, log.info)
@@ -89,6 +91,7 @@ class Service:
         self._watchers = [
             asyncio.create_task(self._sweep(), name="sweeper"),
             asyncio.create_task(self._end_long_waits(), name="long-waits"),
+            asyncio.create_task(self._keep_room(), name="room"),
         ]
 
     async def stop(self) -> None:
@@ -100,6 +103,7 @@ class Service:
         # With the worker gone nothing of the device can hold these up any more.
         await asyncio.gather(*self._background, return_exceptions=True)
         self.ingest_threads.shutdown(wait=True, cancel_futures=True)
+        self.room.close()
 
     @property
     def formats(self) -> frozenset[KeyFormat]:
@@ -164,6 +168,17 @@ class Service:
             if expired:
                 self.log.warning("waited_too_long", tiles=expired)
 
+    def _make_room(self) -> HostRoom:
+        limits = _spill_limits(self.settings)
+        if limits is None:
+            return HostRoom()
+        return SpillingRoom(self.caches, self.uploads, self.host_extents, limits, self.clock, self.background, self.log)
+
+    async def _keep_room(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.server.sweep_s)
+            await self.room.keep_free()
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self.settings.server.sweep_s)
@@ -184,6 +199,21 @@ def _quota(settings: Settings) -> Quota:
 def _spare_limits(settings: Settings) -> SpareLimits:
     memory = settings.memory
     return SpareLimits(int(memory.spare_bytes), memory.spare_segments, memory.spare_s)
+
+
+def _spill_limits(settings: Settings) -> SpillLimits | None:
+    memory = settings.memory
+    if not memory.spill_dir:
+        return None
+    return SpillLimits(
+        directory=memory.spill_dir,
+        size_bytes=int(memory.spill_bytes),
+        extent_bytes=int(memory.extent_bytes),
+        watermark=memory.spill_watermark,
+        idle_s=memory.spill_idle_s,
+        pause_s=memory.spill_pause_s,
+        max_wait_s=settings.scheduler.max_wait_s,
+    )
 
 
 def _governor_limits(settings: Settings) -> GovernorLimits:

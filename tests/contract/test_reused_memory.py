@@ -56,7 +56,7 @@ def visible_pages(server: InProcessServer, cache: KeyCache) -> list[bytes]:
         service = server.server.service
         held = service.caches._caches[cache.id]
         pages = held.layers[0].pages
-        return [service.host_extents.bytes_at(page.host, 0, page.page_bytes).tobytes() for page in pages]
+        return [service.host_extents.bytes_at(page.in_host, 0, page.page_bytes).tobytes() for page in pages]
 
     return server.run(read)
 

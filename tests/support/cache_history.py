@@ -1,6 +1,7 @@
 """Seeded histories of key caches on a running service whose device is too small for them, against plain arrays.
 
     python -m tests.support.cache_history 4711            # one history, told step by step
+    python -m tests.support.cache_history 4711 --spill    # the same on a host that is too small as well
 
 Searches, appends, rewrites, truncations, forks and deletions, uploads that break off, searches that stay open over the
 steps of others, and workers killed with and without work. The device holds 3 MiB of pages and some layers have more: an
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from streamindex.v1 import search_pb2
 
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import Calls, StreamCall, answers, batch_item, finish_message, key_chunks, query_chunk
-from tests.support.services import MIB, SMALL_DEVICE, wait_for
+from tests.support.services import MIB, SMALL_DEVICE, small_host, wait_for
 from tests.support.tensors import BF16, FP8, FP32, Draw, Keys, Kind, ModelCache, Queries, expected
 
 # Pages of 256, 64 and 17 KiB: they share the device, and no extent.
@@ -37,6 +39,10 @@ MOST_CACHES = 6
 MOST_BYTES = 14 * MIB  # of all models, counted without sharing
 STEPS = 90
 TOP_K_LIMIT = 4096
+
+Kill = Callable[[], Callable[[], bool]]
+"""Ends the worker; what it gives tells whether the service knows of it. Until then a search may still be given to the
+dead one, and end with WORKER_LOST."""
 
 
 @dataclass(eq=False)
@@ -86,7 +92,7 @@ class CacheHistory:
     def __init__(
         self,
         calls: Calls,
-        kill: Callable[[], object],
+        kill: Kill,
         seed: int,
         tell: Callable[[str], object] = lambda line: None,
         steps: int = STEPS,
@@ -139,7 +145,6 @@ class CacheHistory:
 
     def _step(self, name: str) -> None:
         self.steps[name] += 1
-        self._restarts = self._calls.load().worker_restarts
         getattr(self, f"_do_{name}")()
 
     def _say(self, what: str) -> None:
@@ -334,12 +339,7 @@ class CacheHistory:
 
     def _do_kill(self) -> None:
         self._say("the worker is killed")
-        self._kill()
-        self._until_it_is_known()
-
-    def _until_it_is_known(self) -> None:
-        """Until then a search may still be given to the dead worker, and end with WORKER_LOST."""
-        wait_for(lambda: (load := self._calls.load()).worker_restarts > self._restarts or not load.ready)
+        wait_for(self._kill())
 
     def _do_kill_search(self) -> None:
         """The worker is killed under a search: it ends right, or says that the worker was lost."""
@@ -350,10 +350,10 @@ class CacheHistory:
         call = self._calls.start_search(pair.kind, pair.cache_id, top_k, **header)
         with call:
             call.send(query_chunk(pair.kind, queries, 0, 3))
-            self._kill()
+            known = self._kill()
             call.half_close()
             messages, error = call.to_the_end()
-        self._until_it_is_known()
+        wait_for(known)
         found = answers([message.chunk for message in messages if message.WhichOneof("message") == "chunk"], top_k)
         done = len(found[0])
         part = Queries(queries.q[:done], queries.w[:done], queries.positions[:done])
@@ -365,22 +365,25 @@ class CacheHistory:
         self._check(pair, layer)
 
 
-def killer(service: RunningService) -> Callable[[], object]:
-    """Kills the worker of a service as nothing can prevent. Between two workers there is none to kill."""
+def killer(service: RunningService) -> Kill:
+    """Kills the worker of a service as nothing can prevent."""
 
-    def kill() -> None:
-        for worker in service.worker_pids():
+    def kill() -> Callable[[], bool]:
+        killed = set(service.worker_pids())  # none between two of them
+        for worker in killed:
             os.kill(worker, signal.SIGKILL)
+        return lambda: bool(set(service.worker_pids()) - killed)
 
     return kill
 
 
 def main(arguments: list[str]) -> None:
     """One history, told."""
-    with RunningService(SMALL_DEVICE) as service, Calls(service.address) as calls:
+    settings = small_host(tempfile.gettempdir()) if "--spill" in arguments else SMALL_DEVICE
+    with RunningService(settings) as service, Calls(service.address) as calls:
         calls.wait_health(1)
         CacheHistory(calls, killer(service), int(arguments[0]), tell=print).run()
-        print(calls.load().device)
+        print(calls.load())
 
 
 if __name__ == "__main__":

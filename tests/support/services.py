@@ -45,6 +45,21 @@ SMALL_DEVICE = {
 }
 
 
+def small_host(directory: Any) -> dict[str, dict[str, Any]]:
+    """The same with a host that is too small as well, and a disk behind it; all that is idle goes there at once."""
+    memory = {
+        **SMALL_DEVICE["memory"],
+        "host_budget_bytes": 14 * MIB,
+        "spill_dir": str(directory),
+        "spill_bytes": 64 * MIB,
+        "host_high_watermark": 1.0,
+        "host_critical_watermark": 1.0,
+        "spill_watermark": 0.5,
+        "spill_idle_s": 0.05,
+    }
+    return {**SMALL_DEVICE, "memory": memory}
+
+
 def is_idle(load: Any) -> bool:
     """No search, and nothing on its way."""
     ingress = next(ledger for ledger in load.ledgers if ledger.name == "ingress")
