@@ -24,6 +24,7 @@ from streamindex_service.core.uploads import UploadTable
 from streamindex_service.errors import NotReadyError
 from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
+from streamindex_service.frontend.segment_closer import SegmentCloser
 from streamindex_service.frontend.spill import HostRoom, SpillingRoom, SpillLimits
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
 from streamindex_service.ipc.v1 import worker_pb2 as pb
@@ -49,8 +50,9 @@ class Service:
         self.host = Ledger("host", host_limit)
         self.ingress = Ledger("ingress", int(memory.ingress_budget_bytes))
         self.hbm = Ledger("hbm", int(memory.device_budget_bytes))
+        self._closer = SegmentCloser()
         self.host_extents = HostExtents(
-            self._segment_dropped, self.host, _spare_limits(settings), clock, asyncio.get_running_loop()
+            self._segment_dropped, self.host, _spare_limits(settings), clock, asyncio.get_running_loop(), self._closer
         )
         self.device = DeviceWorker(self.host_extents, settings.worker.poison_deaths, clock)
         host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
@@ -104,6 +106,7 @@ class Service:
         await asyncio.gather(*self._background, return_exceptions=True)
         self.ingest_threads.shutdown(wait=True, cancel_futures=True)
         self.room.close()
+        self._closer.stop()
 
     @property
     def formats(self) -> frozenset[KeyFormat]:
