@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.5, le=1.0)]
 _MIB = 1 << 20
 _FRAMING_BYTES = 65_536  # of a message, beyond its payload
 
@@ -97,6 +98,22 @@ class MemorySettings(_Section):
         ByteSize(0), description="pages and workspaces on the device; 0: 85 % of a GPU, 20 % of a CPU's memory"
     )
     host_budget_bytes: ByteSize = Field(ByteSize(0), description="keys in host memory; 0: half of the memory")
+    host_high_watermark: Share = Field(
+        0.95, description="part of the host budget above which no new upload begins; 1: none"
+    )
+    host_critical_watermark: Share = Field(
+        0.98,
+        description="part of the host budget above which no upload takes more memory and no cache is made; 1: none",
+    )
+    spill_dir: str = Field(
+        "", description='directory on a local disk to which idle caches go when host memory is short; "" for none'
+    )
+    spill_bytes: ByteSize = Field(ByteSize(64 * 1024 * _MIB), description="keys that may be there")
+    spill_watermark: Share = Field(
+        0.9, description="part of the host budget above which caches idle for so long go to disk ahead of need"
+    )
+    spill_idle_s: Seconds = Field(30.0, description="so long")
+    spill_pause_s: Seconds = Field(10.0, description="after a write that failed, none is tried for so long")
     spare_bytes: ByteSize = Field(
         ByteSize(512 * _MIB),
         description="freed memory of the host budget that is kept for the next keys, as long as nothing else needs it",
@@ -207,6 +224,8 @@ class Settings(BaseSettings):
             raise ValueError(f"limits.max_message_bytes must exceed limits.max_chunk_bytes by {_FRAMING_BYTES}")
         if memory.workspace_bytes < memory.workspace_floor_bytes:
             raise ValueError("memory.workspace_bytes must be at least memory.workspace_floor_bytes")
+        if memory.host_critical_watermark < memory.host_high_watermark:
+            raise ValueError("memory.host_critical_watermark must be at least memory.host_high_watermark")
         if self.scheduler.fair_quantum_s < 3 * self.worker.tile_s:
             raise ValueError("scheduler.fair_quantum_s must be at least three times worker.tile_s")
         return self

@@ -15,9 +15,11 @@
     ├── OffsetGapError                OUT_OF_RANGE         OFFSET_GAP
     ├── ChecksumError                 DATA_LOSS            CHECKSUM
     ├── DigestError                   DATA_LOSS            DIGEST
+    ├── SpillUnreadableError          DATA_LOSS            SPILL_UNREADABLE
     ├── QueueFullError                RESOURCE_EXHAUSTED   QUEUE_FULL            may be retried
     ├── DeadlineUnreachableError      RESOURCE_EXHAUSTED   DEADLINE_UNREACHABLE  may be retried
     ├── HostMemoryError               RESOURCE_EXHAUSTED   HOST_MEMORY           may be retried
+    │   └── HostQuotaError                                 HOST_MEMORY
     ├── DeviceMemoryError             RESOURCE_EXHAUSTED   DEVICE_MEMORY         may be retried
     ├── TooManyError                  RESOURCE_EXHAUSTED   TOO_MANY              may be retried
     ├── SlowConsumerError             DEADLINE_EXCEEDED    SLOW_CONSUMER
@@ -174,6 +176,12 @@ class DigestError(ServiceError):
     code, reason = Code.DATA_LOSS, "DIGEST"
 
 
+class SpillUnreadableError(ServiceError):
+    """Keys that were spilled do not come back from disk as they went."""
+
+    code, reason = Code.DATA_LOSS, "SPILL_UNREADABLE"
+
+
 class QueueFullError(ServiceError):
     """The queue holds as many as it may."""
 
@@ -190,6 +198,10 @@ class HostMemoryError(ServiceError):
     """The host budget is used up."""
 
     code, reason, default_retry_after_ms = Code.RESOURCE_EXHAUSTED, "HOST_MEMORY", 1000
+
+
+class HostQuotaError(HostMemoryError):
+    """The caller's quota of it is used up."""
 
 
 class DeviceMemoryError(ServiceError):

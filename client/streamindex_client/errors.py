@@ -11,7 +11,7 @@ StreamIndexError                    .code .reason .field .metadata .retry_after_
 │   └── PoisonError                 POISON: this request has killed two workers
 ├── UploadConflictError             UPLOAD_CONFLICT: the same rows came with other bytes
 ├── OffsetGapError                  OFFSET_GAP: .expected_row_offset
-├── DataLossError                   a checksum or digest that differs, on either side
+├── DataLossError                   a checksum or digest that differs, on either side; SPILL_UNREADABLE: keys are lost
 ├── ResourceExhaustedError          queue, memory or a count is at its limit
 ├── UnavailableError                no connection, or the service is draining
 │   └── WorkerLostError             WORKER_LOST: the device process died
@@ -170,7 +170,7 @@ class OffsetGapError(StreamIndexError):
 
 
 class DataLossError(StreamIndexError):
-    """Bytes arrived damaged: a checksum or a digest differs."""
+    """Bytes arrived damaged, or the server's disk has not kept them: a checksum or a digest differs."""
 
     default_code = grpc.StatusCode.DATA_LOSS
 

@@ -87,13 +87,14 @@ class KeyCacheInfo:
     layer_keys: tuple[int, ...]
     host_bytes: int
     resident_bytes: int
+    spilled_bytes: int = 0
 
     @classmethod
     def from_wire(cls, cache: key_cache_pb2.KeyCache) -> KeyCacheInfo:
         """From a message. Raises ProtocolError."""
         spec = KeyCacheSpec.from_wire(cache.spec)
         lengths = (*cache.layer_keys, *(0 for _ in range(spec.layers - len(cache.layer_keys))))
-        return cls(cache.id, spec, lengths, cache.host_bytes, cache.resident_bytes)
+        return cls(cache.id, spec, lengths, cache.host_bytes, cache.resident_bytes, cache.spilled_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,9 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the server is. `ledgers` by name: hbm, host, ingress. Allocator's bytes are 0 on a CPU.
+    """How busy the server is. Allocator's bytes are 0 on a CPU.
+
+    `ledgers` by name: hbm, host, ingress, spill if there is one.
 
     Tiles of searches wait for the device (`queued_tiles`, about `queued_us` of work), then are with it
     (`device_tiles`). `device_busy_us` is since the start. `device_reserved_bytes` is what the allocator has taken, in

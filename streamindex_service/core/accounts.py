@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from streamindex_service.errors import HostMemoryError, TooManyError
+from streamindex_service.errors import HostQuotaError, TooManyError
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Of one caller. `host_bytes` counts pages in host memory, shared ones once; None is no quota."""
+    """Of one caller. `host_bytes` counts pages, spilled or not, shared ones once; None is no quota."""
 
     caches: int | None = None
     host_bytes: int | None = None
@@ -43,12 +43,12 @@ class Account:
         assert self.caches >= 0, "a cache was closed twice"
 
     def room(self, page_bytes: int, pages: int) -> int:
-        """Of so many pages, how many it may take now. Raises HostMemoryError with the figures when that is none."""
+        """Of so many pages, how many it may take now. Raises HostQuotaError with the figures when that is none."""
         if self.quota.host_bytes is None:
             return pages
         room = min(pages, (self.quota.host_bytes - self.host_bytes) // page_bytes)
         if room <= 0:
-            raise HostMemoryError(
+            raise HostQuotaError(
                 "the caller's quota of host memory is used up",
                 metadata={
                     "needed_bytes": page_bytes,

@@ -7,8 +7,10 @@ of a page on the device stays valid for as long as the page exists.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from streamindex_service.core.accounts import NO_QUOTA, Account, Accounts, Quota
@@ -27,6 +29,17 @@ from streamindex_service.errors import (
 CACHE_RECORD_BYTES = 1024
 LAYER_RECORD_BYTES = 256
 FORKED_PAGE_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Watermarks:
+    """Parts of the host budget: up to `high` uploads begin; up to `critical` they go on, and caches are made."""
+
+    high: float = 1.0
+    critical: float = 1.0
+
+
+NO_WATERMARKS = Watermarks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +66,29 @@ class CacheSpec:
 class Layer:
     """One layer: a length and its pages. `version` changes with everything that changes what a search would see.
 
-    `resident_pages` is how many of its pages are on the device.
+    `resident_pages` is how many of its pages are on the device, `spilled_pages` how many are on disk and not in host
+    memory. `cache_id` names the cache that it belongs to.
     """
+
+    cache_id: str = ""
 
     length_keys: int = 0
     pages: list[Page] = field(default_factory=list)
     version: int = 1
     resident_pages: int = 0
+    spilled_pages: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Page:
-    """256 keys in host memory, and where they lie on the device, if they do.
+    """256 keys in host memory, or spilled to disk, and where they lie on the device, if they do.
 
-    `layer` and `forks` are the layers that show it; searches that only hold it are counted in `references`.
+    `layer` and `forks` are the layers that show it; searches that only hold it are counted in `references`, copies from
+    host memory to the device that have not ended in `copies`. Exactly one of `host` and `spilled` is a place;
+    `crc32c` is of the bytes on disk.
     """
 
-    host: PageSlot
+    host: PageSlot | None
     page_bytes: int
     account: Account
     layer: Layer | None
@@ -77,6 +96,40 @@ class Page:
     device: PageSlot | None = None
     pins: int = 0  # searches that use the device copy now
     forks: dict[Layer, None] | None = None
+    spilled: PageSlot | None = None
+    crc32c: int = 0
+    copies: int = 0
+
+    @property
+    def in_host(self) -> PageSlot:
+        """Its place in host memory, where whoever uses it has seen to it that it has one."""
+        assert self.host is not None, "a page in use is on disk"
+        return self.host
+
+    @property
+    def idle(self) -> bool:
+        """Whether layers show it and nobody uses it."""
+        return self.references == self.shown > 0 and not self.pins and not self.copies
+
+    @property
+    def shown(self) -> int:
+        """Layers that show it."""
+        return (self.layer is not None) + len(self.forks or ())
+
+    def spill(self, slot: PageSlot, checksum: int) -> PageSlot:
+        """It is on disk from now on; gives its place in host memory, to be freed."""
+        freed, self.host = self.in_host, None
+        self.spilled, self.crc32c = slot, checksum
+        self._count_spilled(1)
+        return freed
+
+    def restore(self, slot: PageSlot) -> PageSlot:
+        """It is in host memory again; gives its place on disk, to be freed."""
+        assert self.spilled is not None, "a page is brought back that was never spilled"
+        freed, self.spilled = self.spilled, None
+        self.host = slot
+        self._count_spilled(-1)
+        return freed
 
     def place(self, slot: PageSlot) -> None:
         """It is on the device now."""
@@ -97,6 +150,7 @@ class Page:
             self.forks = self.forks or {}
             self.forks[layer] = None
         layer.resident_pages += self.device is not None
+        layer.spilled_pages += self.spilled is not None
 
     def hide_from(self, layer: Layer) -> None:
         """A layer has it no more."""
@@ -106,12 +160,21 @@ class Page:
             assert self.forks is not None, "a page is not in this layer"
             del self.forks[layer]
         layer.resident_pages -= self.device is not None
+        layer.spilled_pages -= self.spilled is not None
+
+    def layers(self) -> Iterator[Layer]:
+        """The layers that show it."""
+        if self.layer is not None:
+            yield self.layer
+        yield from self.forks or ()
 
     def _count(self, pages: int) -> None:
-        if self.layer is not None:
-            self.layer.resident_pages += pages
-        for layer in self.forks or ():
+        for layer in self.layers():
             layer.resident_pages += pages
+
+    def _count_spilled(self, pages: int) -> None:
+        for layer in self.layers():
+            layer.spilled_pages += pages
 
 
 @dataclass(slots=True, eq=False)
@@ -140,8 +203,13 @@ class KeyCache:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of its pages, shared ones counted in full."""
-        return sum(len(layer.pages) for layer in self.layers) * self.spec.page_bytes
+        """Bytes of its pages in host memory, shared ones counted in full."""
+        return sum(len(layer.pages) - layer.spilled_pages for layer in self.layers) * self.spec.page_bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of its pages that are on disk, shared ones counted in full."""
+        return sum(layer.spilled_pages for layer in self.layers) * self.spec.page_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -153,7 +221,11 @@ class CacheStore:
     """All caches.
 
     `host` is where pages come from; `drop_device` is told when a page with a copy on the device is gone, `make_room`
-    when host memory was reserved for something else than pages.
+    when host memory was reserved for something else than pages. `reclaim` is asked for what has expired before anybody
+    is refused for want of memory, and tells whether there was any; the uploads set it. `drop_spilled` is told of the
+    place on disk of a page that is gone.
+
+    `by_use` are the caches that may have pages in host memory, least recently used first.
     """
 
     def __init__(
@@ -165,8 +237,13 @@ class CacheStore:
         quota: Quota = NO_QUOTA,
         make_room: Callable[[], None] = lambda: None,
         new_id: Callable[[], str] = lambda: "kc_" + secrets.token_urlsafe(18),
+        watermarks: Watermarks = NO_WATERMARKS,
     ) -> None:
         self.host = host
+        self.watermarks = watermarks
+        self.reclaim: Callable[[], bool] = lambda: False
+        self.drop_spilled: Callable[[PageSlot], None] = lambda slot: None
+        self.by_use: OrderedDict[KeyCache, None] = OrderedDict()
         self.accounts = Accounts(quota)
         self._drop_device = drop_device
         self._clock = clock
@@ -188,18 +265,21 @@ class CacheStore:
                 metadata={"key_caches": len(self._caches), "limit": self._max_caches},
             )
         record_bytes = CACHE_RECORD_BYTES + spec.layers * LAYER_RECORD_BYTES + shared_pages * FORKED_PAGE_BYTES
+        self.require_room(spec.page_bytes, record_bytes, self.watermarks.critical)
         account = self.accounts.of(owner)
         account.open_cache()
         if not self.host.ledger.try_reserve(record_bytes):
             account.close_cache()
             self.accounts.forget_if_empty(account)
-            raise host_memory_used_up(self.host, record_bytes)
+            raise self.memory_used_up(spec.page_bytes, record_bytes, self.watermarks.critical)
         self._make_room()
         self._created += 1
         now = self._clock()
-        layers = [Layer() for _ in range(spec.layers)]
-        cache = KeyCache(self._new_id(), owner, spec, layers, self._created, now, record_bytes)
-        self._caches[cache.cache_id] = cache
+        cache_id = self._new_id()
+        layers = [Layer(cache_id) for _ in range(spec.layers)]
+        cache = KeyCache(cache_id, owner, spec, layers, self._created, now, record_bytes)
+        self._caches[cache_id] = cache
+        self.by_use[cache] = None
         self._owned.setdefault(owner, {})[cache.cache_id] = cache
         return cache
 
@@ -208,8 +288,23 @@ class CacheStore:
         cache = self._caches.get(cache_id)
         if cache is None or cache.owner != owner or self._expired(cache):
             raise CacheNotFoundError
-        cache.used_at = self._clock()
+        self.touch(cache)
         return cache
+
+    def touch(self, cache: KeyCache) -> None:
+        """It was used just now."""
+        cache.used_at = self._clock()
+        if not cache.deleted:
+            self.by_use[cache] = None
+            self.by_use.move_to_end(cache)
+
+    def came_back(self, page: Page) -> None:
+        """A page is in host memory again: caches that show it have something there, however long ago they were used."""
+        for layer in page.layers():
+            cache = self._caches[layer.cache_id]
+            if cache not in self.by_use:
+                self.by_use[cache] = None
+                self.by_use.move_to_end(cache, last=False)
 
     def owned_by(self, owner: str, after: int, limit: int) -> list[KeyCache]:
         """The caller's caches made after number `after`, oldest first, at most `limit`."""
@@ -220,6 +315,7 @@ class CacheStore:
     def delete(self, cache: KeyCache) -> None:
         """Drop a cache."""
         del self._caches[cache.cache_id]
+        self.by_use.pop(cache, None)
         owned = self._owned[cache.owner]
         del owned[cache.cache_id]
         if not owned:
@@ -249,7 +345,8 @@ class CacheStore:
     def fork(self, cache: KeyCache, keys: int | None) -> KeyCache:
         """Make a cache that shares this one's pages. Raises TooManyError, HostMemoryError."""
         lengths = [layer.length_keys if keys is None else min(keys, layer.length_keys) for layer in cache.layers]
-        twin = self.create(cache.owner, cache.spec, sum(map(pages_of, lengths)))
+        with self.kept(cache):
+            twin = self.create(cache.owner, cache.spec, sum(map(pages_of, lengths)))
         for source, target, length in zip(cache.layers, twin.layers, lengths, strict=True):
             target.length_keys = length
             target.pages = source.pages[: pages_of(length)]
@@ -267,13 +364,18 @@ class CacheStore:
     def snapshot(self, cache: KeyCache, layer_index: int) -> Snapshot:
         """Hold a layer as it is now; `release_snapshot` lets it go. Raises InvalidArgumentError."""
         layer = self.layer(cache, layer_index)
-        for page in layer.pages:
-            page.references += 1
+        assert not layer.spilled_pages, "a search begins on keys that are not in host memory"
+        self.hold(layer.pages)
         return Snapshot(cache.spec, layer.length_keys, tuple(layer.pages), layer.version)
 
     def release_snapshot(self, snapshot: Snapshot) -> None:
         """Let go of a snapshot."""
-        self._release(snapshot.pages)
+        self.release(snapshot.pages)
+
+    def hold(self, pages: Sequence[Page]) -> None:
+        """Pages do not go, and are not spilled, until they are released."""
+        for page in pages:
+            page.references += 1
 
     def commit(self, cache: KeyCache, layer: Layer, first_row: int, rows: int, staged: list[PageSlot]) -> None:
         """Make staged pages visible as rows [first_row, first_row + rows).
@@ -295,7 +397,45 @@ class CacheStore:
         layer.pages[first_page:first_page] = pages
         layer.length_keys = max(layer.length_keys, first_row + rows)
         layer.version += 1
+        self.by_use[cache] = None
         assert len(layer.pages) == pages_of(layer.length_keys)
+
+    @contextlib.contextmanager
+    def kept(self, cache: KeyCache) -> Iterator[None]:
+        """A cache that does not go, whatever is reclaimed within."""
+        cache.busy += 1
+        try:
+            yield
+        finally:
+            cache.busy -= 1
+
+    def pages_below(self, watermark: float, page_bytes: int) -> int:
+        """Pages of this size that may be taken until so much of the host budget is used."""
+        left_bytes = int(watermark * self.host.ledger.limit_bytes) - self.host.used_bytes(page_bytes)
+        return max(0, left_bytes // page_bytes)
+
+    def require_room(self, page_bytes: int, needed_bytes: int, watermark: float) -> None:
+        """That so many bytes more are below a watermark, for a cache whose pages have this size.
+
+        Raises HostMemoryError with the figures, when nothing has expired that could go.
+        """
+        limit_bytes = int(watermark * self.host.ledger.limit_bytes)
+        while self.host.used_bytes(page_bytes) + needed_bytes > limit_bytes:
+            if not self.reclaim():
+                raise self.memory_used_up(page_bytes, needed_bytes, watermark)
+
+    def memory_used_up(self, page_bytes: int, needed_bytes: int, watermark: float) -> HostMemoryError:
+        """The refusal, with the figures."""
+        ledger = self.host.ledger
+        return HostMemoryError(
+            "the host memory budget is used up",
+            metadata={
+                "needed_bytes": needed_bytes,
+                "reserved_bytes": self.host.used_bytes(page_bytes),
+                "watermark_bytes": int(watermark * ledger.limit_bytes),
+                "budget_bytes": ledger.limit_bytes,
+            },
+        )
 
     def _expired(self, cache: KeyCache) -> bool:
         return cache.busy == 0 and self._clock() - cache.used_at >= cache.spec.idle_ttl_s
@@ -306,9 +446,10 @@ class CacheStore:
         del layer.pages[start:stop]
         for page in pages:
             page.hide_from(layer)
-        self._release(pages)
+        self.release(pages)
 
-    def _release(self, pages: tuple[Page, ...] | list[Page]) -> None:
+    def release(self, pages: Sequence[Page]) -> None:
+        """Let go of pages; those that nobody else has are freed."""
         for page in pages:
             page.references -= 1
             assert page.references >= 0, "a page was released twice"
@@ -316,22 +457,12 @@ class CacheStore:
                 assert page.pins == 0, "a page in use was released"
                 if page.device is not None:
                     self._drop_device(page)
-                self.host.free(page.host)
+                if page.spilled is not None:
+                    self.drop_spilled(page.spilled)
+                else:
+                    self.host.free(page.in_host)
                 page.account.take(-page.page_bytes)
                 self.accounts.forget_if_empty(page.account)
-
-
-def host_memory_used_up(host: PagePool, needed_bytes: int) -> HostMemoryError:
-    """The refusal, with the figures."""
-    ledger = host.ledger
-    return HostMemoryError(
-        "the host memory budget is used up",
-        metadata={
-            "needed_bytes": needed_bytes,
-            "reserved_bytes": ledger.reserved_bytes,
-            "budget_bytes": ledger.limit_bytes,
-        },
-    )
 
 
 def edges(layer: Layer, first_row: int, rows: int) -> list[tuple[int, int, int]]:

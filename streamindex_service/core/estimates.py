@@ -21,6 +21,7 @@ from streamindex_service.core.sizes import (
 )
 
 _FIRST_SECONDS_PER_FLOP = 1e-10  # before anything was measured
+_LEAST_TELLING = 20  # log2 of operations, about: what takes fewer is no measure of what takes more
 _WEIGHT = 0.2  # of a new measurement against those before it
 _FIRST_TIMES = 3  # measurements of which the least counts
 
@@ -115,6 +116,9 @@ class DeviceSpeed:
     operations apart, at most 64 numbers. A size between two that were seen lies between them; one beyond all is judged
     by the nearest. The first tile of a shape may have waited for its kernels to be compiled: of the first few
     measurements of a size the least counts.
+
+    Tiles of next to no work (a search of an empty layer has one operation) show what a launch takes, and are no measure
+    of anything larger: by them a common search would take hours, and be refused for its deadline.
     """
 
     def __init__(self, copy_bytes_per_s: float = 8e9) -> None:
@@ -171,5 +175,5 @@ class DeviceSpeed:
         below = above if above <= size else sizes[max(place - 1, 0)]
         rate = self._seen[below].seconds_per_flop
         if below == above:
-            return rate
+            return min(rate, _FIRST_SECONDS_PER_FLOP) if below < min(size, _LEAST_TELLING) else rate
         return float(rate * (self._seen[above].seconds_per_flop / rate) ** ((size - below) / (above - below)))

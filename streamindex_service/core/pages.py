@@ -50,6 +50,7 @@ class PagePool:
         self._drop_extent = drop_extent
         self._extents: dict[int, _Extent] = {}
         self._with_room: dict[int, list[int]] = {}  # page_bytes -> heap of extent ids; may hold ids that are gone
+        self._free_pages: dict[int, int] = {}  # page_bytes -> pages that are free in extents
         self._next_extent_id = 1
 
     def try_allocate(self, page_bytes: int) -> PageSlot | None:
@@ -68,6 +69,7 @@ class PagePool:
         if not free:
             heapq.heappop(self._with_room[page_bytes])  # the extent itself: pages come from the first of the heap
         self.pages_in_use += len(taken)
+        self._free_pages[page_bytes] -= len(taken)
         return [PageSlot(extent_id, slot * page_bytes) for slot in taken]
 
     def free(self, page: PageSlot) -> None:
@@ -77,9 +79,11 @@ class PagePool:
             heapq.heappush(self._with_room[extent.page_bytes], page.extent_id)
         extent.free.append(page.offset_bytes // extent.page_bytes)
         self.pages_in_use -= 1
+        self._free_pages[extent.page_bytes] += 1
         assert len(extent.free) <= extent.slots, "a page was freed twice"
         if len(extent.free) == extent.slots:
             del self._extents[page.extent_id]
+            self._free_pages[extent.page_bytes] -= extent.slots
             self.ledger.release(extent.slots * extent.page_bytes)
             self._drop_extent(page.extent_id)
 
@@ -89,12 +93,22 @@ class PagePool:
             self.ledger.release(extent.slots * extent.page_bytes)
         self._extents.clear()
         self._with_room.clear()
+        self._free_pages.clear()
         self.pages_in_use = 0
 
     def room(self, page_bytes: int) -> int:
         """Pages of this size that could be allocated now."""
-        held = sum(len(extent.free) for extent in self._extents.values() if extent.page_bytes == page_bytes)
-        return held + self.ledger.free_bytes // page_bytes
+        return self._free_pages.get(page_bytes, 0) + self.ledger.free_bytes // page_bytes
+
+    @property
+    def page_bytes_in_use(self) -> int:
+        """Bytes of the pages that are allocated; what is reserved for the free places beside them does not count."""
+        extents = sum(extent.slots * extent.page_bytes for extent in self._extents.values())
+        return extents - sum(size * pages for size, pages in self._free_pages.items())
+
+    def used_bytes(self, page_bytes: int) -> int:
+        """What of the budget is not there for pages of this size: all that is reserved, less their free places."""
+        return self.ledger.reserved_bytes - self._free_pages.get(page_bytes, 0) * page_bytes
 
     def _extent_with_room(self, page_bytes: int) -> int | None:
         heap = self._with_room.get(page_bytes, [])
@@ -117,5 +131,6 @@ class PagePool:
             raise
         self._next_extent_id += 1
         self._extents[extent_id] = _Extent(page_bytes, slots, list(range(slots - 1, -1, -1)))
+        self._free_pages[page_bytes] = self._free_pages.get(page_bytes, 0) + slots
         heapq.heappush(self._with_room.setdefault(page_bytes, []), extent_id)
         return extent_id

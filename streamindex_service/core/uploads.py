@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from streamindex_service.core.caches import CacheStore, KeyCache, Layer, host_memory_used_up
+from streamindex_service.core.caches import CacheStore, KeyCache, Layer
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.core.sizes import PAGE_KEYS
 from streamindex_service.errors import (
@@ -89,6 +89,7 @@ class UploadTable:
         self._max_uploads = max_uploads
         self._new_id = new_id
         self._reclaimed_at = -_RECLAIM_S
+        store.reclaim = self.reclaim
         self._uploads: dict[str, Upload] = {}
         self._committed: dict[str, Upload] = {}  # those of them that are committed, oldest first
 
@@ -98,7 +99,7 @@ class UploadTable:
         return len(self._uploads) - len(self._committed)
 
     def start(self, cache: KeyCache, layer_index: int, first_row: int, row_count: int, max_layer_keys: int) -> Upload:
-        """Open an upload. Raises InvalidArgumentError, OffsetGapError, TooManyError."""
+        """Open an upload. Raises InvalidArgumentError, OffsetGapError, TooManyError, HostMemoryError."""
         layer = self._store.layer(cache, layer_index)
         if row_count < 1:
             raise InvalidArgumentError("row_count must be at least 1", field="header.start.row_count")
@@ -118,6 +119,8 @@ class UploadTable:
             raise TooManyError(
                 f"{self._max_uploads} uploads are open, as many as may be", metadata={"limit": self._max_uploads}
             )
+        with self._store.kept(cache):
+            self._store.require_room(cache.spec.page_bytes, cache.spec.page_bytes, self._store.watermarks.high)
         upload = Upload(self._new_id(), cache.owner, cache, layer, first_row, row_count, self._clock())
         self._uploads[upload.upload_id] = upload
         return upload
@@ -140,9 +143,8 @@ class UploadTable:
         """The stream is gone; from now on the time to live runs."""
         upload.attached = False
         upload.cache.busy -= 1
-        now = self._clock()
-        upload.touched_at = now
-        upload.cache.used_at = now
+        upload.touched_at = self._clock()
+        self._store.touch(upload.cache)
         if upload.cache.deleted and upload.upload_id in self._uploads:
             self.drop(upload)
 
@@ -151,26 +153,28 @@ class UploadTable:
 
         Memory grows with the rows that arrive, never with the rows announced. Raises HostMemoryError with the figures.
         """
+        critical = self._store.watermarks.critical
         last_page, _ = upload.place(rows - 1)
         page_bytes = upload.cache.spec.page_bytes
         while (missing := last_page + 1 - len(upload.staged)) > 0:
             account = self._store.accounts.of(upload.owner)
-            most = account.room(page_bytes, missing)
-            slots = self._store.host.try_allocate_some(page_bytes, most)
+            most = min(account.room(page_bytes, missing), self._store.pages_below(critical, page_bytes))
+            slots = self._store.host.try_allocate_some(page_bytes, most) if most else []
             if not slots:
                 if self.reclaim():
                     continue
-                raise host_memory_used_up(self._store.host, page_bytes)
+                raise self._store.memory_used_up(page_bytes, page_bytes, critical)
             upload.staged += slots
             account.take(len(slots) * page_bytes)
 
-    def reclaim(self) -> bool:
+    def reclaim(self, at_once: bool = False) -> bool:
         """Drop caches and uploads past their time to live, before anybody is refused for want of memory.
 
-        False when there are none, and when it was tried a moment ago: it looks at all of them.
+        False when there are none, and when it was tried a moment ago, unless it is to be done at once: it looks at all
+        of them.
         """
         now = self._clock()
-        if now - self._reclaimed_at < _RECLAIM_S:
+        if now - self._reclaimed_at < _RECLAIM_S and not at_once:
             return False
         self._reclaimed_at = now
         dropped = self.expire()
@@ -203,6 +207,12 @@ class UploadTable:
         account.take(-len(upload.staged) * upload.cache.spec.page_bytes)
         self._store.accounts.forget_if_empty(account)
         upload.staged = []
+
+    def close(self, upload: Upload) -> None:
+        """A short upload is over, committed or not: nothing of it is remembered."""
+        self.detach(upload)
+        if upload.upload_id in self._uploads:
+            self.drop(upload)
 
     def drop_cache(self, cache: KeyCache) -> None:
         """Forget the uploads of a cache that is gone, those that a stream still writes apart."""

@@ -12,7 +12,7 @@ from streamindex_service.core.caches import KeyCache
 from streamindex_service.core.estimates import TopkWork, WorkspaceTerms
 from streamindex_service.core.governor import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.windows import MERGE_BYTES_PER_ENTRY, windows_of
-from streamindex_service.errors import ServiceError
+from streamindex_service.errors import CacheNotFoundError, ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.device import TilePart, TilePlace, TileSpec, View
 from streamindex_service.frontend.query_block import BlockLayout
@@ -21,6 +21,27 @@ from streamindex_service.frontend.service import Service
 from streamindex_service.ipc.v1 import worker_pb2
 
 _TERMS = [field.name for field in fields(WorkspaceTerms)]
+
+
+async def admit(
+    service: Service,
+    cache: KeyCache,
+    layer: int,
+    parameters: SearchParameters,
+    deadline_s: Callable[[], float | None],
+    version_is_right: Callable[[int], None] = lambda version: None,
+) -> AdmittedSearch:
+    """Open a search on a cache that the caller has just found, once the layer's keys are in host memory.
+
+    deadline_s: the caller's remaining time; `version_is_right` raises for a version of the layer. Both are asked when
+    the keys are there. Raises ServiceError.
+    """
+    found = service.caches.layer(cache, layer)
+    async with service.room.with_pages(cache, lambda: found.pages if found.spilled_pages else []):
+        if cache.deleted:  # while its keys were brought
+            raise CacheNotFoundError
+        version_is_right(found.version)
+        return AdmittedSearch(service, cache, layer, parameters, deadline_s())
 
 
 class GivesBack(Protocol):
@@ -186,7 +207,7 @@ class AdmittedSearch:
         # Pages that only this search still held are gone with it: somebody may wait for their memory.
         self.service.governor.pump()
         self._cache.busy -= 1
-        self._cache.used_at = self.service.clock()
+        self.service.caches.touch(self._cache)
 
 
 def workspace_terms(message: worker_pb2.WorkspaceTerms) -> WorkspaceTerms:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from streamindex_service.core.caches import Page, Snapshot
 from streamindex_service.core.governor import Governor
@@ -117,7 +118,12 @@ class DeviceWorker:
 
     def load(self, page: Page) -> None:
         """Copy a page to the device, before anything that is asked for later."""
+        page.copies += 1  # until it is made: the page stays in host memory
         self._loads.append(page)
+
+    def _forget_loads(self) -> None:
+        _copied(self._loads)
+        self._loads.clear()
 
     # What the supervisor calls.
 
@@ -131,7 +137,7 @@ class DeviceWorker:
         assert self.governor is not None
         self._accused = next(iter(self._outstanding.values()), None)  # the device works in order
         self._outstanding.clear()
-        self._loads.clear()
+        self._forget_loads()
         self._mapped.clear()
         self._device_extents.clear()
         for view in self._views:
@@ -300,21 +306,25 @@ class DeviceWorker:
 
     def _send_loads(self, worker: WorkerLink) -> None:
         # A page may have lost its place since: its search was cancelled, and then the page was evicted or freed.
+        _copied([page for page in self._loads if page.device is None])
         loads = deque(page for page in self._loads if page.device is not None)
         self._loads.clear()
         while loads:
-            page_bytes = loads[0].page_bytes
+            page_bytes, pages = loads[0].page_bytes, []
             message = pb.LoadPages(operation_id=worker.next_id(), page_bytes=page_bytes)
             while loads and loads[0].page_bytes == page_bytes and len(message.extent_ids) < PAGES_PER_MESSAGE:
                 page = loads.popleft()
                 assert page.device is not None
-                shared = self.extents.segment(page.host)
+                shared = self.extents.segment(page.in_host)
                 self._map(worker, shared)
                 message.segment_ids.append(shared.segment_id)
-                message.segment_offsets.append(page.host.offset_bytes)
+                message.segment_offsets.append(page.in_host.offset_bytes)
                 message.extent_ids.append(page.device.extent_id)
                 message.extent_offsets.append(page.device.offset_bytes)
-            self._watch(worker.request(pb.ToWorker(load_pages=message), message.operation_id))
+                pages.append(page)
+            loaded = worker.request(pb.ToWorker(load_pages=message), message.operation_id)
+            self._watch(loaded)
+            loaded.add_done_callback(partial(_copied, pages))
 
     def _tile_done(self, tile_id: int, view: View, future: asyncio.Future[pb.FromWorker]) -> None:
         view.tiles -= 1
@@ -343,8 +353,14 @@ class DeviceWorker:
         for extent_id in sorted(self._device_extents):
             worker.send(pb.ToWorker(free_extent=pb.FreeExtent(extent_id=extent_id)))
         self._device_extents.clear()
-        self._loads.clear()
+        self._forget_loads()
         self.governor.device_in_doubt()
+
+
+def _copied(pages: Iterable[Page], _: asyncio.Future[pb.FromWorker] | None = None) -> None:
+    """Nobody reads their bytes in host memory any more, whatever became of the copies."""
+    for page in pages:
+        page.copies -= 1
 
 
 def tile_error(view: View, error: ServiceError) -> ServiceError:

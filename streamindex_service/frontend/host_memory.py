@@ -17,6 +17,7 @@ from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.core.spares import SpareLimits, Spares
 from streamindex_service.errors import HostMemoryError
+from streamindex_service.frontend.segment_closer import SegmentCloser
 from streamindex_service.frontend.tensors import Bytes, as_bytes
 from streamindex_service.ipc.segments import Segment
 
@@ -43,6 +44,10 @@ class SharedSegment:
         segment = Segment.create(size_bytes)
         return cls(next(_segment_ids), segment, as_bytes(segment.map), writable_by_worker)
 
+    def close(self) -> None:
+        """Let go of it; its memory goes with the last reference to this object."""
+        self.segment.close()
+
 
 class HostExtents:
     """The segments of the host page pool. `dropped(segment_id)` is told of every segment that goes.
@@ -58,9 +63,13 @@ class HostExtents:
         spare_limits: SpareLimits = NO_SPARES,
         clock: Callable[[], float] = time.monotonic,
         loop: asyncio.AbstractEventLoop | None = None,
+        closer: SegmentCloser | None = None,
     ) -> None:
         self._dropped = dropped
-        self._spares = Spares(ledger, spare_limits, self._close, clock)
+        self._ledger = ledger
+        self._closer = closer  # None: they are closed at once
+        # In lists of one: the last reference to a segment must be the closer's, and a caller's frame has one too.
+        self._spares: Spares[list[SharedSegment]] = Spares(ledger, spare_limits, self._close, clock)
         self._loop = loop  # on which spares are dropped for a thread that writes; None where nothing else runs
         self._segments: dict[int, SharedSegment] = {}
 
@@ -69,15 +78,18 @@ class HostExtents:
 
         Raises HostMemoryError when the system has no memory or descriptors left.
         """
-        shared = self._spares.take(extent_bytes)
-        if shared is None:
-            self._spares.make_room()
-            shared = self._create(extent_bytes)
-        self._segments[extent_id] = shared
+        kept = self._spares.take(extent_bytes)
+        if kept is None:
+            self.make_room()
+            kept = [self._create(extent_bytes)]
+        self._segments[extent_id] = kept.pop()
 
     def make_room(self) -> None:
-        """Something else than an extent was reserved: what is spare goes for it."""
+        """Something was reserved: what is spare goes for it, and is waited for where it is needed indeed."""
+        ledger = self._ledger
         self._spares.make_room()
+        if self._closer is not None and ledger.free_bytes < ledger.spare_bytes + self._closer.pending_bytes:
+            self._closer.settle()
 
     def expire_spares(self) -> None:
         """Let go of what is spare for too long."""
@@ -85,34 +97,40 @@ class HostExtents:
 
     def drop(self, extent_id: int) -> None:
         """The extent is gone, and its bytes are released; its segment may stay for another."""
-        shared = self._segments.pop(extent_id)
-        self._spares.keep(shared, shared.segment.size_bytes)
+        dropped = [self._segments.pop(extent_id)]
+        self._spares.keep(dropped, dropped[0].segment.size_bytes)
 
     def _create(self, size_bytes: int) -> SharedSegment:
         try:
             return SharedSegment.create(size_bytes, writable_by_worker=False)
         except OSError as error:
-            if self._spares.drop_all():  # what is spare must not be what the system lacks
+            if self.drop_spares():  # what is spare must not be what the system lacks
                 return self._create(size_bytes)
             raise HostMemoryError("the host has no memory for the rows", detail=repr(error)) from error
 
-    def _close(self, shared: SharedSegment) -> None:
-        self._dropped(shared.segment_id)
-        shared.segment.close()
+    def _close(self, dropped: list[SharedSegment]) -> None:
+        self._dropped(dropped[0].segment_id)
+        if self._closer is None:
+            dropped.pop().close()
+        else:
+            self._closer.close(dropped, dropped[0].segment.size_bytes)
 
     def drop_spares(self) -> bool:
-        """Something else than an extent lacks memory: everything spare goes; whether there was anything."""
-        return self._spares.drop_all()
+        """The system lacks memory: everything spare goes, and is gone; whether there was anything."""
+        had_any = self._spares.drop_all() or (self._closer is not None and self._closer.pending_bytes > 0)
+        if self._closer is not None:
+            self._closer.settle()
+        return had_any
 
     def _have_spares_dropped(self) -> None:
         """On any thread but the loop's. Another thread may have had it done a moment before."""
         if self._loop is None:
-            self._spares.drop_all()
+            self.drop_spares()
             return
         answer: Future[bool] = Future()
         # The loop may be closed, or wait for this very thread to end.
         with contextlib.suppress(RuntimeError, TimeoutError):
-            self._loop.call_soon_threadsafe(lambda: answer.set_result(self._spares.drop_all()))
+            self._loop.call_soon_threadsafe(lambda: answer.set_result(self.drop_spares()))
             answer.result(_LOOP_ANSWERS_S)
 
     def segment(self, slot: PageSlot) -> SharedSegment:

@@ -30,8 +30,10 @@ class KeyCacheServicer:
     async def create(self, request: pb.CreateKeyCacheRequest, context: Any) -> pb.CreateKeyCacheResponse:
         """CreateKeyCache."""
         service = self._service
-        spec = requests.cache_spec(request.spec, service.settings, service.formats, service.host.limit_bytes)
-        cache = service.caches.create(self._identify(context), spec)
+        most_bytes = int(service.caches.watermarks.critical * service.host.limit_bytes)
+        spec = requests.cache_spec(request.spec, service.settings, service.formats, most_bytes)
+        owner = self._identify(context)
+        cache = await service.room.make(lambda: service.caches.create(owner, spec))
         return pb.CreateKeyCacheResponse(key_cache=to_key_cache(cache))
 
     async def get(self, request: pb.GetKeyCacheRequest, context: Any) -> pb.GetKeyCacheResponse:
@@ -65,8 +67,8 @@ class KeyCacheServicer:
 
     async def fork(self, request: pb.ForkKeyCacheRequest, context: Any) -> pb.ForkKeyCacheResponse:
         """ForkKeyCache."""
-        cache = self._find(context, request.key_cache_id)
-        twin = self._service.caches.fork(cache, request.keys if request.HasField("keys") else None)
+        caches, keys = self._service.caches, request.keys if request.HasField("keys") else None
+        twin = await self._service.room.make(lambda: caches.fork(self._find(context, request.key_cache_id), keys))
         return pb.ForkKeyCacheResponse(key_cache=to_key_cache(twin))
 
     async def query_upload(self, request: pb.QueryUploadRequest, context: Any) -> pb.QueryUploadResponse:
@@ -80,7 +82,8 @@ class KeyCacheServicer:
         writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
         try:
             self._service.admit()
-            upload = self._open(await read_message(context), context)
+            message = await read_message(context)
+            upload = await self._service.room.make(lambda: self._open(message, context))
             stream = UploadStream(self._service, upload, context, writer)
             limits = self._service.settings.limits
             accepted = pb.UploadAccepted(
@@ -138,4 +141,5 @@ def to_key_cache(cache: KeyCache) -> pb.KeyCache:
         layer_keys=[layer.length_keys for layer in cache.layers],
         host_bytes=cache.host_bytes,
         resident_bytes=cache.resident_bytes,
+        spilled_bytes=cache.spilled_bytes,
     )

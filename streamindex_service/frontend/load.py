@@ -28,7 +28,8 @@ async def load_of(service: Service, caller: str) -> pb.GetLoadResponse:
                 peak_bytes=ledger.peak_bytes,
                 spare_bytes=ledger.spare_bytes,
             )
-            for ledger in (service.hbm, service.host, service.ingress)
+            for ledger in (service.hbm, service.host, service.ingress, service.room.ledger)
+            if ledger is not None
         ],
         queued_searches=governor.queued,
         running_searches=governor.running,
@@ -40,6 +41,7 @@ async def load_of(service: Service, caller: str) -> pb.GetLoadResponse:
         device_peak_bytes=link.pong.peak_bytes if link else 0,
         uptime_ms=int(1000 * (service.clock() - service.started_at)),
         queue=_queue(service, caller),
+        spill=pb.SpillLoad(spilled_pages=service.room.spilled_pages, restored_pages=service.room.restored_pages),
         device=pb.DeviceLoad(
             tiles=governor.in_flight,
             estimated_us=_us(governor.in_flight_s),

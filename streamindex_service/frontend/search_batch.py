@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import numpy as np
 from streamindex.framing import Chunk
@@ -13,7 +12,7 @@ from streamindex_service.core.caches import CacheSpec, KeyCache
 from streamindex_service.core.sizes import MAX_POSITION, SCALE_BYTES, KeyFormat, answer_row_bytes, key_row_bytes
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import requests, tensors
-from streamindex_service.frontend.admission import AdmittedSearch
+from streamindex_service.frontend.admission import AdmittedSearch, admit
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import INDICES, SCORES, BlockLayout, fill_rows
 from streamindex_service.frontend.rpc import to_message
@@ -61,7 +60,10 @@ class BatchSearch:
         # All appends before any search: an item may search the rows that another has appended.
         results = [pb.SearchBatchResult() for _ in request.items]
         for item, result in zip(request.items, results, strict=True):
-            self._guarded(result, self._append, item, result)
+            try:
+                await self._append(item, result)
+            except ServiceError as error:
+                result.error.CopyFrom(to_message(error))
         turns = asyncio.Semaphore(_ITEMS_AT_ONCE)
 
         async def search(item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
@@ -74,13 +76,7 @@ class BatchSearch:
                 group.create_task(search(item, result))
         return pb.SearchBatchResponse(results=results)
 
-    def _guarded(self, result: pb.SearchBatchResult, step: Any, *arguments: Any) -> None:
-        try:
-            step(*arguments)
-        except ServiceError as error:
-            result.error.CopyFrom(to_message(error))
-
-    def _append(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
+    async def _append(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
         cache = self._service.caches.get(self._owner, item.key_cache_id)
         layer = self._service.caches.layer(cache, item.layer)
         self._check_item(item, cache)
@@ -92,7 +88,7 @@ class BatchSearch:
                     field="append.row_count",
                     metadata={"limit": most},
                 )
-            append_rows(self._service, cache, item.layer, item.append)
+            await append_rows(self._service, cache, item.layer, item.append)
         result.layer_keys = layer.length_keys
 
     def _check_item(self, item: pb.SearchBatchItem, cache: KeyCache) -> None:
@@ -115,12 +111,15 @@ class BatchSearch:
     async def _search(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
         try:
             cache = self._service.caches.get(self._owner, item.key_cache_id)
-            async with AdmittedSearch(self._service, cache, item.layer, self._parameters, self._deadline_s) as admitted:
+            async with await self._admit(cache, item.layer) as admitted:
                 search = _ItemSearch(item, admitted)
                 admitted.users.append(search)
                 result.indices, result.scores = await search.run()
         except ServiceError as error:
             result.error.CopyFrom(to_message(error))
+
+    async def _admit(self, cache: KeyCache, layer: int) -> AdmittedSearch:
+        return await admit(self._service, cache, layer, self._parameters, lambda: self._deadline_s)
 
 
 class _ItemSearch:
@@ -165,7 +164,7 @@ class _ItemSearch:
             self._admitted.service.blocks.release(self._block)
 
 
-def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.SearchBatchItem.Append) -> None:
+async def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.SearchBatchItem.Append) -> None:
     """Write a few rows at an index, at once. Raises ServiceError; then nothing is written."""
     spec = cache.spec
     row_bytes = (key_row_bytes(spec.key_format, spec.head_dim), SCALE_BYTES if spec.key_format.has_scales else 0)
@@ -173,12 +172,13 @@ def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.Search
     tensors.check_part_sizes(chunk, ("keys", "scales"), row_bytes)
     tensors.check_finite(chunk.parts[0], spec.key_format, spec.head_dim, "keys", 0)
     tensors.check_finite(chunk.parts[1], KeyFormat.FP32, 1, "scales", 0)
-    most = service.settings.limits.max_layer_keys
-    upload = service.uploads.start(cache, layer, append.first_row, append.row_count, most)
+    most, uploads, rows = service.settings.limits.max_layer_keys, service.uploads, append.row_count
+    upload = await service.room.make(lambda: uploads.start(cache, layer, append.first_row, rows, most))
+    uploads.attach(upload)
     try:
-        service.uploads.hold(upload, append.row_count)
+        await service.room.make(lambda: uploads.hold(upload, rows))
         write_rows(service, upload, [chunk], row_bytes)
-        upload.rows_held = append.row_count
-        commit_upload(service, upload, row_bytes)
+        upload.rows_held = rows
+        await commit_upload(service, upload, row_bytes)
     finally:
-        service.uploads.drop(upload)
+        uploads.close(upload)

@@ -10,7 +10,7 @@ from streamindex.v1 import search_pb2 as pb
 
 from streamindex_service.errors import MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
-from streamindex_service.frontend.admission import AdmittedSearch
+from streamindex_service.frontend.admission import admit
 from streamindex_service.frontend.identity import Identify
 from streamindex_service.frontend.rpc import MessageWriter, read_message, to_message
 from streamindex_service.frontend.search_batch import BatchSearch
@@ -36,9 +36,15 @@ class SearchServicer:
             parameters = requests.search_parameters(header, cache.spec, self._service.settings)
             key = f"{owner}/{parameters.request_key or hashlib.sha256(header.SerializeToString()).hexdigest()}"
             self._service.device.refuse_poison(key)
-            requests.check_layer_version(header, self._service.caches.layer(cache, header.layer).version)
-            deadline_s = context.time_remaining()
-            async with AdmittedSearch(self._service, cache, header.layer, parameters, deadline_s) as admitted:
+            opened = await admit(
+                self._service,
+                cache,
+                header.layer,
+                parameters,
+                context.time_remaining,
+                lambda version: requests.check_layer_version(header, version),
+            )
+            async with opened as admitted:
                 accepted = pb.SearchAccepted(
                     layer_keys=admitted.snapshot.length_keys,
                     layer_version=admitted.snapshot.version,

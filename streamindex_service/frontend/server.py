@@ -55,6 +55,10 @@ class UnusableDeviceError(ServeError):
     """The settings ask for a device or an implementation that is not here."""
 
 
+class SpillDirectoryError(ServeError):
+    """Keys cannot be spilled where the settings say."""
+
+
 class Server:
     """A service behind gRPC. `start`, then `stop`."""
 
@@ -79,7 +83,17 @@ class Server:
         self._server = self._make_server()
 
     async def start(self) -> Listening:
-        """Listen, and start the worker; the health service says SERVING once that is ready. Raises SocketInUseError."""
+        """Listen, and start the worker; the health service says SERVING once that is ready.
+
+        Raises SocketInUseError, SpillDirectoryError.
+        """
+        try:
+            self.service.room.check()
+        except OSError as error:
+            directory = self.settings.memory.spill_dir
+            raise SpillDirectoryError(
+                f"cannot make files in memory.spill_dir, {directory}: {error.strerror}"
+            ) from error
         tcp_address = unix_socket = None
         wanted = self.settings.server
         if wanted.tcp_address:  # first: if this fails, there is no socket's file to remove

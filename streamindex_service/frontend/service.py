@@ -12,7 +12,7 @@ from typing import Any
 
 from streamindex_service.config import Settings
 from streamindex_service.core.accounts import Quota
-from streamindex_service.core.caches import CacheStore, KeyCache, Page
+from streamindex_service.core.caches import CacheStore, KeyCache, Page, Watermarks
 from streamindex_service.core.governor import Governor, GovernorLimits
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
@@ -24,6 +24,8 @@ from streamindex_service.core.uploads import UploadTable
 from streamindex_service.errors import NotReadyError
 from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
+from streamindex_service.frontend.segment_closer import SegmentCloser
+from streamindex_service.frontend.spill import HostRoom, SpillingRoom, SpillLimits
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
@@ -48,8 +50,9 @@ class Service:
         self.host = Ledger("host", host_limit)
         self.ingress = Ledger("ingress", int(memory.ingress_budget_bytes))
         self.hbm = Ledger("hbm", int(memory.device_budget_bytes))
+        self._closer = SegmentCloser()
         self.host_extents = HostExtents(
-            self._segment_dropped, self.host, _spare_limits(settings), clock, asyncio.get_running_loop()
+            self._segment_dropped, self.host, _spare_limits(settings), clock, asyncio.get_running_loop(), self._closer
         )
         self.device = DeviceWorker(self.host_extents, settings.worker.poison_deaths, clock)
         host_pool = PagePool(self.host, int(memory.extent_bytes), self.host_extents.make, self.host_extents.drop)
@@ -61,6 +64,7 @@ class Service:
             settings.server.max_caches,
             _quota(settings),
             self.host_extents.make_room,
+            watermarks=Watermarks(memory.host_high_watermark, memory.host_critical_watermark),
         )
         residency = Residency(self.hbm, device_pool, self.device.load)
         self.governor = Governor(residency, clock, _governor_limits(settings))
@@ -72,6 +76,7 @@ class Service:
             int(memory.extent_bytes),
             self.host_extents.drop_spares,
         )
+        self.room = self._make_room()
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
             _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, self._unusable, log.info)
@@ -88,6 +93,7 @@ class Service:
         self._watchers = [
             asyncio.create_task(self._sweep(), name="sweeper"),
             asyncio.create_task(self._end_long_waits(), name="long-waits"),
+            asyncio.create_task(self._keep_room(), name="room"),
         ]
 
     async def stop(self) -> None:
@@ -99,6 +105,8 @@ class Service:
         # With the worker gone nothing of the device can hold these up any more.
         await asyncio.gather(*self._background, return_exceptions=True)
         self.ingest_threads.shutdown(wait=True, cancel_futures=True)
+        self.room.close()
+        self._closer.stop()
 
     @property
     def formats(self) -> frozenset[KeyFormat]:
@@ -163,6 +171,17 @@ class Service:
             if expired:
                 self.log.warning("waited_too_long", tiles=expired)
 
+    def _make_room(self) -> HostRoom:
+        limits = _spill_limits(self.settings)
+        if limits is None:
+            return HostRoom()
+        return SpillingRoom(self.caches, self.uploads, self.host_extents, limits, self.clock, self.background, self.log)
+
+    async def _keep_room(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.server.sweep_s)
+            await self.room.keep_free()
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self.settings.server.sweep_s)
@@ -183,6 +202,21 @@ def _quota(settings: Settings) -> Quota:
 def _spare_limits(settings: Settings) -> SpareLimits:
     memory = settings.memory
     return SpareLimits(int(memory.spare_bytes), memory.spare_segments, memory.spare_s)
+
+
+def _spill_limits(settings: Settings) -> SpillLimits | None:
+    memory = settings.memory
+    if not memory.spill_dir:
+        return None
+    return SpillLimits(
+        directory=memory.spill_dir,
+        size_bytes=int(memory.spill_bytes),
+        extent_bytes=int(memory.extent_bytes),
+        watermark=memory.spill_watermark,
+        idle_s=memory.spill_idle_s,
+        pause_s=memory.spill_pause_s,
+        max_wait_s=settings.scheduler.max_wait_s,
+    )
 
 
 def _governor_limits(settings: Settings) -> GovernorLimits:

@@ -7,7 +7,7 @@ from typing import Any
 
 from streamindex.framing import Chunk
 
-from streamindex_service.core.caches import blank_rows, edges
+from streamindex_service.core.caches import Page, blank_rows, edges
 from streamindex_service.core.sizes import PAGE_KEYS
 from streamindex_service.core.uploads import Upload
 from streamindex_service.frontend.service import Service
@@ -73,13 +73,29 @@ def page_rows(service: Service, slot: Any, row_bytes: RowBytes, row: int, count:
     return keys, scales
 
 
-def commit_upload(service: Service, upload: Upload, row_bytes: RowBytes) -> None:
-    """Make a complete upload visible. Raises CacheNotFoundError, LayerChangedError."""
+async def commit_upload(service: Service, upload: Upload, row_bytes: RowBytes) -> None:
+    """Make a complete upload visible.
+
+    Raises CacheNotFoundError, LayerChangedError; what HostRoom.with_pages raises.
+    """
+    async with service.room.with_pages(upload.cache, lambda: _replaced(upload)):
+        _commit(service, upload, row_bytes)
+
+
+def _replaced(upload: Upload) -> list[Page]:
+    """Pages of which a commit takes over rows."""
+    layer = upload.layer
+    if upload.first_row > layer.length_keys:
+        return []
+    return [layer.pages[page] for page, _, _ in edges(layer, upload.first_row, upload.row_count)]
+
+
+def _commit(service: Service, upload: Upload, row_bytes: RowBytes) -> None:
     layer = upload.layer
     if upload.first_row <= layer.length_keys:  # else the commit refuses; so it does when the cache is gone
         first_page = upload.first_row // PAGE_KEYS
         for page, row, count in edges(layer, upload.first_row, upload.row_count):
-            old = page_rows(service, layer.pages[page].host, row_bytes, row, count)
+            old = page_rows(service, layer.pages[page].in_host, row_bytes, row, count)
             new = page_rows(service, upload.staged[page - first_page], row_bytes, row, count)
             for source, target in zip(old, new, strict=True):
                 target[:] = source

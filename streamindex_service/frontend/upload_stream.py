@@ -153,7 +153,8 @@ class UploadStream:
             await self._lane.settle()  # what it repeats must be there to be compared
             await self._lane.put(self._compare, arrived, chunk.payload_bytes)
         else:
-            self._service.uploads.hold(self._upload, chunk.row_offset + chunk.row_count)
+            rows = chunk.row_offset + chunk.row_count
+            await self._service.room.make(lambda: self._service.uploads.hold(self._upload, rows))
             self._rows_taken += chunk.row_count
             await self._lane.put(self._store, arrived, chunk.payload_bytes)
 
@@ -214,7 +215,7 @@ class UploadStream:
             )
         self._check_digest(finish)
         if not upload.committed:
-            commit_upload(self._service, upload, self._row_bytes)
+            await commit_upload(self._service, upload, self._row_bytes)
         committed = pb.UploadCommitted(layer_keys=upload.layer_keys)
         await self._writer.write(pb.AppendKeysResponse(committed=committed))
 

@@ -70,6 +70,7 @@ class WorkerLink:
         self.alive = True
         self.device_failed = False
         self.unusable = ""  # why no worker can ever be ready, if so
+        self.down: Callable[[], None] = lambda: None  # called once it is gone, before anything that waited hears of it
         self._sock = sock
         self._events = events
         self._loop = asyncio.get_running_loop()
@@ -155,6 +156,9 @@ class WorkerLink:
             if fd is not None:
                 os.close(fd)
         self._outbox.clear()
+        # Not at once: this may be the end of a decision about what is on the device. What waits is told after it, or a
+        # tile that comes back from the dead worker would make room there for one that had better wait for the next.
+        self._loop.call_soon(self.down)
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             if not future.done():
@@ -294,10 +298,10 @@ class Supervisor:
                 backoff_s = min(2 * backoff_s, self._options.max_restart_backoff_s)
                 continue
             backoff_s = self._options.restart_backoff_s
+            worker.down = self._events.down
             self._events.ready(ready)
             hung = await self._watch(worker)
             worker.close()
-            self._events.down()
             code = await self._end(worker)
             if self._stopping:
                 return

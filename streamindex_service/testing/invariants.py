@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+from streamindex_service.core.caches import Page
 from streamindex_service.core.governor import SearchTurn
 from streamindex_service.core.scheduler import Band
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
@@ -58,11 +59,13 @@ class Watch:
         """After an event."""
         service = self.service
         governor = service.governor
-        for ledger in (service.hbm, service.host):
+        for ledger in (service.hbm, service.host, service.disk.ledger):
             require(0 <= ledger.reserved_bytes <= ledger.limit_bytes, f"the ledger {ledger.name} passes its limit")
         require(service.hbm.reserved_bytes == service.device.used_bytes, "the ledger is not what the device holds")
         held = sum(service.host_extents.values()) + sum(c.record_bytes for c in service.caches._caches.values())
         require(service.host.reserved_bytes == held, "the ledger is not what the host holds")
+        disk = service.disk
+        require(disk.ledger.reserved_bytes == sum(disk.extents.values()), "the ledger is not what the disk holds")
         self._count_pages()
         require(governor.in_flight == len(service.device.tiles), "a turn is with the device for which it does nothing")
         waiting = len(governor.scheduler)
@@ -79,26 +82,42 @@ class Watch:
         governor = service.governor
         left = (len(governor.scheduler), governor.in_flight, governor.open_searches)
         require(left == (0, 0, 0), f"turns queued, on the device, searches open: {left}")
-        for ledger in (service.hbm, service.host):
+        for ledger in (service.hbm, service.host, service.disk.ledger):
             require(ledger.reserved_bytes == 0, f"{ledger.reserved_bytes} bytes of {ledger.name} are never given back")
         require(not len(service.caches.accounts), "a caller who holds nothing is remembered")
-        require(not service.device.extents and not service.host_extents, "an extent is never given back")
+        left_extents = service.device.extents or service.host_extents or service.disk.extents
+        require(not left_extents, "an extent is never given back")
 
     def _count_pages(self) -> None:
-        pages = set()
+        pages: set[Page] = set()
         for cache in self.service.caches._caches.values():
             for layer in cache.layers:
                 resident = sum(page.device is not None for page in layer.pages)
                 require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
+                spilled = sum(page.spilled is not None for page in layer.pages)
+                require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
                 pages.update(layer.pages)
         for search in self.service.searches:
             pages.update(search.snapshot.pages)
-        require(len(pages) == self.service.caches.host.pages_in_use, "the pages are not those that the host allocated")
+            in_host = all(page.host is not None for page in search.snapshot.pages)
+            require(in_host, "a search has pages that are not in host memory")
+        pages.update(self.service.disk.held())
+        self._count_places(pages)
         resident = sum(page.page_bytes for page in pages if page.device is not None)
         require(resident == self.service.residency.resident_bytes, "the bytes on the device are counted wrongly")
         held = sum(page.page_bytes for page in pages)
         accounts = self.service.caches.accounts
         require(held == sum(each.host_bytes for each in accounts), "the accounts are not what callers hold")
+
+    def _count_places(self, pages: set[Page]) -> None:
+        """Every page has exactly one place, and every place that is taken a page."""
+        disk, host = self.service.disk, self.service.caches.host
+        require(all((page.host is None) != (page.spilled is None) for page in pages), "a page has two places, or none")
+        in_host = sum(page.host is not None for page in pages)
+        to_disk, to_host = disk.on_their_way()
+        require(in_host + to_host == host.pages_in_use, "the pages are not those that the host allocated")
+        spilled = len(pages) - in_host
+        require(spilled + to_disk == disk.spill.disk.pages_in_use, "the pages are not those that lie on disk")
 
     def _note_queue(self) -> None:
         for band, queue in self.service.governor.scheduler._bands.items():

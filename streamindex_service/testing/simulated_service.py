@@ -12,6 +12,7 @@ from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band
+from streamindex_service.core.sizes import PAGE_KEYS, pages_of
 from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.core.uploads import UploadTable
 from streamindex_service.errors import (
@@ -20,6 +21,7 @@ from streamindex_service.errors import (
     WorkerLostError,
 )
 from streamindex_service.testing.fake_device import FakeDevice, FakeTile
+from streamindex_service.testing.simulated_disk import SimulatedDisk
 from streamindex_service.testing.virtual_time import VirtualTime
 
 TILES_AHEAD = 2
@@ -38,6 +40,7 @@ class Sizes:
     floor_bytes: int
     max_caches: int
     retries: int = 3
+    disk_bytes: int = 0
 
 
 class SimulatedService:
@@ -49,6 +52,7 @@ class SimulatedService:
         self.device = FakeDevice(self.time, sizes.hbm_bytes)
         self.host_extents: dict[int, int] = {}
         self.content: dict[PageSlot, int] = {}  # of host pages
+        self.written: dict[Page, int] = {}  # what each page must hold, wherever it is
         self.hbm, self.host = Ledger("hbm", sizes.hbm_bytes), Ledger("host", sizes.host_bytes)
         host_pool = PagePool(
             self.host, sizes.extent_bytes, self.host_extents.__setitem__, self.host_extents.__delitem__
@@ -57,6 +61,7 @@ class SimulatedService:
         self.residency = Residency(self.hbm, pool, self._load)
         self.caches = CacheStore(host_pool, self.residency.drop, self.time, sizes.max_caches)
         self.uploads = UploadTable(self.caches, self.time, ttl_s=1e9, max_uploads=1000)
+        self.disk = SimulatedDisk(self.time, self.caches, self.content, sizes.disk_bytes, sizes.extent_bytes)
         self.governor = Governor(self.residency, self.time, limits)
         self.searches: list[SimulatedSearch] = []
         self.on_taken: Callable[[SearchTurn], None] = lambda turn: None
@@ -72,6 +77,9 @@ class SimulatedService:
             for slot in upload.staged:
                 self.content[slot] = next(self._contents)
             self.uploads.commit(upload)
+            first = first_row // PAGE_KEYS
+            for page in upload.layer.pages[first : first + pages_of(first_row % PAGE_KEYS + rows)]:
+                self.written[page] = self.content[page.in_host]
         finally:
             self.uploads.drop(upload)
 
@@ -87,7 +95,7 @@ class SimulatedService:
 
     def _load(self, page: Page) -> None:
         assert page.device is not None
-        self.device.load(page.device, self.content[page.host])
+        self.device.load(page.device, self.content[page.in_host])
 
 
 class SimulatedSearch:
@@ -114,7 +122,7 @@ class SimulatedSearch:
         self._submitted = 0
         self._ended = False
         self.snapshot = service.caches.snapshot(cache, layer)
-        self.content = [service.content[page.host] for page in self.snapshot.pages]
+        self.content = [service.written[page] for page in self.snapshot.pages]
         least = Need(self.snapshot.pages, service.sizes.floor_bytes, 0, FLOP_PER_ROW)
         run_s = service.governor.speed.seconds(rows * FLOP_PER_ROW)
         cache.busy += 1

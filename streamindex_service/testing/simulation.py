@@ -4,8 +4,9 @@
     python -m streamindex_service.testing.simulation 4711       # one of them, told event by event
 
 A seed says everything: sizes, callers of unequal greed, arrivals in bursts, appends, forks, truncations and deletions
-while searches run, cancellations, deadlines, workers that die, copies that fail and tiles that find no memory. The code
-under test is the service's own; simulated are time, the device, and the callers.
+while searches run, keys that go to disk and come back, cancellations, deadlines, workers that die, copies and disks
+that fail, and tiles that find no memory. The code under test is the service's own; simulated are time, the device, the
+disk, and the callers.
 """
 
 from __future__ import annotations
@@ -64,7 +65,15 @@ class History:
             ),
         )
         extent_bytes = draw.choice((1, 4)) * _PAGE_BYTES
-        sizes = Sizes(pages * _PAGE_BYTES + floor_bytes, 60 * _PAGE_BYTES, extent_bytes, floor_bytes, max_caches=6)
+        host_pages, disk_pages = draw.choice(((60, 0), (60, 40), (24, 60), (14, 8)))
+        sizes = Sizes(
+            pages * _PAGE_BYTES + floor_bytes,
+            host_pages * _PAGE_BYTES,
+            extent_bytes,
+            floor_bytes,
+            max_caches=6,
+            disk_bytes=disk_pages * _PAGE_BYTES,
+        )
         self.service = make_service(sizes, limits)
         self._callers = [f"caller{number}" for number in range(draw.randint(2, 4))]
         self._greed = [draw.choice((1, 1, 3, 9)) for _ in self._callers]
@@ -72,6 +81,7 @@ class History:
         self._everyone: list[SimulatedSearch] = []
         self._caches: list[KeyCache] = []
         self._short_of_memory_until = 0.0
+        self._disk_fails_until = 0.0
 
     def run(self) -> None:
         """From the first event to rest. Raises InvariantError, or whatever the code under test raises."""
@@ -90,6 +100,8 @@ class History:
         self.outcomes.update(search.outcome for search in self._everyone)
         self.outcomes["turns"] += self.watch.turns
         self.outcomes["evicted pages"] += self.service.residency.evicted_pages
+        self.outcomes["spilled pages"] += self.service.disk.spill.spilled_pages
+        self.outcomes["restored pages"] += self.service.disk.spill.restored_pages
 
     def _plan(self) -> None:
         draw, after = self._random, self.service.time.after
@@ -102,10 +114,12 @@ class History:
             at = draw.random() * 0.5
             for _ in range(draw.choice((1, 4, 12))):
                 after(at, self._arrive)
-        for event in (self._append, self._truncate, self._fork, self._delete, self._cancel):
+        service.disk.fails = lambda: service.time.now_s < self._disk_fails_until
+        for event in (self._append, self._truncate, self._fork, self._delete, self._cancel, self._spill):
             for _ in range(draw.randint(0, 3)):
                 after(draw.random(), event)
-        for chance, trouble in ((0.3, self._crash), (0.3, self._doubt), (0.3, self._no_memory)):
+        troubles = ((0.3, self._crash), (0.3, self._doubt), (0.3, self._no_memory), (0.4, self._no_disk))
+        for chance, trouble in troubles:
             if draw.random() < chance:
                 after(draw.random() * 0.6, trouble)
         after(_EXPIRY_PERIOD_S, self._expire)
@@ -143,6 +157,7 @@ class History:
             self.service.write(cache, 0, first_row, rows)
         except ServiceError as error:
             self.outcomes[error.reason] += 1
+            self.service.disk.free(rows * _PAGE_BYTES // 256)
 
     def _pick(self) -> KeyCache | None:
         return self._random.choice(self._caches) if self._caches else None
@@ -182,6 +197,24 @@ class History:
         if cache is None:
             return
         (caller,) = draw.choices(self._callers, self._greed)
+        layer = cache.layers[0]
+        if not layer.spilled_pages:
+            self._begin(cache, caller)
+            return
+
+        def are_there(reason: str) -> None:
+            cache.busy -= 1
+            if reason:
+                self.outcomes[reason] += 1
+            elif not layer.spilled_pages and cache in self._caches:
+                self._begin(cache, caller)
+
+        cache.busy += 1
+        self._log(f"{caller} waits for keys from disk")
+        self.service.disk.bring(layer.pages, are_there)
+
+    def _begin(self, cache: KeyCache, caller: str) -> None:
+        draw = self._random
         rows, band = draw.choice(_ROWS), draw.choice(_BANDS)
         deadline_s = draw.choice((None, None, 0.02, 0.3))
         search = SimulatedSearch(self.service, cache, 0, caller, band, rows, deadline_s)
@@ -212,6 +245,14 @@ class History:
         if not self.service.governor.paused:
             self._log("a copy to the device fails")
             self.service.doubt()
+
+    def _spill(self) -> None:
+        self._log("idle keys go to disk")
+        self.service.disk.free(self._random.randint(1, 20) * _PAGE_BYTES, self._random.choice((0.0, 0.0, 0.1)))
+
+    def _no_disk(self) -> None:
+        self._log("the disk fails")
+        self._disk_fails_until = self.service.time.now_s + self._random.choice((0.1, 0.5))
 
     def _no_memory(self) -> None:
         self._log("the device is short of memory")

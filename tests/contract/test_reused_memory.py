@@ -56,7 +56,7 @@ def visible_pages(server: InProcessServer, cache: KeyCache) -> list[bytes]:
         service = server.server.service
         held = service.caches._caches[cache.id]
         pages = held.layers[0].pages
-        return [service.host_extents.bytes_at(page.host, 0, page.page_bytes).tobytes() for page in pages]
+        return [service.host_extents.bytes_at(page.in_host, 0, page.page_bytes).tobytes() for page in pages]
 
     return server.run(read)
 
@@ -156,9 +156,9 @@ def test_an_idle_service_has_its_descriptors_back():
     before = descriptors()
     with InProcessServer(settings) as running, streamindex_client.connect(running.target) as client:
         leave_secrets(client)
-        assert descriptors() - before == 2 * 5
+        wait_for(lambda: descriptors() - before == 2 * 5)
         wait_for(lambda: spare_bytes(client) == 0)
-        assert descriptors() == before
+        wait_for(lambda: descriptors() == before)
         cache = new_cache(client)
         cache.append(layer=0, keys=keys(DIRTY_KEYS, OWN), first_row=0)
         assert descriptors() - before == 2 * 16

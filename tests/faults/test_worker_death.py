@@ -123,7 +123,7 @@ def test_every_caller_hears_of_it_and_every_key_survives(service, calls):
         messages, error = call.to_the_end()
         lost += error is not None
         last = messages[-1]
-        assert last.done.row_count == 30 if error is None else last.refused.reason == "WORKER_LOST"
+        assert last.done.row_count == 20 if error is None else last.refused.reason == "WORKER_LOST"
     for result in batch.result().results:
         lost += result.HasField("error")
         if result.HasField("error"):

@@ -6,11 +6,12 @@ from collections import Counter
 
 import pytest
 
-from streamindex_service.core.caches import CacheStore
+from streamindex_service.core.caches import CacheStore, Page
 from streamindex_service.core.governor import Governor
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Scheduler, _BandQueue
+from streamindex_service.core.spill import Spill
 from streamindex_service.testing.simulation import HISTORIES, History
 
 CHUNK = 1000
@@ -35,7 +36,8 @@ def test_the_histories_reach_what_they_are_about():
         outcomes += history.outcomes
     for name in (
         "DONE", "CANCELLED", "DEADLINE", "QUEUE_FULL", "DEADLINE_UNREACHABLE", "EXCEEDS_BUDGET", "WORKER_LOST",
-        "DEVICE_MEMORY", "NOT_READY", "evicted pages",
+        "DEVICE_MEMORY", "NOT_READY", "HOST_MEMORY", "SPILL_UNREADABLE", "evicted pages", "spilled pages",
+        "restored pages",
     ):  # fmt: skip
         assert outcomes[name] > 5, f"{name}: {outcomes}"
 
@@ -144,10 +146,51 @@ def a_copy_that_is_left_out(patch):
     patch.setattr(Residency, "_promote", lazy)
 
 
+def pages_in_use_that_are_spilled(patch):
+    patch.setattr(Page, "idle", property(lambda self: self.shown > 0))
+
+
+def moves_that_hold_nothing(patch):
+    begin = Spill.begin_spill
+
+    def careless(self, needed_bytes, idle_s=0.0):
+        move = begin(self, needed_bytes, idle_s)
+        for page in move.pages if move else ():
+            page.references -= 1
+        return move
+
+    patch.setattr(Spill, "begin_spill", careless)
+
+
+def pages_that_come_back_in_each_others_place(patch):
+    end = Spill.end_restore
+
+    def swapped(self, move, restored):
+        move.slots.reverse()
+        end(self, move, restored)
+
+    patch.setattr(Spill, "end_restore", swapped)
+
+
+def places_on_disk_that_are_never_freed(patch):
+    end = Spill.end_spill
+
+    def forgetful(self, move, checksums):
+        free, self.disk.free = self.disk.free, lambda slot: None
+        try:
+            return end(self, move, checksums)
+        finally:
+            self.disk.free = free
+
+    patch.setattr(Spill, "end_spill", forgetful)
+
+
 MUTATIONS = [
     forgotten_workspace, forgotten_pins, forgotten_pump, pins_that_are_not_looked_at, a_ledger_without_a_limit,
     first_come_first_served, turns_that_cost_nothing, bands_that_never_age, waits_that_never_end,
     a_device_that_is_not_forgotten, forks_that_are_not_counted, alone_in_name_only, a_copy_that_is_left_out,
+    pages_in_use_that_are_spilled, moves_that_hold_nothing, pages_that_come_back_in_each_others_place,
+    places_on_disk_that_are_never_freed,
 ]  # fmt: skip
 
 

@@ -99,7 +99,7 @@ class World:
     def _load(self, page: Page) -> None:
         assert page.device is not None
         assert page.device.extent_id in self.device_memory.extents
-        self.device_memory.content[page.device] = self.host_memory.content[page.host]
+        self.device_memory.content[page.device] = self.host_memory.content[page.in_host]
         self.loads += 1
 
     # Uploads.
@@ -138,7 +138,7 @@ class World:
     ) -> Search | None:
         """Open one and ask for its only turn; None when it was refused."""
         snapshot = self.store.snapshot(cache, layer)
-        content = [self.host_memory.content[page.host] for page in snapshot.pages]
+        content = [self.host_memory.content[page.in_host] for page in snapshot.pages]
         search = Search(next(self._numbers), snapshot, content)
 
         def granted(grant: Grant) -> None:
@@ -190,7 +190,7 @@ class World:
     def check_pages(self, search: Search) -> None:
         """The snapshot is as it was taken, in the host and, while it runs, on the device."""
         for page, content in zip(search.snapshot.pages, search.content, strict=True):
-            assert self.host_memory.content[page.host] == content
+            assert self.host_memory.content[page.in_host] == content
             if search.grant is not None and not search.lost:
                 assert page.device is not None
                 assert self.device_memory.content[page.device] == content

@@ -32,10 +32,32 @@ TIGHT = {
         **ROOMY["memory"],
         "device_budget_bytes": 19 * MIB + MIB // 4,
         "host_budget_bytes": 8 * MIB + 12 * 1024,  # pages, and the records of a few caches
+        "host_high_watermark": 1.0,  # to the last byte
+        "host_critical_watermark": 1.0,
         "extent_bytes": MIB // 4,
     },
     "worker": CPU,
 }
+# 3 MiB for pages as well, and no end of host memory: the keys are there, the device is what they do not fit.
+SMALL_DEVICE = {
+    **ROOMY,
+    "memory": {**ROOMY["memory"], "device_budget_bytes": 19 * MIB + MIB // 4, "extent_bytes": MIB // 4},
+}
+
+
+def small_host(directory: Any) -> dict[str, dict[str, Any]]:
+    """The same with a host that is too small as well, and a disk behind it; all that is idle goes there at once."""
+    memory = {
+        **SMALL_DEVICE["memory"],
+        "host_budget_bytes": 14 * MIB,
+        "spill_dir": str(directory),
+        "spill_bytes": 64 * MIB,
+        "host_high_watermark": 1.0,
+        "host_critical_watermark": 1.0,
+        "spill_watermark": 0.5,
+        "spill_idle_s": 0.05,
+    }
+    return {**SMALL_DEVICE, "memory": memory}
 
 
 def is_idle(load: Any) -> bool:

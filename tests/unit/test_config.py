@@ -141,8 +141,9 @@ def test_refusals_in_the_operations_document_are_the_error_tree() -> None:
         {"memory": {"ingress_budget_bytes": "4MiB", "search_block_bytes": "5MiB"}},
         {"limits": {"max_chunk_bytes": "4MiB", "max_message_bytes": "4MiB"}},
         {"memory": {"workspace_bytes": "16MiB", "workspace_floor_bytes": "32MiB"}},
+        {"memory": {"host_high_watermark": "0.9", "host_critical_watermark": "0.8"}},
     ],
-    ids=["chunk over ingress", "block over ingress", "chunk over message", "floor over workspace"],
+    ids=["chunk over ingress", "block over ingress", "chunk over message", "floor over workspace", "watermarks"],
 )
 def test_settings_that_contradict_each_other_are_refused(sections: dict[str, dict[str, str]]) -> None:
     with pytest.raises(ValidationError, match="must"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from streamindex_service.core.pages import PagePool
 from streamindex_service.core.spares import SpareLimits, Spares
 from streamindex_service.errors import HostMemoryError
 from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
+from streamindex_service.frontend.segment_closer import SegmentCloser
+from streamindex_service.ipc.segments import Segment
 
 
 class Pool:
@@ -235,3 +240,59 @@ async def test_spare_segments_go_for_a_search(monkeypatch):
     with pytest.raises(HostMemoryError):
         await blocks.acquire()
     assert ingress.reserved_bytes == 2 * 4096
+
+
+# --- closing on a thread ---
+
+
+class SlowClose:
+    """Segments that take until `go_on` to close, and the threads that close them."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.go_on, self.threads = threading.Event(), []
+        close = Segment.close
+
+        def slow(segment):
+            self.threads.append(threading.current_thread().name)
+            assert self.go_on.wait(60)
+            close(segment)
+
+        monkeypatch.setattr(Segment, "close", slow)
+
+
+@pytest.fixture
+def closer():
+    closer = SegmentCloser()
+    yield closer
+    closer.stop()
+
+
+def test_segments_are_closed_on_another_thread_and_their_memory_goes(monkeypatch, closer):
+    slow = SlowClose(monkeypatch)
+    extents = HostExtents(lambda _: None, Ledger("host", 1 << 20), closer=closer)
+    extents.make(1, 8192)
+    mapping = weakref.ref(extents._segments[1].segment)
+    extents.drop(1)
+    assert closer.pending_bytes == 8192  # it came back while the segment is still there
+    slow.go_on.set()
+    closer.settle()
+    assert (closer.pending_bytes, mapping()) == (0, None)
+    assert all(name.startswith("unmap") for name in slow.threads)
+
+
+def test_memory_that_is_needed_at_once_is_waited_for(monkeypatch, closer):
+    slow = SlowClose(monkeypatch)
+    ledger = Ledger("host", 3 * 4096)
+    extents = HostExtents(lambda _: None, ledger, closer=closer)
+    pool = PagePool(ledger, 4096, extents.make, extents.drop)
+    pages = [pool.try_allocate(4096) for _ in range(2)]
+    pool.free(pages.pop())
+    pages.append(pool.try_allocate(4096))  # the third part of the budget was never touched
+    assert closer.pending_bytes == 4096
+    with ThreadPoolExecutor(1) as pool_thread:
+        third = pool_thread.submit(pool.try_allocate, 4096)
+        with pytest.raises(TimeoutError):
+            third.result(0.2)
+        slow.go_on.set()
+        assert third.result(60) is not None
+    assert closer.pending_bytes == 0

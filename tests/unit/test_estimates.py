@@ -123,6 +123,19 @@ def test_a_tile_is_not_so_short_that_most_of_it_is_overhead():
     assert speed.rows(10**9, 0.003, 64) == 64
 
 
+def test_next_to_no_work_is_no_measure_of_any_other():
+    """A search of an empty layer has one operation and takes a millisecond; a common one is not hopeless for that."""
+    speed = DeviceSpeed()
+    guess = speed.seconds(10**9)
+    speed.observe(1, 1e-3)
+    assert speed.seconds(1) == pytest.approx(1e-3)
+    assert speed.seconds(10**9) == guess
+    assert speed.rows(10**6, 0.1, 5000) == DeviceSpeed().rows(10**6, 0.1, 5000)
+    speed.observe(10**9, 2.0)
+    assert speed.seconds(10**9) == pytest.approx(2.0)
+    assert speed.seconds(3 * 10**9) == pytest.approx(6.0)
+
+
 def test_a_device_that_slows_down_is_seen_to():
     speed = DeviceSpeed()
     speed.observe(10**12, 0.01)

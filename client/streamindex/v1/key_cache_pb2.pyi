@@ -30,18 +30,20 @@ class KeyCacheSpec(_message.Message):
     def __init__(self, heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., ratio: _Optional[int] = ..., key_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., layers: _Optional[int] = ..., convention: _Optional[str] = ..., expected_keys: _Optional[int] = ..., idle_ttl_s: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
 
 class KeyCache(_message.Message):
-    __slots__ = ("id", "spec", "layer_keys", "host_bytes", "resident_bytes")
+    __slots__ = ("id", "spec", "layer_keys", "host_bytes", "resident_bytes", "spilled_bytes")
     ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     LAYER_KEYS_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     id: str
     spec: KeyCacheSpec
     layer_keys: _containers.RepeatedScalarFieldContainer[int]
     host_bytes: int
     resident_bytes: int
-    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[KeyCacheSpec, _Mapping]] = ..., layer_keys: _Optional[_Iterable[int]] = ..., host_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+    spilled_bytes: int
+    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[KeyCacheSpec, _Mapping]] = ..., layer_keys: _Optional[_Iterable[int]] = ..., host_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., spilled_bytes: _Optional[int] = ...) -> None: ...
 
 class CreateKeyCacheRequest(_message.Message):
     __slots__ = ("spec",)

@@ -137,7 +137,8 @@ class KeyCacheServiceServicer(object):
         upload's time to live; a new AppendKeys whose header is a `resume` goes on from there. Refusals come in-band
         (`refused`) before the status: ABORTED/UPLOAD_CONFLICT (a chunk repeats an offset with other bytes),
         OUT_OF_RANGE/OFFSET_GAP (metadata `expected_row_offset`), DATA_LOSS/CHECKSUM, DATA_LOSS/DIGEST,
-        INVALID_ARGUMENT/NON_FINITE (naming tensor and row), RESOURCE_EXHAUSTED/HOST_MEMORY.
+        INVALID_ARGUMENT/NON_FINITE (naming tensor and row), RESOURCE_EXHAUSTED/HOST_MEMORY (metadata with the bytes needed,
+        in use and allowed), DATA_LOSS/SPILL_UNREADABLE (rows to be joined were spilled, and are lost).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

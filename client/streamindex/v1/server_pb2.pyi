@@ -64,7 +64,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms", "queue", "device", "device_reserved_bytes")
+    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms", "queue", "device", "device_reserved_bytes", "spill")
     LEDGERS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_SEARCHES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEARCHES_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class GetLoadResponse(_message.Message):
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILL_FIELD_NUMBER: _ClassVar[int]
     ledgers: _containers.RepeatedCompositeFieldContainer[Ledger]
     queued_searches: int
     running_searches: int
@@ -91,7 +92,16 @@ class GetLoadResponse(_message.Message):
     queue: QueueLoad
     device: DeviceLoad
     device_reserved_bytes: int
-    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., queue: _Optional[_Union[QueueLoad, _Mapping]] = ..., device: _Optional[_Union[DeviceLoad, _Mapping]] = ..., device_reserved_bytes: _Optional[int] = ...) -> None: ...
+    spill: SpillLoad
+    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., queue: _Optional[_Union[QueueLoad, _Mapping]] = ..., device: _Optional[_Union[DeviceLoad, _Mapping]] = ..., device_reserved_bytes: _Optional[int] = ..., spill: _Optional[_Union[SpillLoad, _Mapping]] = ...) -> None: ...
+
+class SpillLoad(_message.Message):
+    __slots__ = ("spilled_pages", "restored_pages")
+    SPILLED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    spilled_pages: int
+    restored_pages: int
+    def __init__(self, spilled_pages: _Optional[int] = ..., restored_pages: _Optional[int] = ...) -> None: ...
 
 class QueueLoad(_message.Message):
     __slots__ = ("tiles", "bytes", "estimated_us", "bands", "callers")

@@ -147,7 +147,7 @@ def _checked_positions(positions: int | Tensor, rows: int) -> int | Tensor:
             raise TopkInputError("positions", f"expected [{rows}] int64, got {list(positions.shape)} {positions.dtype}")
         positions = first_if_consecutive(positions)
     if isinstance(positions, int):
-        if not 0 <= positions <= LIMITS.max_position - rows:
+        if not 0 <= positions <= LIMITS.max_position - max(1, rows) + 1:
             raise TopkInputError("positions", f"{positions}, limits are 0 to 2^62 for the last row")
     elif rows and not 0 <= int(positions.min()) <= int(positions.max()) <= LIMITS.max_position:
         raise TopkInputError("positions", "limits are 0 to 2^62")
