@@ -26,6 +26,7 @@ BENCHMARKS = {
     "topk_profile": True,
     "topk_design": True,
     "topk_ablations": True,
+    "attention_prefill": False,
     "upload_throughput": False,
     "search_stream": False,
 }

@@ -40,8 +40,8 @@ def _case(shape, **changes) -> Inputs:
     tokens, heads, width, key_dim, kv_format = shape
     defaults = {"rows": 20_000, "value_dim": 512, "device": "cuda", "kv_format": kv_format, "key_dim": key_dim}
     inputs = make_inputs(tokens=tokens, heads=heads, width=width, **defaults | changes)
-    inputs.indices[0] = -1
     if tokens > 2:
+        inputs.indices[0] = -1
         inputs.indices[1, width // 3 :] = -1
         inputs.indices[2, : width // 2] = 20_000
     return inputs
