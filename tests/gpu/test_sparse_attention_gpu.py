@@ -48,7 +48,7 @@ def _case(shape, **changes) -> Inputs:
 
 
 def _hopper(**changes) -> Plan:
-    tiles = Tiles(64, 32, 4, 4, AttentionKernel.HOPPER, messages=2, ahead=True)
+    tiles = Tiles(64, 64, 4, 2, AttentionKernel.HOPPER, messages=1)
     return Plan(0, tiles=replace(tiles, **changes))
 
 
@@ -66,7 +66,7 @@ def test_within_the_error_bound(shape, sink: bool, implementation: str) -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="a kernel for 9.0"
 )
-@pytest.mark.parametrize("changes", [{}, {"block_entries": 64, "stages": 2, "ahead": False, "messages": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"block_entries": 32, "stages": 4, "ahead": True, "messages": 2}], ids=str)
 @pytest.mark.parametrize("key_dim", [512, 576])
 @pytest.mark.parametrize("heads", [64, 128])
 def test_hopper_kernel_against_the_portable_one(heads: int, key_dim: int, changes) -> None:

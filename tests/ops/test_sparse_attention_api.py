@@ -17,7 +17,12 @@ from streamindex_service.ops.sparse_attention import (
     reference,
     sparse_attention,
 )
-from streamindex_service.ops.sparse_attention.plan import Shape, choose_attention_kernel, plan_triton
+from streamindex_service.ops.sparse_attention.plan import (
+    Shape,
+    attention_tiles,
+    choose_attention_kernel,
+    plan_triton,
+)
 from tests.ops.attention_cases import make_inputs
 
 GOOD = make_inputs(tokens=2, heads=4, width=8)
@@ -98,6 +103,14 @@ def test_the_kernel_is_chosen_by_device_and_shape() -> None:
     assert choose("bf16", 64, 512, None, gluon=False) is AttentionKernel.PORTABLE
     assert choose("bf16", 48, 512, (9, 0), gluon=True) is AttentionKernel.PORTABLE
     assert choose("fp8_d512", 64, 512, (9, 0), gluon=True) is AttentionKernel.PORTABLE
+
+
+@pytest.mark.parametrize(("heads", "key_dim"), [(64, 512), (128, 512), (64, 576), (128, 576)])
+def test_hopper_tiles_fit_the_shared_memory(heads: int, key_dim: int) -> None:
+    tiles = attention_tiles("bf16", heads, key_dim, 512, AttentionKernel.HOPPER)
+    queries, rows = 64 * key_dim * 2, tiles.stages * tiles.block_entries * (key_dim * 2 + 4)
+    messages = tiles.messages * 64 * (tiles.block_entries * 2 + 4)
+    assert queries + rows + messages <= (227 << 10) - 256  # what a block may have, less its barriers
 
 
 def test_the_reference_refuses_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,9 +143,11 @@ def choose_attention_kernel(
 def attention_tiles(
     format_name: str, heads: int, key_dim: int, value_dim: int, kernel: AttentionKernel = AttentionKernel.PORTABLE
 ) -> Tiles:
-    """The static table of kernel shapes."""
+    """The static table of kernel shapes, of the Hopper kernel as measured (docs/decisions/0017)."""
     if kernel is AttentionKernel.HOPPER:
-        return Tiles(64, 32, 4, 4, kernel, messages=2, ahead=True)
+        # a longer key leaves shared memory for one message; with one block of heads a token, one is no slower
+        messages = 2 if heads == 128 and key_dim == value_dim else 1
+        return Tiles(64, 64, 4, 2, kernel, messages=messages)
     block_heads = 16 if heads <= 16 else 32 if heads <= 32 else 64
     if format_name != "bf16":
         return Tiles(block_heads, 32, 4 if block_heads < 64 else 8, 2, kernel)
