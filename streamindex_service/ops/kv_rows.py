@@ -134,6 +134,8 @@ def _check_scales(scales: Tensor, data: Tensor, scale_bytes: int) -> None:
         raise ValueError(f"scales: expected [{data.shape[0]}, {scale_bytes}] uint8, got {list(scales.shape)}")
     if not scales.is_contiguous() or scales.device != data.device:
         raise ValueError("scales: not contiguous, or not on the device of the rows")
+    if scales.data_ptr() % 8:
+        raise ValueError("scales: their address is not a multiple of 8 bytes")
 
 
 def pack_rows(keys: Tensor, kv_format: KvFormat) -> KvRows:

@@ -14,7 +14,8 @@ from streamindex_service.ops.sparse_attention import (
     plan_for,
     sparse_attention,
 )
-from tests.ops.attention_cases import Inputs, make_inputs
+from streamindex_service.ops.sparse_attention.plan import attention_tiles
+from tests.ops.attention_cases import Inputs, make_inputs, one_row_each
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,6 +33,9 @@ SHAPES = [
     (300, 64, 640, 512, KvFormat.FP8_D512),
     (150, 128, 2048, 576, KvFormat.FP8_D576),
     (1, 64, 640, 512, KvFormat.BF16),
+    (32, 64, 640, 512, KvFormat.FP8_D512),
+    (128, 64, 640, 512, KvFormat.FP8_D512),
+    (32, 128, 2048, 576, KvFormat.FP8_D576),
     (7, 128, 2048, 576, KvFormat.FP8_D576),
 ]
 
@@ -63,17 +67,41 @@ def test_within_the_error_bound(shape, sink: bool, implementation: str) -> None:
     assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
 
 
-@pytest.mark.skipif(
+hopper_only = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="a kernel for 9.0"
 )
-@pytest.mark.parametrize("changes", [{}, {"block_entries": 32, "stages": 4, "ahead": True, "messages": 2}], ids=str)
+
+
+@hopper_only
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("find_ends", [True, False], ids=["ends", "width"])
+@pytest.mark.parametrize("kv_format", ["bf16", "packed"])
 @pytest.mark.parametrize("key_dim", [512, 576])
 @pytest.mark.parametrize("heads", [64, 128])
-def test_hopper_kernel_against_the_portable_one(heads: int, key_dim: int, changes) -> None:
-    inputs = _case((1000, heads, 700, key_dim, KvFormat.BF16), amplitude=4.0)
-    for plan in (_hopper(**changes), Plan(0, tiles=Tiles(64, 64, 8, 2))):
-        report = inputs.judge(inputs.attend("triton", plan))
-        assert report.wrong_rows == 0, f"{plan.name}: {report.wrong_rows} wrong, {report.largest_error} of the bound"
+def test_hopper_kernel_in_all_its_forms(heads: int, key_dim: int, kv_format: str, find_ends: bool, splits: int) -> None:
+    packed = KvFormat.FP8_D512 if key_dim == 512 else KvFormat.FP8_D576
+    inputs = _case((700, heads, 700, key_dim, packed if kv_format == "packed" else KvFormat.BF16), amplitude=4.0)
+    tiles = attention_tiles(inputs.kv.format.value, heads, key_dim, 512, AttentionKernel.HOPPER)
+    report = inputs.judge(inputs.attend("triton", Plan(0, tiles=tiles, splits=splits, find_ends=find_ends)))
+    assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
+
+
+@hopper_only
+def test_hopper_kernel_with_other_tiles() -> None:
+    inputs = _case((700, 64, 700, 512, KvFormat.BF16))
+    tiles = Tiles(64, 32, 4, 4, AttentionKernel.HOPPER, messages=2)
+    assert inputs.judge(inputs.attend("triton", Plan(0, tiles=tiles))).wrong_rows == 0
+
+
+@hopper_only
+@pytest.mark.parametrize("powers", [True, False], ids=["powers", "any-scale"])
+@pytest.mark.parametrize("kv_format", [KvFormat.FP8_D512, KvFormat.FP8_D576], ids=lambda f: f.value)
+def test_every_8_bit_number_is_widened_exactly(kv_format: KvFormat, powers: bool) -> None:
+    inputs = one_row_each(kv_format, heads=64, device="cuda", powers=powers)
+    values = inputs.kv.gather(torch.arange(70, device="cuda"), torch.float64)[:, None, :512]
+    error = (inputs.attend("triton").out.double() - values).abs()
+    # with any scale: half a unit of bf16, and that of the scale's second part
+    assert (error <= (0.0 if powers else 2.0**-9 + 2.0**-16) * values.abs()).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=lambda s: f"T{s[0]}-H{s[1]}-W{s[2]}-D{s[3]}")

@@ -81,3 +81,30 @@ def make_inputs(
     q = amplitude * torch.randn((tokens, heads, key_dim), generator=generator)
     logits = torch.randn(heads, generator=generator).to(device) if sink else None
     return Inputs(q.bfloat16().to(device), kv, indices.to(device), logits, key_dim**-0.5, value_dim)
+
+
+def one_row_each(kv_format: KvFormat, *, heads: int, device: str, powers: bool = True) -> Inputs:
+    """Tokens that attend to one row each, so that an output is that row's value: rows of every 8-bit number with scales
+    far apart. powers: scales that are powers of two, else any."""
+    packing = kv_format.packed
+    assert packing is not None
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]  # NaN
+    rows = 70
+    kv = pack_rows(torch.randn((rows, packing.key_dim), generator=generator), kv_format)
+    data, scales = kv.data.clone(), kv.scales
+    chosen = torch.randint(0, len(codes), (rows, packing.narrow), generator=generator)
+    chosen[0, : len(codes)] = torch.arange(len(codes))
+    data[:, : packing.narrow] = codes[chosen]
+    if scales is not None:
+        scales = torch.randint(40, 200, scales.shape, generator=generator, dtype=torch.uint8)
+    else:
+        exponents = torch.randint(-60, 60, (rows, packing.narrow // packing.group), generator=generator).float()
+        wide = torch.exp2(exponents) * (1.0 if powers else 1.0 + torch.rand(exponents.shape, generator=generator))
+        data[:, packing.narrow : packing.rotary_offset] = wide.contiguous().view(torch.uint8)
+    kv = KvRows(kv_format, data.to(device), None if scales is None else scales.to(device))
+    indices = torch.full((rows, 3), -1, dtype=torch.int32)
+    indices[:, 1] = torch.arange(rows)
+    q = torch.zeros((rows, heads, packing.key_dim), dtype=torch.bfloat16)
+    return Inputs(q.to(device), kv, indices.to(device), None, 1.0, 512)

@@ -7,7 +7,7 @@ import torch
 
 from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
 from streamindex_service.ops.sparse_attention import Plan, Tiles
-from tests.ops.attention_cases import Inputs, make_inputs
+from tests.ops.attention_cases import Inputs, make_inputs, one_row_each
 from tests.ops.cases import kernel_device
 
 EVERY = ["reference", "chunked", "triton"]
@@ -131,6 +131,15 @@ def test_no_rows_no_entries_no_tokens(implementation: str) -> None:
         assert lse is not None
         assert (lse == torch.inf).all()
     assert inputs.part(0, 0).attend(implementation).out.shape == (0, 4, 64)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "triton"])
+@pytest.mark.parametrize("kv_format", [KvFormat.FP8_D512, KvFormat.FP8_D576], ids=lambda f: f.value)
+def test_every_8_bit_number_is_widened_exactly(kv_format: KvFormat, implementation: str) -> None:
+    inputs = one_row_each(kv_format, heads=2, device=kernel_device())
+    values = inputs.kv.gather(torch.arange(70, device=kernel_device()), torch.float64)[:, :512]
+    out = inputs.attend(implementation).out
+    assert torch.equal(out.double(), values[:, None, :].expand(70, 2, 512))
 
 
 def test_the_judge_sees_a_wrong_output() -> None:

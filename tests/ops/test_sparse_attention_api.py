@@ -95,6 +95,12 @@ def test_few_tokens_split_their_index_rows() -> None:
     assert splits(1, 1) == 1
 
 
+def test_ends_of_rows_are_found_where_that_can_save_a_turn() -> None:
+    for tokens, expected in ((1, False), (32, False), (132, False), (133, True), (8192, True)):
+        plan = plan_triton(Shape(tokens, 64, 512, 512, 640, "bf16", 10**6), 256 << 20, 132, AttentionKernel.HOPPER)
+        assert plan.find_ends is expected
+
+
 def test_the_kernel_is_chosen_by_device_and_shape() -> None:
     choose = choose_attention_kernel
     assert choose("bf16", 64, 512, (9, 0), gluon=True) is AttentionKernel.HOPPER
@@ -102,7 +108,8 @@ def test_the_kernel_is_chosen_by_device_and_shape() -> None:
     assert choose("bf16", 64, 512, (10, 0), gluon=True) is AttentionKernel.PORTABLE
     assert choose("bf16", 64, 512, None, gluon=False) is AttentionKernel.PORTABLE
     assert choose("bf16", 48, 512, (9, 0), gluon=True) is AttentionKernel.PORTABLE
-    assert choose("fp8_d512", 64, 512, (9, 0), gluon=True) is AttentionKernel.PORTABLE
+    assert choose("fp8_d512", 64, 512, (9, 0), gluon=True) is AttentionKernel.HOPPER
+    assert choose("fp8_d576", 128, 512, (8, 9), gluon=True) is AttentionKernel.PORTABLE
 
 
 @pytest.mark.parametrize(("heads", "key_dim"), [(64, 512), (128, 512), (64, 576), (128, 576)])
@@ -142,6 +149,8 @@ def test_rows_refuse_parts_that_disagree() -> None:
         KvRows(KvFormat.FP8_D512, data)
     with pytest.raises(ValueError, match="scales"):
         KvRows(KvFormat.FP8_D512, data, scales[:3])
+    with pytest.raises(ValueError, match="8 bytes"):
+        KvRows(KvFormat.FP8_D512, data, torch.zeros(33, dtype=torch.uint8)[1:].view(4, 8))
     with pytest.raises(ValueError, match="scales"):
         KvRows(KvFormat.BF16, torch.zeros(4, 64, dtype=torch.bfloat16), scales)
     with pytest.raises(ValueError, match="data"):

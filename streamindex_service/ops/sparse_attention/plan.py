@@ -11,6 +11,7 @@ _SLACK_BYTES = 1 << 20
 MAX_TOKEN_CHUNK = 1024
 MAX_SPLITS = 64
 # What the Hopper kernel takes; everything else keeps the portable kernel.
+HOPPER_FORMATS = frozenset({"bf16", "fp8_d512", "fp8_d576"})
 HOPPER_HEADS = frozenset({64, 128})
 HOPPER_VALUE_DIM = 512
 HOPPER_CAPABILITY = (9, 0)
@@ -29,8 +30,7 @@ class Tiles:
     """Compile-time shape of the attention kernel; depends on format, heads and dimensions, never on a length.
 
     block_heads: heads of a program; block_entries: entries of an index row that are gathered at a time; stages: blocks
-    of them that are under way. messages, ahead: of the Hopper kernel, weights that may wait for their values, and
-    whether logits of the next block are under way during the softmax of one.
+    of them that are under way. messages: of the Hopper kernel, blocks of weights that may wait for their values.
     """
 
     block_heads: int
@@ -38,8 +38,7 @@ class Tiles:
     warps: int
     stages: int
     kernel: AttentionKernel = AttentionKernel.PORTABLE
-    messages: int = 2
-    ahead: bool = False
+    messages: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,14 @@ class Shape:
 @dataclass(frozen=True)
 class Plan:
     """token_chunk: query tokens at a time (torch). splits: parts of each index row that different programs take, whose
-    results are combined. workspace_bytes: the peak beside inputs and outputs."""
+    results are combined. find_ends: a kernel first finds where the last valid entry of each index row stands, so that
+    nothing is done beyond. workspace_bytes: the peak beside inputs and outputs."""
 
     workspace_bytes: int
     token_chunk: int = MAX_TOKEN_CHUNK
     splits: int = 1
     tiles: Tiles | None = None
+    find_ends: bool = True
 
     @property
     def name(self) -> str:
@@ -102,7 +103,7 @@ def plan_triton(shape: Shape, workspace_bytes: int, processors: int, kernel: Att
     """
     if workspace_bytes < MIN_WORKSPACE_BYTES:
         raise WorkspaceTooSmallError(workspace_bytes, MIN_WORKSPACE_BYTES)
-    tiles = attention_tiles(shape.format_name, shape.heads, shape.key_dim, shape.value_dim)
+    tiles = attention_tiles(shape.format_name, shape.heads, shape.key_dim, shape.value_dim, kernel)
     programs = shape.tokens * -(-shape.heads // tiles.block_heads)
     blocks = -(-shape.width // tiles.block_entries)
     splits = max(1, min(processors // max(programs, 1), blocks, MAX_SPLITS))
@@ -111,9 +112,8 @@ def plan_triton(shape: Shape, workspace_bytes: int, processors: int, kernel: Att
     needed = partial_bytes(shape, splits) + ends_bytes(shape)
     if needed > workspace_bytes:
         raise WorkspaceTooSmallError(workspace_bytes, needed)
-    if splits == 1:  # parts are the portable kernel's alone
-        tiles = attention_tiles(shape.format_name, shape.heads, shape.key_dim, shape.value_dim, kernel)
-    return Plan(needed, splits=splits, tiles=tiles)
+    # where every multiprocessor has but one program, a kernel more costs more than rows that end early would save
+    return Plan(needed, splits=splits, tiles=tiles, find_ends=programs > processors)
 
 
 def ends_bytes(shape: Shape) -> int:
@@ -134,7 +134,7 @@ def choose_attention_kernel(
 ) -> AttentionKernel:
     """The static choice: by device, format and dimensions, never by a length. capability: of a CUDA device, or
     None."""
-    fits = format_name == "bf16" and heads in HOPPER_HEADS and value_dim == HOPPER_VALUE_DIM
+    fits = format_name in HOPPER_FORMATS and heads in HOPPER_HEADS and value_dim == HOPPER_VALUE_DIM
     if capability != HOPPER_CAPABILITY or not fits:
         return AttentionKernel.PORTABLE
     return AttentionKernel.HOPPER if gluon else AttentionKernel.WITHOUT_GLUON

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from streamindex_service.ops.sparse_attention.plan import AttentionKernel, Plan
+from streamindex_service.ops.sparse_attention.plan import MAX_SPLITS, AttentionKernel, Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
 _LOG2E = 1.4426950408889634
@@ -86,12 +86,12 @@ def attend_kernel(
     q, data, scales, indices, ends, sink, out, lse, rows, width, splits, scale_log2,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,
     BLOCK: tl.constexpr, ROW: tl.constexpr, NARROW: tl.constexpr, GROUP: tl.constexpr, ROTARY: tl.constexpr,
-    SCALES_BESIDE: tl.constexpr, HAS_SINK: tl.constexpr, WANT_LSE: tl.constexpr, PARTIAL: tl.constexpr,
-    STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    SCALES_BESIDE: tl.constexpr, HAS_ENDS: tl.constexpr, HAS_SINK: tl.constexpr, WANT_LSE: tl.constexpr,
+    PARTIAL: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A block of heads of one token over its index row, or over a part of it. Grid: (tokens × head blocks, splits).
 
-    q: [tokens, HEADS, DIM + TAIL] bf16. ends: [tokens] int32. sink: [HEADS] float32.
+    q: [tokens, HEADS, DIM + TAIL] bf16. ends: [tokens] int32, if HAS_ENDS. sink: [HEADS] float32.
     out: [tokens, HEADS, DIM] bf16, lse: [tokens, HEADS] float32, natural. PARTIAL: [splits, tokens, HEADS, DIM] float32
     and [splits, tokens, HEADS] in base 2, −inf for nothing.
     """
@@ -105,7 +105,7 @@ def attend_kernel(
     if TAIL > 0:
         tail = DIM + tl.arange(0, TAIL)
         q_tail = tl.load(q + query[:, None] + tail[None, :], mask=is_head[:, None], other=0.0)
-    end = tl.load(ends + token)
+    end = tl.load(ends + token) if HAS_ENDS else width
     blocks = (end + BLOCK - 1) // BLOCK
     part = tl.program_id(1)
     begin = blocks * part // splits * BLOCK
@@ -169,7 +169,7 @@ def attend_kernel(
 def combine_kernel(
     partial, partial_lse, sink, out, lse, tokens, splits,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr,
-    HAS_SINK: tl.constexpr, WANT_LSE: tl.constexpr, WIDEN: tl.constexpr,
+    MOST_PARTS: tl.constexpr, HAS_SINK: tl.constexpr, WANT_LSE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Parts of a split in order, and the sink. Grid: (tokens, head blocks, DIM / BLOCK_DIMS).
 
@@ -181,20 +181,24 @@ def combine_kernel(
     is_head = head < HEADS
     place = token * HEADS + head
     step = tokens.to(tl.int64) * HEADS
-    largest = tl.full((BLOCK_HEADS,), float("-inf"), tl.float32)
-    for part in range(splits):
-        largest = tl.maximum(largest, tl.load(partial_lse + part * step + place, mask=is_head, other=float("-inf")))
+    part = tl.arange(0, MOST_PARTS)[:, None]
+    known = (part < splits) & is_head[None, :]
+    logs = tl.load(partial_lse + part * step + place[None, :], mask=known, other=float("-inf"))  # [parts, BH]
+    largest = tl.max(logs, axis=0)
     nothing = largest == float("-inf")
     shift = tl.where(nothing, 0.0, largest)
     total = tl.zeros((BLOCK_HEADS,), tl.float32)
     acc = tl.zeros((BLOCK_HEADS, BLOCK_DIMS), tl.float32)
-    for part in range(splits):
-        weight = tl.exp2(tl.load(partial_lse + part * step + place, mask=is_head, other=float("-inf")) - shift)
-        values = tl.load(
-            partial + (part * step + place)[:, None] * DIM + dim[None, :], mask=is_head[:, None], other=0.0
-        )
-        total += weight
-        acc += weight[:, None] * values
+    for first in range(0, splits, 4):  # four parts under way; added up in their order
+        for ahead in tl.static_range(4):
+            part = first + ahead
+            here = is_head & (part + 0 * head < splits)
+            weight = tl.exp2(tl.load(partial_lse + part * step + place, mask=here, other=float("-inf")) - shift)
+            values = tl.load(
+                partial + (part * step + place)[:, None] * DIM + dim[None, :], mask=here[:, None], other=0.0
+            )
+            total += weight
+            acc += weight[:, None] * values
     total = tl.where(nothing, 1.0, total)
     if WANT_LSE and tl.program_id(2) == 0:
         tl.store(lse + place, tl.where(nothing, float("inf"), (shift + tl.log2(total)) * _LN2), mask=is_head)
@@ -224,7 +228,7 @@ def run_triton(problem: Problem, plan: Plan) -> None:
         return
     assert plan.tiles is not None
     with torch.cuda.device_of(problem.q):  # kernels start on the current device, which need not be the tensors'
-        ends = last_entries(problem)
+        ends = last_entries(problem) if plan.find_ends else None
         if plan.splits == 1:
             _launch(problem, plan, ends, problem.out, problem.out_lse)
             return
@@ -258,23 +262,24 @@ def format_constants(problem: Problem) -> dict[str, int | bool]:
     }
 
 
-def _launch(problem: Problem, plan: Plan, ends: Tensor, out: Tensor, lse: Tensor | None) -> None:
+def _launch(problem: Problem, plan: Plan, ends: Tensor | None, out: Tensor, lse: Tensor | None) -> None:
     p, tiles = problem, plan.tiles
     partial = plan.splits > 1
     if tiles.kernel is AttentionKernel.HOPPER:
         # imported here: Gluon is an experimental part of Triton
         from streamindex_service.ops.sparse_attention import hopper
 
-        assert not partial
-        hopper.launch(p, tiles, ends, out, lse, _multiprocessors(p.q.device))
+        hopper.launch(p, plan, ends, out, lse, _multiprocessors(p.q.device))
         return
     head_blocks = triton.cdiv(p.heads, tiles.block_heads)
     attend_kernel[(p.tokens * head_blocks, plan.splits)](
-        p.q, p.kv.data, p.kv.data if p.kv.scales is None else p.kv.scales, p.indices, ends,
-        ends if p.sink is None else p.sink, out, ends if lse is None else lse,
+        p.q, p.kv.data, p.kv.data if p.kv.scales is None else p.kv.scales, p.indices,
+        p.indices if ends is None else ends, p.indices if p.sink is None else p.sink, out,
+        p.indices if lse is None else lse,
         p.kv.rows, p.width, plan.splits, p.scale * _LOG2E,
         HEADS=p.heads, BLOCK_HEADS=tiles.block_heads, DIM=p.value_dim, TAIL=p.key_dim - p.value_dim,
-        BLOCK=tiles.block_entries, **format_constants(p), HAS_SINK=p.sink is not None and not partial,
+        BLOCK=tiles.block_entries, **format_constants(p),
+        HAS_ENDS=ends is not None, HAS_SINK=p.sink is not None and not partial,
         WANT_LSE=lse is not None, PARTIAL=partial, STAGES=tiles.stages, WIDEN=_INTERPRETED,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -287,11 +292,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _combine(problem: Problem, partial: Tensor, partial_lse: Tensor) -> None:
     p = problem
-    block_heads, block_dims = 16, min(_COMBINE_DIMS, p.value_dim)
+    block_heads, block_dims = 8, min(_COMBINE_DIMS, p.value_dim)
     combine_kernel[(p.tokens, triton.cdiv(p.heads, block_heads), p.value_dim // block_dims)](
         partial, partial_lse, partial_lse if p.sink is None else p.sink, p.out,
         partial_lse if p.out_lse is None else p.out_lse, p.tokens, partial.shape[0],
-        HEADS=p.heads, BLOCK_HEADS=block_heads, DIM=p.value_dim, BLOCK_DIMS=block_dims,
+        HEADS=p.heads, BLOCK_HEADS=block_heads, DIM=p.value_dim, BLOCK_DIMS=block_dims, MOST_PARTS=MAX_SPLITS,
         HAS_SINK=p.sink is not None, WANT_LSE=p.out_lse is not None, WIDEN=_INTERPRETED,
         num_warps=4,
     )  # fmt: skip
