@@ -39,7 +39,7 @@ def ends_kernel(indices, ends, rows, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _to_bf16(x, WIDEN: tl.constexpr):
+def to_bf16(x, WIDEN: tl.constexpr):
     """Round to nearest even, which the interpreter's own conversion does not."""
     if WIDEN:
         bits = x.to(tl.uint32, bitcast=True)
@@ -143,7 +143,7 @@ def attend_kernel(
         total = total * fade + tl.sum(weights, axis=1)
         acc = acc * fade[:, None]
         if WIDEN:
-            acc = tl.dot(_to_bf16(weights, WIDEN).to(tl.float32), keys.to(tl.float32), acc, input_precision="ieee")
+            acc = tl.dot(to_bf16(weights, WIDEN).to(tl.float32), keys.to(tl.float32), acc, input_precision="ieee")
         else:
             acc = tl.dot(weights.to(tl.bfloat16), keys, acc)
         largest = new_largest
@@ -162,7 +162,7 @@ def attend_kernel(
             logit = tl.load(sink + head, mask=is_head, other=float("-inf")) * (1.0 / _LN2)
             total += tl.exp2(logit - largest)
         acc = acc / total[:, None]
-        tl.store(out + result[:, None] * DIM + dim[None, :], _to_bf16(acc, WIDEN), mask=is_head[:, None])
+        tl.store(out + result[:, None] * DIM + dim[None, :], to_bf16(acc, WIDEN), mask=is_head[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"], do_not_specialize_on_alignment=["sink", "lse"])
@@ -206,7 +206,7 @@ def combine_kernel(
         logit = tl.load(sink + head, mask=is_head, other=float("-inf")) * (1.0 / _LN2)
         total += tl.exp2(logit - shift)
     acc = acc / total[:, None]
-    tl.store(out + place[:, None] * DIM + dim[None, :], _to_bf16(acc, WIDEN), mask=is_head[:, None])
+    tl.store(out + place[:, None] * DIM + dim[None, :], to_bf16(acc, WIDEN), mask=is_head[:, None])
 
 
 # The interpreter multiplies the raw bits of bfloat16 operands: there, and only there, the product takes float32 ones.
