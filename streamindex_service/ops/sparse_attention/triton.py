@@ -181,9 +181,9 @@ def combine_kernel(
     is_head = head < HEADS
     place = token * HEADS + head
     step = tokens.to(tl.int64) * HEADS
-    part = tl.arange(0, MOST_PARTS)[:, None]
-    known = (part < splits) & is_head[None, :]
-    logs = tl.load(partial_lse + part * step + place[None, :], mask=known, other=float("-inf"))  # [parts, BH]
+    parts = tl.arange(0, MOST_PARTS)[:, None]
+    known = (parts < splits) & is_head[None, :]
+    logs = tl.load(partial_lse + parts * step + place[None, :], mask=known, other=float("-inf"))  # [parts, BH]
     largest = tl.max(logs, axis=0)
     nothing = largest == float("-inf")
     shift = tl.where(nothing, 0.0, largest)
