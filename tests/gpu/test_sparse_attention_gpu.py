@@ -130,6 +130,7 @@ def test_no_length_compiles_anything_new() -> None:
 
     attend(300, 640, 20_000)
     attend(3, 640, 20_000)
+    attend(3, 16, 20_000)  # few tokens, and too few entries for a split
     warm = compiled_variants()
     assert warm > 0
     for tokens, width, rows in ((1, 1, 20_001), (16, 16, 20_016), (1024, 128, 32_768), (255, 77, 20_003)):
