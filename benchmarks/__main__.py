@@ -26,6 +26,8 @@ BENCHMARKS = {
     "topk_profile": True,
     "topk_design": True,
     "topk_ablations": True,
+    "attention_prefill": False,
+    "compressor": False,
     "upload_throughput": False,
     "search_stream": False,
     "governor_mix": False,

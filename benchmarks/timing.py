@@ -1,4 +1,4 @@
-"""Seconds between device events, bytes at the allocator's peak, and the roof that figures are held against."""
+"""Seconds between device events, bytes at the allocator's peak, and the roofs that figures are held against."""
 
 import statistics
 import time
@@ -99,6 +99,13 @@ def roof_tflops(key_format: KeyFormat, device: str) -> float:
     return (
         _ROOF_PRODUCTS * 2 * n**3 / measure(several, device, budget_s=_ROOF_S, max_repeats=_ROOF_REPEATS).seconds / 1e12
     )
+
+
+def copy_bytes_s(device: str) -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes together (1 MiB on a CPU)."""
+    size = 1 << (20 if device == "cpu" else 30)
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / measure(lambda: target.copy_(source), device, budget_s=0.05).seconds
 
 
 def _product(key_format: KeyFormat, n: int, device: str) -> Callable[[], Tensor]:

@@ -5,6 +5,7 @@ implementation is first run.
 """
 
 from streamindex_service.ops.formats import KeyFormat
+from streamindex_service.ops.kv_rows import KvFormat, KvRows
 from streamindex_service.ops.paged_keys import PAGE_KEYS, PagedKeys
 
-__all__ = ["PAGE_KEYS", "KeyFormat", "PagedKeys"]
+__all__ = ["PAGE_KEYS", "KeyFormat", "KvFormat", "KvRows", "PagedKeys"]

@@ -1,0 +1,235 @@
+"""`sparse_attention`: attention of each query over the rows that its indices name, by an implementation chosen by
+name."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamindex_service.ops.kv_rows import KvFormat, KvRows
+from streamindex_service.ops.sparse_attention import plan as planning
+from streamindex_service.ops.sparse_attention.plan import Plan, Shape, choose_attention_kernel
+from streamindex_service.ops.sparse_attention.problem import Problem, check_inputs, check_output
+from streamindex_service.ops.sparse_attention.reference import run_reference
+from streamindex_service.ops.sparse_attention.torch_chunked import run_chunked
+
+DEFAULT_WORKSPACE_BYTES = 256 << 20
+
+
+class AttentionResult(NamedTuple):
+    """out: [tokens, heads, value_dim] bf16; lse: [tokens, heads] float32, natural, without the sink, or None."""
+
+    out: Tensor
+    lse: Tensor | None
+
+
+class UnsupportedImplementationError(ValueError):
+    """No implementation of that name, or not for that device and format; `valid_names` lists those that would do."""
+
+    def __init__(self, name: str, reason: str, valid_names: tuple[str, ...]) -> None:
+        super().__init__(f"implementation {name!r}: {reason}; valid names are {', '.join(valid_names) or 'none'}")
+        self.name = name
+        self.valid_names = valid_names
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the operation, and what it is good for.
+
+    cpu_only_interpreted: on CPU tensors it runs under Triton's interpreter, which is for tests. requires: a package
+    it imports. plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled.
+    """
+
+    name: str
+    function: Callable[[Problem, Plan | None], None]
+    devices: frozenset[str]
+    formats: frozenset[KvFormat]
+    plan: Callable[[Shape, int, torch.device], Plan] | None
+    requires: str | None = None
+    cpu_only_interpreted: bool = False
+
+    def supports(self, device: torch.device | str, kv_format: KvFormat) -> bool:
+        """Whether it runs here on that kind of device, and takes rows of that format."""
+        kind = torch.device(device).type
+        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+            return False
+        if kind == "cpu" and self.cpu_only_interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+            return False
+        return kind in self.devices and kv_format in self.formats
+
+
+def _reference(problem: Problem, plan: Plan | None) -> None:
+    run_reference(problem)
+
+
+def _chunked(problem: Problem, plan: Plan | None) -> None:
+    assert plan is not None
+    run_chunked(problem, plan)
+
+
+def _triton(problem: Problem, plan: Plan | None) -> None:
+    # imported here: Triton need not be installed where it is not asked for
+    from streamindex_service.ops.sparse_attention.triton import run_triton
+
+    assert plan is not None
+    run_triton(problem, plan)
+
+
+def _plan_triton(shape: Shape, workspace_bytes: int, device: torch.device) -> Plan:
+    capability, processors = None, 1
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    kernel = choose_attention_kernel(
+        shape.format_name, shape.heads, shape.value_dim, capability, gluon=capability is not None and has_gluon()
+    )
+    return planning.plan_triton(shape, workspace_bytes, processors, kernel)
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether this Triton has what the Hopper kernel is written in; it is experimental, and changes between
+    versions."""
+    try:
+        from streamindex_service.ops.sparse_attention.hopper import MISSING
+    except (ImportError, AttributeError):
+        return False
+    return not MISSING
+
+
+_ALL_FORMATS = frozenset(KvFormat)
+_ANY_DEVICE = frozenset({"cpu", "cuda"})
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {
+        implementation.name: implementation
+        for implementation in (
+            Implementation("reference", _reference, _ANY_DEVICE, _ALL_FORMATS, plan=None),
+            Implementation(
+                "chunked",
+                _chunked,
+                _ANY_DEVICE,
+                _ALL_FORMATS,
+                plan=lambda shape, budget, device: planning.plan_chunked(shape, budget),
+            ),
+            Implementation(
+                "triton",
+                _triton,
+                _ANY_DEVICE,
+                _ALL_FORMATS,
+                plan=_plan_triton,
+                requires="triton",
+                cpu_only_interpreted=True,
+            ),
+        )
+    }
+)
+
+
+def find_implementation(name: str, device: torch.device | str, kv_format: KvFormat) -> Implementation:
+    """The implementation of that name. Raises UnsupportedImplementationError if it is unknown or not for that device
+    and format."""
+    valid = tuple(other.name for other in IMPLEMENTATIONS.values() if other.supports(device, kv_format))
+    implementation = IMPLEMENTATIONS.get(name)
+    if implementation is None:
+        raise UnsupportedImplementationError(name, "unknown", valid)
+    if not implementation.supports(device, kv_format):
+        raise UnsupportedImplementationError(name, f"not for {kv_format.value} rows on {device} here", valid)
+    return implementation
+
+
+def plan_for(
+    implementation: str,
+    device: torch.device | str,
+    kv_format: KvFormat,
+    *,
+    tokens: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    width: int,
+    rows: int,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Plan | None:
+    """The plan that `sparse_attention` would run with, for a scheduler's estimate; None if the implementation has no
+    tiles. width: entries of an index row; rows: of the KV rows.
+
+    Raises UnsupportedImplementationError and WorkspaceTooSmallError.
+    """
+    found = find_implementation(implementation, device, kv_format)
+    if found.plan is None:
+        return None
+    shape = Shape(tokens, heads, key_dim, value_dim, width, kv_format.value, rows)
+    return found.plan(shape, workspace_bytes, torch.device(device))
+
+
+def sparse_attention(
+    q: Tensor,
+    kv: KvRows,
+    indices: Tensor,
+    *,
+    scale: float,
+    sink: Tensor | None = None,
+    value_dim: int = 512,
+    implementation: str,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    want_lse: bool = False,
+    out: Tensor | None = None,
+    out_lse: Tensor | None = None,
+    plan: Plan | None = None,
+) -> AttentionResult:
+    """Attention of each query over the rows of one shared KV head that its indices name.
+
+    o[t, h] = Σ_{j ∈ indices[t]} softmax_j(scale · ⟨q[t, h], kv[j]⟩ ⊕ sink[h]) · kv[j, :value_dim]
+
+    Args:
+        q: [tokens, heads, key_dim] bf16, contiguous.
+        kv: the rows: key_dim elements each, of which the first value_dim are the value.
+        indices: [tokens, width] int32. Entries that are negative or not below kv.rows are skipped; one that stands
+            twice counts twice. Order matters to rounding alone.
+        scale: of the logits.
+        sink: [heads] float32, a logit that is not scaled and adds to the denominator alone; −inf is none, +inf makes
+            the output 0.
+        value_dim: elements of a value; a key may have 0, 16, 32 or 64 more.
+        implementation: a name in IMPLEMENTATIONS; never replaced by another.
+        workspace_bytes: device memory beside inputs and outputs that the run may take, at least 16 MiB.
+        want_lse: also return the natural log-sum-exp of the scaled logits, without the sink (implied by `out_lse`).
+        out, out_lse: [tokens, heads, value_dim] bf16 and [tokens, heads] float32, contiguous, to write into.
+        plan: tiles to use instead of the planned ones, for tests and benchmarks.
+
+    A row with nothing to attend has output 0 and lse +inf.
+
+    Raises:
+        AttentionInputError: an argument disagrees with another or with LIMITS; its `field` names it.
+        UnsupportedImplementationError: unknown name, or not for this device and format.
+        WorkspaceTooSmallError: below the floor. ReferenceTooLargeError: `reference` beyond its bound.
+
+    Source: DeepSeek-V3.2 (sparse MLA) and DeepSeek-V4 (compressed sparse attention, sinks).
+    """
+    found = find_implementation(implementation, q.device, kv.format)
+    check_inputs(q, kv, indices, sink, value_dim)
+    tokens, heads, key_dim = q.shape
+    if out is None:
+        out = torch.empty((tokens, heads, value_dim), dtype=torch.bfloat16, device=q.device)
+    if out_lse is None and want_lse:
+        out_lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    check_output("out", out, (tokens, heads, value_dim), torch.bfloat16, q.device)
+    if out_lse is not None:
+        check_output("out_lse", out_lse, (tokens, heads), torch.float32, q.device)
+    if not tokens or not indices.shape[1] or not kv.rows:
+        out.zero_()
+        if out_lse is not None:
+            out_lse.fill_(torch.inf)
+        return AttentionResult(out, out_lse)
+    problem = Problem(q, kv, indices, scale, sink, out, out_lse)
+    if plan is None and found.plan is not None:
+        shape = Shape(tokens, heads, key_dim, value_dim, indices.shape[1], kv.format.value, kv.rows)
+        plan = found.plan(shape, workspace_bytes, q.device)
+    found.function(problem, plan)
+    return AttentionResult(out, out_lse)

@@ -1,0 +1,214 @@
+"""The partition of the Hopper kernel that brings rows in: copied as they are, or widened from 8 bits on the way.
+
+Both fill one ring of stages, each a block of rows in bf16 [BLOCK, DIM] as the products read it, the rest of the keys
+[BLOCK, TAIL], and a bias [BLOCK] that is 0 for a valid entry and −inf for another, whose row is zeros.
+
+Packed rows pass through registers. A thread holds a quarter of each 64 elements of a row: 16 bytes come with one load,
+and the two stores of 16 bytes that they become meet no bank of shared memory twice. A piece of 64 elements is loaded
+for the rows after as soon as it was stored for these, so a whole step of rows is on its way at any time.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+STEP = gl.constexpr(32)  # packed rows that are under way at a time
+_WORDS = gl.constexpr(16)  # of four e4m3 values, or 32 of two bf16: 64 elements, a column of the swizzled stage
+# Four e4m3 values to bf16: their bits, moved to where bf16 has them, are the value times 2^-120. Exact, subnormals too.
+_MOVE = """{
+    .reg .b32 a, b, t, u;
+    prmt.b32 a, $4, 0, 0x1404;
+    prmt.b32 b, $4, 0, 0x3424;
+    shr.u32 t, a, 4;
+    shr.u32 u, b, 4;
+    and.b32 t, t, 0x07f007f0;
+    and.b32 u, u, 0x07f007f0;
+    and.b32 a, a, 0x80008000;
+    and.b32 b, b, 0x80008000;
+    or.b32 a, a, t;
+    or.b32 b, b, u;
+    mov.b32 t, 0x7b807b80;
+    mul.rn.bf16x2 a, a, t;
+    mul.rn.bf16x2 b, b, t;
+"""
+_DONE = """
+    mov.b32 {$0, $1}, a;
+    mov.b32 {$2, $3}, b;
+}"""
+_TIMES_POWER = gl.constexpr(_MOVE + "mul.rn.bf16x2 a, a, $5; mul.rn.bf16x2 b, b, $5;" + _DONE)
+# times a scale in two parts: rounded as their sum would be, but for the last bits of the second
+_TIMES_SUM = gl.constexpr(
+    _MOVE
+    + """
+    mul.rn.bf16x2 t, a, $6;
+    mul.rn.bf16x2 u, b, $6;
+    fma.rn.bf16x2 a, a, $5, t;
+    fma.rn.bf16x2 b, b, $5, u;
+"""
+    + _DONE
+)
+
+
+@gluon.jit
+def span(
+    ends, item, splits, width, HEAD_BLOCKS: gl.constexpr, BLOCK: gl.constexpr, HAS_ENDS: gl.constexpr
+):  # fmt: skip
+    """What a work item is: (token, first head, part, first entry, end entry)."""
+    token = (item // HEAD_BLOCKS // splits).to(gl.int64)
+    part = item // HEAD_BLOCKS % splits
+    end = gl.load(ends + token) if HAS_ENDS else width
+    blocks = (end + BLOCK - 1) // BLOCK
+    begin = blocks * part // splits * BLOCK
+    return token, item % HEAD_BLOCKS * 64, part, begin, gl.minimum(blocks * (part + 1) // splits * BLOCK, end)
+
+
+@gluon.jit
+def copy_rows(
+    data, indices, ends, items, splits, rows, width, key_smem, tail_smem, bias_smem, full, empty,
+    HEADS: gl.constexpr, DIM: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    HAS_ENDS: gl.constexpr,
+):  # fmt: skip
+    """Keep the ring full with bf16 rows [rows, DIM + TAIL]."""
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lane = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, wide))
+    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
+    done = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, _, _, begin, end = span(ends, item, splits, width, HEADS // 64, BLOCK, HAS_ENDS)
+        entries = indices + token * width
+        following = gl.load(entries + begin + lane, mask=begin + lane < end, other=-1)
+        for start in range(begin, end, BLOCK):
+            slot = done % STAGES
+            index = following
+            following = gl.load(entries + start + BLOCK + lane, mask=start + BLOCK + lane < end, other=-1)
+            valid = (index >= 0) & (index < rows)
+            place = gl.where(valid, index, 0).to(gl.int64) * (DIM + TAIL)
+            row = data + gl.expand_dims(place, 1)
+            mask = gl.expand_dims(valid, 1)
+            hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
+            async_copy.async_copy_global_to_shared(
+                key_smem.index(slot), row + gl.expand_dims(dim, 0), mask=mask & (gl.expand_dims(dim, 0) >= 0)
+            )
+            if TAIL > 0:
+                tail = gl.expand_dims(gl.arange(0, TAIL, layout=gl.SliceLayout(0, wide)), 0)
+                async_copy.async_copy_global_to_shared(tail_smem.index(slot), row + DIM + tail, mask=mask & (tail >= 0))
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            bias_smem.index(slot).store(gl.where(valid, 0.0, float("-inf")))
+            hopper.mbarrier.arrive(full.index(slot), count=1)
+            done += 1
+
+
+@gluon.jit
+def _index(entries, place, end, rows, layout: gl.constexpr):
+    """A step of entries, and which of them name a row; 0 for those that do not."""
+    lane = place + gl.arange(0, STEP, layout=layout)
+    index = gl.load(entries + lane, mask=lane < end, other=-1)
+    valid = (index >= 0) & (index < rows)
+    return gl.where(valid, index, 0).to(gl.int64), valid
+
+
+@gluon.jit
+def _load_scales(data, scales, index, valid, NARROW: gl.constexpr, ROW: gl.constexpr):
+    """The scales of a step of rows: 8 exponent bytes as one number, or four float32 numbers as they are in memory."""
+    if NARROW == 448:
+        found = (gl.load(scales + index, mask=valid, other=0),)
+    else:
+        place = data + index * (ROW // 4) + NARROW // 4
+        found = (
+            gl.load(place, mask=valid, other=0),
+            gl.load(place + 1, mask=valid, other=0),
+            gl.load(place + 2, mask=valid, other=0),
+            gl.load(place + 3, mask=valid, other=0),
+        )
+    return found
+
+
+@gluon.jit
+def _load_words(data, index, valid, first: gl.constexpr, COUNT: gl.constexpr, ROW: gl.constexpr, layout: gl.constexpr):
+    """Words of a step of rows from the `first` on, as they are in memory. Bytes would be held in a register each."""
+    column = gl.expand_dims(first + gl.arange(0, COUNT, layout=gl.SliceLayout(0, layout)), 0)
+    place = gl.expand_dims(index * (ROW // 4), 1) + column
+    return gl.load(data + place, mask=gl.expand_dims(valid, 1) & (column >= 0), other=0)
+
+
+@gluon.jit
+def _twice(x):
+    """A bf16 of 16 bits in both halves of a word."""
+    return x | (x << 16)
+
+
+@gluon.jit
+def _widen(words, scales, piece: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr):
+    """64 elements of a step of rows in bf16: [STEP, 64]."""
+    kind: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16)
+    if NARROW == 448:
+        # an exponent byte is the exponent field of a bf16
+        scale = _twice((((scales[0] >> (8 * piece)) & 0xFF) << 7).to(gl.int32))
+        a, b, c, d = gl.inline_asm_elementwise(
+            _TIMES_POWER, "=h,=h,=h,=h,r,r", [words, gl.expand_dims(scale, 1)], dtype=kind, is_pure=True, pack=1
+        )
+    else:
+        scale = scales[piece * 64 // GROUP].to(gl.float32, bitcast=True)
+        high = scale.to(gl.bfloat16)
+        low = (scale - high.to(gl.float32)).to(gl.bfloat16)
+        high_bits = gl.expand_dims(_twice(high.to(gl.uint16, bitcast=True).to(gl.int32)), 1)
+        low_bits = gl.expand_dims(_twice(low.to(gl.uint16, bitcast=True).to(gl.int32)), 1)
+        a, b, c, d = gl.inline_asm_elementwise(
+            _TIMES_SUM, "=h,=h,=h,=h,r,r,r", [words, high_bits, low_bits], dtype=kind, is_pure=True, pack=1
+        )
+    return gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), (STEP, 64))
+
+
+@gluon.jit
+def _halves(words):
+    """Words of two bf16 as such: [STEP, 64]."""
+    kind: gl.constexpr = (gl.bfloat16, gl.bfloat16)
+    a, b = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=kind, is_pure=True, pack=1)
+    return gl.reshape(gl.join(a, b), (STEP, 64))
+
+
+@gluon.jit
+def unpack_rows(
+    data, scales, indices, ends, items, splits, rows, width, key_smem, tail_smem, bias_smem, full, empty,
+    HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_ENDS: gl.constexpr,
+    ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr,
+):  # fmt: skip
+    """Keep the ring full with packed rows, widened. data: [rows, ROW / 4] int32; scales: [rows] int64, if beside."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    PIECES: gl.constexpr = NARROW // 64
+    done = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, _, _, begin, end = span(ends, item, splits, width, HEADS // 64, BLOCK, HAS_ENDS)
+        entries = indices + token * width
+        index, valid = _index(entries, begin, end, rows, gl.SliceLayout(1, layout))
+        scale = _load_scales(data, scales, index, valid, NARROW, ROW)
+        values = ()
+        for piece in gl.static_range(PIECES):
+            values += (_load_words(data, index, valid, piece * _WORDS, _WORDS, ROW, layout),)
+        turned = _load_words(data, index, valid, ROTARY // 4, 2 * _WORDS, ROW, layout)
+        index, next_valid = _index(entries, begin + STEP, end, rows, gl.SliceLayout(1, layout))
+        for start in range(begin, end, BLOCK):
+            slot = done % STAGES
+            hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
+            for step in gl.static_range(BLOCK // STEP):
+                keys = key_smem.index(slot).slice(step * STEP, STEP, dim=0)
+                bias = bias_smem.index(slot).slice(step * STEP, STEP, dim=0)
+                bias.store(gl.where(valid, 0.0, float("-inf")))
+                next_scale = _load_scales(data, scales, index, next_valid, NARROW, ROW)
+                coming = ()
+                for piece in gl.static_range(PIECES):
+                    keys.slice(piece * 64, 64, dim=1).store(_widen(values[piece], scale, piece, NARROW, GROUP))
+                    coming += (_load_words(data, index, next_valid, piece * _WORDS, _WORDS, ROW, layout),)
+                if NARROW < DIM:
+                    keys.slice(NARROW, 64, dim=1).store(_halves(turned))
+                else:
+                    tail_smem.index(slot).slice(step * STEP, STEP, dim=0).store(_halves(turned))
+                turned = _load_words(data, index, next_valid, ROTARY // 4, 2 * _WORDS, ROW, layout)
+                values, scale, valid = coming, next_scale, next_valid
+                index, next_valid = _index(
+                    entries, start + (step + 2) * STEP, end, rows, gl.SliceLayout(1, layout)
+                )  # fmt: skip
+            hopper.fence_async_shared()
+            hopper.mbarrier.arrive(full.index(slot), count=1)
+            done += 1

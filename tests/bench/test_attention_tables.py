@@ -1,0 +1,77 @@
+"""Every table of sparse attention, run as its command is, at sizes for a CPU."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import attention, attention_prefill
+from benchmarks.attention import MODELS, AttentionModel, make_attention
+from streamindex_service.ops import KvFormat
+
+TINY = AttentionModel("Tiny", 4, 64, 64, ratio=4, top_k=24, window=16, packed=KvFormat.FP8_D512)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, TINY.name, TINY)
+
+
+def _run(main: Callable[[list[str] | None], int], out: Path, *options: str) -> list[dict[str, Any]]:
+    common = ["--device", "cpu", "--implementations", "chunked", "reference", "--quick"]
+    assert main([*common, *options, "--out", str(out / "table.json")]) == 0
+    rows: list[dict[str, Any]] = json.loads((out / "table.json").read_text())["rows"]
+    assert rows
+    assert all(row["wrong_rows"] == 0 for row in rows)
+    return rows
+
+
+def test_prefill(tmp_path: Path) -> None:
+    rows = _run(
+        attention_prefill.main, tmp_path, "--models", "Tiny", "--sizes", "20", "300", "--formats", "bf16"
+    )  # fmt: skip
+    found = {(row["tokens"], row["implementation"]): row for row in rows}
+    assert set(found) == {(tokens, name) for tokens in (20, 300) for name in ("chunked", "reference")}
+    assert found[300, "reference"]["ratio_to"] == "chunked bf16"
+    assert found[300, "chunked"]["checked_rows"] == 64
+    # a token's window, and the compressed rows it sees
+    flop = found[20, "chunked"]["useful_tflops"] * found[20, "chunked"]["seconds"] * 1e12
+    assert flop == pytest.approx(2 * 4 * 128 * 20 * 40)
+
+
+def test_index_rows_name_what_a_token_sees() -> None:
+    made = make_attention(TINY, 40, 40, KvFormat.BF16, "cpu")
+    window, chosen = made.indices[:, :16], made.indices[:, 16:]
+    assert window[0].tolist() == [*range(-15, 1)]
+    assert window[39].tolist() == [*range(24, 40)]
+    for token in range(3, 40):
+        assert 40 <= int(chosen[token].min()) <= int(chosen[token].max()) < 40 + (token + 1) // 4
+
+
+def test_a_wrong_output_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.sparse_attention
+
+    def wrong(*arguments: Any, out: Tensor, **options: Any) -> Any:
+        result = right(*arguments, out=out, **options)
+        out[0, 0, 0] += 1.0
+        return result
+
+    monkeypatch.setattr(attention, "sparse_attention", wrong)
+    options = ["--device", "cpu", "--models", "Tiny", "--sizes", "20", "--formats", "bf16", "--implementations"]
+    out = tmp_path / "table.json"
+    assert attention_prefill.main([*options, "chunked", "--quick", "--out", str(out)]) == 1
+    assert not out.exists()
+
+
+def test_a_time_without_a_judgement_is_no_row() -> None:
+    made = make_attention(TINY, 4, 40, KvFormat.BF16, "cpu")
+    checked, wrong, error = attention.judge_attention(made, torch.full((4, 4, 64), torch.nan).bfloat16())
+    assert (checked, wrong, error) == (4, 4, torch.inf)
+    row = attention.AttentionRow("t", "c", "bf16", None, None, None, None, None, None, None)
+    with pytest.raises(ValueError, match="no judgement"):
+        replace(row, seconds=1.0)

@@ -1,0 +1,110 @@
+"""Inputs that tests of sparse attention share, on any device."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
+from streamindex_service.ops.sparse_attention import (
+    AttentionResult,
+    CheckReport,
+    Plan,
+    check_sparse_attention,
+    sparse_attention,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one attention."""
+
+    q: Tensor
+    kv: KvRows
+    indices: Tensor
+    sink: Tensor | None
+    scale: float
+    value_dim: int
+
+    def attend(self, implementation: str, plan: Plan | None = None) -> AttentionResult:
+        tokens, heads, _ = self.q.shape
+        # a result must not depend on what its buffers held
+        out = torch.full((tokens, heads, self.value_dim), torch.nan, dtype=torch.bfloat16, device=self.q.device)
+        lse = torch.full((tokens, heads), torch.nan, device=self.q.device)
+        return sparse_attention(
+            self.q, self.kv, self.indices, scale=self.scale, sink=self.sink, value_dim=self.value_dim,
+            implementation=implementation, out=out, out_lse=lse, plan=plan,
+        )  # fmt: skip
+
+    def judge(self, result: AttentionResult) -> CheckReport:
+        return check_sparse_attention(
+            result.out, result.lse, self.q, self.kv, self.indices, scale=self.scale, sink=self.sink
+        )
+
+    def part(self, start: int, stop: int) -> "Inputs":
+        """The same attention of some of the tokens."""
+        return replace(self, q=self.q[start:stop].contiguous(), indices=self.indices[start:stop].contiguous())
+
+
+def make_inputs(
+    *,
+    tokens: int,
+    heads: int,
+    width: int,
+    rows: int = 300,
+    key_dim: int = 64,
+    value_dim: int = 64,
+    kv_format: KvFormat = KvFormat.BF16,
+    sink: bool = True,
+    amplitude: float = 1.0,
+    poison: bool = True,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs: a twentieth of the entries −1, another out of range, some twice. amplitude: of the queries.
+
+    poison: bf16 rows that no entry names are NaN, as memory of somebody else's may be.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn((rows, key_dim), generator=generator)
+    indices = torch.randint(0, rows, (tokens, width), generator=generator, dtype=torch.int32)
+    fate = torch.rand((tokens, width), generator=generator)
+    indices[fate < 0.05] = -1
+    indices[(fate > 0.05) & (fate < 0.1)] = rows + 3
+    indices[fate > 0.9] = 7
+    if poison and kv_format is KvFormat.BF16:
+        unused = torch.ones(rows + 4, dtype=torch.bool)
+        unused[indices.long().clamp(min=0)] = False
+        keys[unused[:rows]] = torch.nan
+    kv = pack_rows(keys, kv_format)
+    kv = KvRows(kv.format, kv.data.to(device), None if kv.scales is None else kv.scales.to(device))
+    q = amplitude * torch.randn((tokens, heads, key_dim), generator=generator)
+    logits = torch.randn(heads, generator=generator).to(device) if sink else None
+    return Inputs(q.bfloat16().to(device), kv, indices.to(device), logits, key_dim**-0.5, value_dim)
+
+
+def one_row_each(kv_format: KvFormat, *, heads: int, device: str, powers: bool = True) -> Inputs:
+    """Tokens that attend to one row each, so that an output is that row's value: rows of every 8-bit number with scales
+    far apart. powers: scales that are powers of two, else any."""
+    packing = kv_format.packed
+    assert packing is not None
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]  # NaN
+    rows = 70
+    kv = pack_rows(torch.randn((rows, packing.key_dim), generator=generator), kv_format)
+    data, scales = kv.data.clone(), kv.scales
+    chosen = torch.randint(0, len(codes), (rows, packing.narrow), generator=generator)
+    chosen[0, : len(codes)] = torch.arange(len(codes))
+    data[:, : packing.narrow] = codes[chosen]
+    if scales is not None:
+        scales = torch.randint(40, 200, scales.shape, generator=generator, dtype=torch.uint8)
+    else:
+        exponents = torch.randint(-60, 60, (rows, packing.narrow // packing.group), generator=generator).float()
+        wide = torch.exp2(exponents) * (1.0 if powers else 1.0 + torch.rand(exponents.shape, generator=generator))
+        data[:, packing.narrow : packing.rotary_offset] = wide.contiguous().view(torch.uint8)
+    kv = KvRows(kv_format, data.to(device), None if scales is None else scales.to(device))
+    indices = torch.full((rows, 3), -1, dtype=torch.int32)
+    indices[:, 1] = torch.arange(rows)
+    q = torch.zeros((rows, heads, packing.key_dim), dtype=torch.bfloat16)
+    return Inputs(q.to(device), kv, indices.to(device), None, 1.0, 512)
