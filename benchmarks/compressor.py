@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = arguments.sizes or (
         CPU_TOKENS if arguments.device == "cpu" else QUICK_TOKENS if arguments.quick else TOKENS
     )
-    names = [name for name in arguments.implementations if IMPLEMENTATIONS[name].supports(arguments.device)]
+    names = [name for name in arguments.implementations if IMPLEMENTATIONS[name].runs_on(arguments.device)]
     for layer in (LAYERS[name] for name in arguments.layers):
         for dtype in (torch.bfloat16 if name == "bf16" else torch.float32 for name in arguments.formats):
             for count in sizes:

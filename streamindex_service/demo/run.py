@@ -25,7 +25,8 @@ from streamindex_service.demo.progress import progress
 from streamindex_service.demo.verify import Verification, Verifier
 from streamindex_service.demo.workload import Workload, load_workload
 from streamindex_service.ops.formats import KeyFormat
-from streamindex_service.ops.topk.api import UnsupportedImplementationError, find_implementation
+from streamindex_service.ops.implementations import UnsupportedImplementationError
+from streamindex_service.ops.topk.api import find_implementation
 from streamindex_service.testing.service import RunningService, ServiceStartError
 
 if TYPE_CHECKING:

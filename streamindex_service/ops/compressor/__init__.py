@@ -3,7 +3,6 @@
 from streamindex_service.ops.compressor.api import (
     IMPLEMENTATIONS,
     Implementation,
-    UnsupportedImplementationError,
     compress,
     find_implementation,
 )
@@ -12,6 +11,7 @@ from streamindex_service.ops.compressor.problem import CompressorInputError
 from streamindex_service.ops.compressor.rotary import rotary_frequencies
 from streamindex_service.ops.compressor.state import CompressorState, StateError
 from streamindex_service.ops.compressor.weights import CSA_RATIO, HCA_RATIO, CompressorWeights
+from streamindex_service.ops.implementations import UnsupportedImplementationError
 
 __all__ = [
     "CSA_RATIO",

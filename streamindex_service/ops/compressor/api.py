@@ -1,10 +1,7 @@
 """`compress`: key-value entries of a sequence from its tokens, by an implementation chosen by name."""
 
-import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -14,39 +11,14 @@ from streamindex_service.ops.compressor.reference import run_reference
 from streamindex_service.ops.compressor.state import CompressorState
 from streamindex_service.ops.compressor.torch_pooled import run_torch
 from streamindex_service.ops.compressor.weights import CompressorWeights
+from streamindex_service.ops.implementations import Runnable, by_name, find
 
 
-class UnsupportedImplementationError(ValueError):
-    """No implementation of that name, or not for that device; `valid_names` lists those that would do."""
+@dataclass(frozen=True, kw_only=True)
+class Implementation(Runnable):
+    """One way to compute the operation, and where it runs."""
 
-    def __init__(self, name: str, reason: str, valid_names: tuple[str, ...]) -> None:
-        super().__init__(f"implementation {name!r}: {reason}; valid names are {', '.join(valid_names) or 'none'}")
-        self.name = name
-        self.valid_names = valid_names
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute the operation, and where it runs.
-
-    cpu_only_interpreted: on CPU tensors it runs under Triton's interpreter, which is for tests. requires: a package
-    it imports.
-    """
-
-    name: str
     function: Callable[[Problem], None]
-    devices: frozenset[str] = frozenset({"cpu", "cuda"})
-    requires: str | None = None
-    cpu_only_interpreted: bool = False
-
-    def supports(self, device: torch.device | str) -> bool:
-        """Whether it runs here on that kind of device."""
-        kind = torch.device(device).type
-        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
-            return False
-        if kind == "cpu" and self.cpu_only_interpreted and os.environ.get("TRITON_INTERPRET") != "1":
-            return False
-        return kind in self.devices
 
 
 def _triton(problem: Problem) -> None:
@@ -56,28 +28,17 @@ def _triton(problem: Problem) -> None:
     run_triton(problem)
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
-    {
-        implementation.name: implementation
-        for implementation in (
-            Implementation("reference", run_reference),
-            Implementation("torch", run_torch),
-            Implementation("triton", _triton, requires="triton", cpu_only_interpreted=True),
-        )
-    }
+IMPLEMENTATIONS: Mapping[str, Implementation] = by_name(
+    Implementation(name="reference", function=run_reference),
+    Implementation(name="torch", function=run_torch),
+    Implementation(name="triton", function=_triton, requires="triton", cpu_only_interpreted=True),
 )
 
 
 def find_implementation(name: str, device: torch.device | str) -> Implementation:
     """The implementation of that name. Raises UnsupportedImplementationError if it is unknown or not for that
     device."""
-    valid = tuple(other.name for other in IMPLEMENTATIONS.values() if other.supports(device))
-    implementation = IMPLEMENTATIONS.get(name)
-    if implementation is None:
-        raise UnsupportedImplementationError(name, "unknown", valid)
-    if not implementation.supports(device):
-        raise UnsupportedImplementationError(name, f"not on {device} here", valid)
-    return implementation
+    return find(IMPLEMENTATIONS, name, lambda implementation: implementation.runs_on(device), f"not on {device} here")
 
 
 def compress(

@@ -1,11 +1,11 @@
 """Sparse attention over gathered rows of one shared KV head: one meaning (`reference`), several implementations."""
 
+from streamindex_service.ops.implementations import UnsupportedImplementationError
 from streamindex_service.ops.sparse_attention.api import (
     DEFAULT_WORKSPACE_BYTES,
     IMPLEMENTATIONS,
     AttentionResult,
     Implementation,
-    UnsupportedImplementationError,
     find_implementation,
     plan_for,
     sparse_attention,

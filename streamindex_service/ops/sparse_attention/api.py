@@ -1,17 +1,15 @@
 """`sparse_attention`: attention of each query over the rows that its indices name, by an implementation chosen by
 name."""
 
-import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from streamindex_service.ops.implementations import Runnable, by_name, find
 from streamindex_service.ops.kv_rows import KvFormat, KvRows
 from streamindex_service.ops.sparse_attention import plan as planning
 from streamindex_service.ops.sparse_attention.plan import Plan, Shape, choose_attention_kernel
@@ -29,39 +27,20 @@ class AttentionResult(NamedTuple):
     lse: Tensor | None
 
 
-class UnsupportedImplementationError(ValueError):
-    """No implementation of that name, or not for that device and format; `valid_names` lists those that would do."""
-
-    def __init__(self, name: str, reason: str, valid_names: tuple[str, ...]) -> None:
-        super().__init__(f"implementation {name!r}: {reason}; valid names are {', '.join(valid_names) or 'none'}")
-        self.name = name
-        self.valid_names = valid_names
-
-
-@dataclass(frozen=True)
-class Implementation:
+@dataclass(frozen=True, kw_only=True)
+class Implementation(Runnable):
     """One way to compute the operation, and what it is good for.
 
-    cpu_only_interpreted: on CPU tensors it runs under Triton's interpreter, which is for tests. requires: a package
-    it imports. plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled.
+    plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled.
     """
 
-    name: str
     function: Callable[[Problem, Plan | None], None]
-    devices: frozenset[str]
-    formats: frozenset[KvFormat]
-    plan: Callable[[Shape, int, torch.device], Plan] | None
-    requires: str | None = None
-    cpu_only_interpreted: bool = False
+    formats: frozenset[KvFormat] = frozenset(KvFormat)
+    plan: Callable[[Shape, int, torch.device], Plan] | None = None
 
     def supports(self, device: torch.device | str, kv_format: KvFormat) -> bool:
         """Whether it runs here on that kind of device, and takes rows of that format."""
-        kind = torch.device(device).type
-        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
-            return False
-        if kind == "cpu" and self.cpu_only_interpreted and os.environ.get("TRITON_INTERPRET") != "1":
-            return False
-        return kind in self.devices and kv_format in self.formats
+        return self.runs_on(device) and kv_format in self.formats
 
 
 def _reference(problem: Problem, plan: Plan | None) -> None:
@@ -103,45 +82,32 @@ def has_gluon() -> bool:
     return not MISSING
 
 
-_ALL_FORMATS = frozenset(KvFormat)
-_ANY_DEVICE = frozenset({"cpu", "cuda"})
-
-IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
-    {
-        implementation.name: implementation
-        for implementation in (
-            Implementation("reference", _reference, _ANY_DEVICE, _ALL_FORMATS, plan=None),
-            Implementation(
-                "chunked",
-                _chunked,
-                _ANY_DEVICE,
-                _ALL_FORMATS,
-                plan=lambda shape, budget, device: planning.plan_chunked(shape, budget),
-            ),
-            Implementation(
-                "triton",
-                _triton,
-                _ANY_DEVICE,
-                _ALL_FORMATS,
-                plan=_plan_triton,
-                requires="triton",
-                cpu_only_interpreted=True,
-            ),
-        )
-    }
+IMPLEMENTATIONS: Mapping[str, Implementation] = by_name(
+    Implementation(name="reference", function=_reference),
+    Implementation(
+        name="chunked",
+        function=_chunked,
+        plan=lambda shape, budget, device: planning.plan_chunked(shape, budget),
+    ),
+    Implementation(
+        name="triton",
+        function=_triton,
+        plan=_plan_triton,
+        requires="triton",
+        cpu_only_interpreted=True,
+    ),
 )
 
 
 def find_implementation(name: str, device: torch.device | str, kv_format: KvFormat) -> Implementation:
     """The implementation of that name. Raises UnsupportedImplementationError if it is unknown or not for that device
     and format."""
-    valid = tuple(other.name for other in IMPLEMENTATIONS.values() if other.supports(device, kv_format))
-    implementation = IMPLEMENTATIONS.get(name)
-    if implementation is None:
-        raise UnsupportedImplementationError(name, "unknown", valid)
-    if not implementation.supports(device, kv_format):
-        raise UnsupportedImplementationError(name, f"not for {kv_format.value} rows on {device} here", valid)
-    return implementation
+    return find(
+        IMPLEMENTATIONS,
+        name,
+        lambda implementation: implementation.supports(device, kv_format),
+        f"not for {kv_format.value} rows on {device} here",
+    )
 
 
 def plan_for(

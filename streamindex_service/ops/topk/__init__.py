@@ -1,11 +1,11 @@
 """Lightning indexer scores and exact top-k: one meaning (`reference`), several implementations chosen by name."""
 
+from streamindex_service.ops.implementations import UnsupportedImplementationError
 from streamindex_service.ops.topk.api import (
     DEFAULT_WORKSPACE_BYTES,
     IMPLEMENTATIONS,
     Implementation,
     TopkResult,
-    UnsupportedImplementationError,
     find_implementation,
     plan_for,
     topk,

@@ -1,17 +1,15 @@
 """`topk`: the lightning indexer's scores and the exact top-k of each row, by an implementation chosen by name."""
 
-import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from streamindex_service.ops.formats import KeyFormat
+from streamindex_service.ops.implementations import ANY_DEVICE, Runnable, by_name, find
 from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
@@ -36,50 +34,25 @@ class TopkResult(NamedTuple):
     scores: Tensor | None
 
 
-class UnsupportedImplementationError(ValueError):
-    """No implementation of that name, or not for that device and format; `valid_names` lists those that would do."""
-
-    def __init__(self, name: str, reason: str, valid_names: tuple[str, ...]) -> None:
-        super().__init__(f"implementation {name!r}: {reason}; valid names are {', '.join(valid_names) or 'none'}")
-        self.name = name
-        self.valid_names = valid_names
-
-
-@dataclass(frozen=True)
-class Implementation:
+@dataclass(frozen=True, kw_only=True)
+class Implementation(Runnable):
     """One way to compute the operation, and what it is good for.
 
-    cpu_only_interpreted: on CPU tensors it runs under Triton's interpreter, which is for tests. requires: a package
-    it imports.
     repeatable: the device types on which chunk, tile, workspace and neighbours cannot change a bit of the answer.
     plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled.
     terms: device type -> what its plans take, in closed form.
     """
 
-    name: str
     function: Callable[[Problem, Plan | None], None]
-    devices: frozenset[str]
-    formats: frozenset[KeyFormat]
-    repeatable: frozenset[str]
-    limits: Limits
-    plan: Callable[[Shape, int, torch.device], Plan] | None
+    formats: frozenset[KeyFormat] = frozenset(KeyFormat)
+    repeatable: frozenset[str] = ANY_DEVICE
+    limits: Limits = LIMITS
+    plan: Callable[[Shape, int, torch.device], Plan] | None = None
     terms: Callable[[str], WorkspaceTerms] = lambda device_type: planning.any_terms()
-    requires: str | None = None
-    cpu_only_interpreted: bool = False
 
     def supports(self, device: torch.device | str, key_format: KeyFormat) -> bool:
         """Whether it runs here on that kind of device, and takes keys of that format."""
-        kind = torch.device(device).type
-        if self.requires is not None and not _is_installed(self.requires):
-            return False
-        if kind == "cpu" and self.cpu_only_interpreted and os.environ.get("TRITON_INTERPRET") != "1":
-            return False
-        return kind in self.devices and key_format in self.formats
-
-
-@cache
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+        return self.runs_on(device) and key_format in self.formats
 
 
 def _reference(problem: Problem, plan: Plan | None) -> None:
@@ -120,51 +93,35 @@ def has_gluon() -> bool:
     return not MISSING
 
 
-_ALL_FORMATS = frozenset(KeyFormat)
-_ANY_DEVICE = frozenset({"cpu", "cuda"})
-
-IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
-    {
-        implementation.name: implementation
-        for implementation in (
-            Implementation("reference", _reference, _ANY_DEVICE, _ALL_FORMATS, _ANY_DEVICE, LIMITS, plan=None),
-            Implementation(
-                "chunked",
-                _chunked,
-                _ANY_DEVICE,
-                _ALL_FORMATS,
-                repeatable=frozenset({"cpu"}),
-                limits=LIMITS,
-                plan=lambda shape, budget, device: planning.plan_chunked(shape, budget, on_cuda=device.type == "cuda"),
-                terms=lambda device_type: planning.chunked_terms(on_cuda=device_type == "cuda"),
-            ),
-            Implementation(
-                "triton",
-                _triton,
-                _ANY_DEVICE,
-                _ALL_FORMATS,
-                repeatable=_ANY_DEVICE,
-                limits=LIMITS,
-                plan=_plan_triton,
-                terms=lambda device_type: planning.triton_terms(),
-                requires="triton",
-                cpu_only_interpreted=True,
-            ),
-        )
-    }
+IMPLEMENTATIONS: Mapping[str, Implementation] = by_name(
+    Implementation(name="reference", function=_reference),
+    Implementation(
+        name="chunked",
+        function=_chunked,
+        repeatable=frozenset({"cpu"}),
+        plan=lambda shape, budget, device: planning.plan_chunked(shape, budget, on_cuda=device.type == "cuda"),
+        terms=lambda device_type: planning.chunked_terms(on_cuda=device_type == "cuda"),
+    ),
+    Implementation(
+        name="triton",
+        function=_triton,
+        plan=_plan_triton,
+        terms=lambda device_type: planning.triton_terms(),
+        requires="triton",
+        cpu_only_interpreted=True,
+    ),
 )
 
 
 def find_implementation(name: str, device: torch.device | str, key_format: KeyFormat) -> Implementation:
     """The implementation of that name. Raises UnsupportedImplementationError if it is unknown or not for that device
     and format."""
-    valid = tuple(other.name for other in IMPLEMENTATIONS.values() if other.supports(device, key_format))
-    implementation = IMPLEMENTATIONS.get(name)
-    if implementation is None:
-        raise UnsupportedImplementationError(name, "unknown", valid)
-    if not implementation.supports(device, key_format):
-        raise UnsupportedImplementationError(name, f"not for {key_format.value} keys on {device} here", valid)
-    return implementation
+    return find(
+        IMPLEMENTATIONS,
+        name,
+        lambda implementation: implementation.supports(device, key_format),
+        f"not for {key_format.value} keys on {device} here",
+    )
 
 
 def plan_for(
