@@ -38,9 +38,9 @@ def measure(
     """Run once to warm up, then as often as the budget allows (at least once), and take the median.
 
     On CUDA the time is between device events and the peak is the allocator's; on a CPU the peak is reported as 0.
-    when_warm: called after the warm-up. The runs that count come after the work alone was kept up for some time: a
-    device at its power limit takes as long to find the clock that suits the work, and comes out of a long matrix
-    product up to a quarter slower.
+    when_warm: called after the warm-up; on CUDA the work alone is then kept up for a third of a second, once at least,
+    before the runs that count: a device at its power limit takes some time to find the clock that suits the work, and
+    comes out of a long matrix product up to a quarter slower.
     """
     on_cuda = device != "cpu"
     before = 0
@@ -54,7 +54,8 @@ def measure(
     peak = torch.cuda.max_memory_allocated() - before if on_cuda else 0
     if when_warm is not None:
         when_warm()
-        _keep_up(work, device)
+        if on_cuda:
+            keep_up(work, _SETTLE_S, torch.cuda.synchronize)
     # the first run that is warm says how many there is time for: the one before may have compiled what it needs
     samples = [seconds_of(work, device)]
     repeats = max(1, min(max_repeats, int(budget_s / max(samples[0], 1e-6))))
@@ -62,14 +63,19 @@ def measure(
     return Timing(statistics.median(samples), peak, repeats)
 
 
-def _keep_up(work: Callable[[], object], device: str) -> None:
-    """Run short work again and again; what takes long enough by itself is not run."""
-    left_s = _SETTLE_S if device != "cpu" else 0.0
-    while left_s > 0:
-        begin = time.perf_counter()
+def keep_up(
+    work: Callable[[], object],
+    least_s: float,
+    wait: Callable[[], object],
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Run the work, wait for its end, and so on until `least_s` seconds are over."""
+    begin = clock()
+    while True:
         work()
-        torch.cuda.synchronize()
-        left_s -= time.perf_counter() - begin
+        wait()
+        if clock() - begin >= least_s:
+            return
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:

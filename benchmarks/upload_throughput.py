@@ -35,6 +35,7 @@ from streamindex_service.testing.service import RunningService
 TABLE = "upload_throughput"
 HEAD_DIM = 128
 _SPEC = {"heads": 64, "head_dim": HEAD_DIM, "ratio": 1, "key_format": "bf16", "layers": 1}
+_ZEROS = "bare stream of one chunk of zeros"
 _WARM_UP_ROWS = 32 * MIB // (2 * HEAD_DIM)
 
 Case = Callable[[np.ndarray], tuple[float, int]]
@@ -80,7 +81,7 @@ def compare(kind: str, bare: str, target: str, keys: np.ndarray, rounds: int, br
         cases: dict[str, Case] = {
             "bare raw-bytes stream": lambda rows: (bare_seconds(bare_channel, chunks[: rows.nbytes // CHUNK_BYTES]), 0),
             "AppendKeys": lambda rows: append_seconds(client, rows),
-            "bare stream of one chunk of zeros": lambda rows: (
+            _ZEROS: lambda rows: (
                 bare_seconds(bare_channel, zeros * (rows.nbytes // CHUNK_BYTES)),
                 0,
             ),
@@ -104,6 +105,8 @@ def _rows(kind: str, cases: dict[str, Case], keys: np.ndarray, rounds: int) -> l
     for name in cases:
         rate = keys.nbytes / seconds[name]
         note = f"{rate / 1e6:,.0f} MB/s, {keys.nbytes // MIB} MiB in chunks of 1 MiB"
+        if name != _ZEROS:
+            note += f", {seconds[_ZEROS] / seconds[name]:.2f} of {_ZEROS}"
         ratio, to, wrong = None, None, None
         if name != first:
             ratio, to, wrong = seconds[first] / seconds[name], "bare stream", sum(turn[name][1] for turn in measured)

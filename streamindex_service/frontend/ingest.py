@@ -27,6 +27,7 @@ _AHEAD = 12  # chunks of one stream that wait for a thread or are worked on
 _AT_ONCE = 2  # threads that work on one stream
 _TOGETHER = 4  # chunks that a thread takes at a time
 _NEWS_AFTER_S = 0.02  # when little happens, the loop looks after so long
+_GATHER_S = 0.004  # the longest that a chunk waits for others before a thread begins
 
 
 Work = Callable[[list[Any]], Sequence[Callable[[], None]]]
@@ -69,11 +70,14 @@ class IngestLane:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._gathering: asyncio.TimerHandle | None = None
         self._reserved_bytes = 0  # of the ingress budget; all of it is for chunks that are not done
         self._pending = 0
         # Shared with the threads, under the lock.
         self._lock = threading.Lock()
         self._waiting: deque[_Piece] = deque()
+        self._waiting_bytes = 0
+        self._overdue = False  # something waits that has been gathered with for long enough
         self._uncounted: deque[_Piece] = deque()  # in order; those that wait or are worked on, and a few that are done
         self._threads = 0
         self._awaited = False
@@ -90,23 +94,38 @@ class IngestLane:
             error = self._error
             if error is None:
                 self._waiting.append(piece)
+                self._waiting_bytes += size_bytes
                 self._uncounted.append(piece)
         if error is not None:  # it came about while the budget was waited for
             self._budget.release(size_bytes)
             raise error
         self._reserved_bytes += size_bytes
         self._pending += 1
-        self._start(_TOGETHER)
+        self._start()
+        if self._gathering is None:
+            self._gathering = self._loop.call_later(_GATHER_S, self._end_gathering)
         if self._timer is None:
             self._timer = self._loop.call_later(_NEWS_AFTER_S, self._hear)
 
-    def _start(self, enough: int) -> None:
-        """Let a thread begin if so many chunks wait for one."""
+    def _start(self, *, now: bool = False) -> None:
+        """Let a thread begin if enough chunks wait for one, or if any does and it is to be now."""
         with self._lock:
-            start = self._threads < _AT_ONCE and len(self._waiting) >= enough
+            start = self._threads < _AT_ONCE and bool(self._waiting) and (now or self._is_enough())
             self._threads += start
         if start:
-            self._executor.submit(self._work, enough)
+            self._executor.submit(self._work)
+
+    def _is_enough(self) -> bool:
+        """Under the lock: whether so much waits that it is worth a thread's calls, or the sender's window is in want of
+        news, or it has waited long enough."""
+        many = len(self._waiting) >= _TOGETHER or self._waiting_bytes >= self._news_bytes
+        return many or (self._overdue and bool(self._waiting))
+
+    def _end_gathering(self) -> None:
+        self._gathering = None
+        with self._lock:
+            self._overdue = bool(self._waiting)
+        self._start()
 
     async def settle(self) -> None:
         """Wait until all chunks are counted. Raises what the work has raised."""
@@ -117,12 +136,14 @@ class IngestLane:
         with self._lock:
             while self._waiting:
                 self._drop(self._waiting.pop())
+            self._waiting_bytes = 0
         while self._still_working():
             await self._changed.wait()
         self._hear()
         assert self._pending == 0
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._gathering):
+            if timer is not None:
+                timer.cancel()
         # Raised to the stream, it holds the stream's frames, and those this lane: a circle around their last chunk.
         self.failure = self._error = None
 
@@ -147,7 +168,6 @@ class IngestLane:
             await self._hear_or_wait()
 
     async def _hear_or_wait(self) -> None:
-        self._start(1)
         self._changed.clear()
         with self._lock:
             self._awaited = True
@@ -155,6 +175,7 @@ class IngestLane:
         if something:
             self._hear()
         else:
+            self._start(now=True)
             await self._changed.wait()
 
     def _hear(self) -> None:
@@ -181,13 +202,13 @@ class IngestLane:
             self._news()
         if self._pending and self._timer is None:
             self._timer = self._loop.call_later(_NEWS_AFTER_S, self._hear)
-            self._start(_TOGETHER if done else 1)
 
-    def _work(self, enough: int) -> None:
+    def _work(self) -> None:
         """On a thread: until nothing waits, or less than enough and the loop does not wait for it."""
+        pieces = None
         while True:
             with self._lock:
-                if len(self._waiting) < (1 if self._awaited else enough):
+                if not self._waiting or (pieces is not None and not self._awaited and not self._is_enough()):
                     self._threads -= 1
                     if self._awaited:
                         self._loop.call_soon_threadsafe(self._hear)
@@ -204,6 +225,8 @@ class IngestLane:
         pieces = [self._waiting.popleft()]
         while self._waiting and len(pieces) < _TOGETHER and self._waiting[0].work == pieces[0].work:
             pieces.append(self._waiting.popleft())
+        self._waiting_bytes -= sum(piece.size_bytes for piece in pieces)
+        self._overdue = self._overdue and bool(self._waiting)
         return pieces
 
     def _count(self) -> bool:
@@ -213,6 +236,7 @@ class IngestLane:
             if first.error is not None:
                 self._error = first.error
                 self._waiting.clear()
+                self._waiting_bytes = 0
                 self._uncounted.clear()
                 # What was counted before it is released with everything else when the loop hears of the error.
                 self._done = self._done_bytes = 0

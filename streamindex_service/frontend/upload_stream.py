@@ -36,7 +36,8 @@ class _Arrived(NamedTuple):
 
 
 class UploadStream:
-    """Reads chunks, has them checked and copied on the ingest threads, acknowledges, commits."""
+    """Reads chunks and verifies their checksums, has them checked and copied on the ingest threads, acknowledges and
+    commits."""
 
     def __init__(self, service: Service, upload: Upload, context: Any, writer: MessageWriter) -> None:
         self._service = service

@@ -20,7 +20,7 @@ from benchmarks.searches import (
     run_topk,
     usable,
 )
-from benchmarks.timing import measure
+from benchmarks.timing import keep_up, measure
 from streamindex_service.ops import KeyFormat
 from streamindex_service.ops.topk import reference
 
@@ -199,7 +199,19 @@ class TestInputs:
         assert torch.equal(one.w, other.w)
 
 
-def test_measure_runs_once_more_than_it_counts() -> None:
+@pytest.mark.parametrize(("run_s", "runs"), [(0.1, 4), (0.33, 1), (3.0, 1)])
+def test_work_is_kept_up_for_some_time_and_once_at_least(run_s: float, runs: int) -> None:
+    told, now = [], [0.0]
+
+    def wait() -> None:
+        told.append("done")
+        now[0] += run_s
+
+    keep_up(lambda: told.append("work"), 0.33, wait, clock=lambda: now[0])
+    assert told == ["work", "done"] * runs
+
+
+def test_measure_runs_once_more_than_it_counts_without_a_device() -> None:
     runs: list[str] = []
     timing = measure(
         lambda: runs.append("run"), "cpu", budget_s=1.0, max_repeats=4, when_warm=lambda: runs.append("roof")

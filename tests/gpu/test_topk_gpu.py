@@ -201,7 +201,7 @@ def test_adversarial_rows(kind: str, heads: int, head_dim: int) -> None:
         "rising": number,
         "falling": keys - number,
         "outlier": torch.where(number == 31_007, 1e4, 1.0),
-        "periodic": (number % 32 == 0).float(),
+        "periodic": (number % (line * every) == 0).float(),
         "negative": number % 77,
         "minus zeros": -(number % 2),
         "tiny": number * 1e-30,

@@ -127,14 +127,14 @@ def small_plan(inputs: Inputs, query_chunk: int, key_tile: int, **changes: int) 
     return Plan(query_chunk, key_tile, 0, shrunk(tiles, **changes))
 
 
-_SMALL = {
+SMALL = {
     "query_group": 16, "select_lanes": 128, "select_block": 256, "filter_keys": 256, "sample_every": 4,
     "sample_line": 8, "sample_lanes": 512, "mark_block": 512, "collect_words": 4,
 }  # fmt: skip
 
 
 def shrunk(tiles: KernelTiles, **changes: int) -> KernelTiles:
-    return replace(tiles, **_SMALL | changes)
+    return replace(tiles, **SMALL | changes)
 
 
 def same(left: TopkResult, right: TopkResult) -> bool:

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from streamindex_service.ops.topk import Order
-from tests.ops.cases import Inputs, kernel_device, poisoned_keys, same, small_plan
+from streamindex_service.ops.topk.problem import Problem
+from tests.ops.cases import SMALL, Inputs, kernel_device, poisoned_keys, same, small_plan
 
 KEYS, TOP_K, RATIO = 1600, 24, 4
 # none, one, on both sides of top_k, few enough not to be filtered, and all
 VISIBLE = [0, 1, TOP_K - 1, TOP_K, TOP_K + 1, 4 * TOP_K, 1025, KEYS]
-LINE, EVERY = 32, 4  # what `small_plan` samples: one line of 32 scores in 4
+LINE, EVERY = SMALL["sample_line"], SMALL["sample_every"]  # what `small_plan` samples
 
 
 def _column(kind: str) -> Tensor:
@@ -58,6 +59,21 @@ def test_every_kind_of_row(kind: str, tile: int, order: Order, implementation: s
     found = inputs.search(implementation, order=order, plan=small_plan(inputs, 5, tile))
     assert same(found, inputs.search("reference", order=order))
     assert (found.indices >= 0).sum(dim=1).tolist() == [min(seen, TOP_K) for seen in VISIBLE]
+
+
+@pytest.mark.parametrize(
+    ("kind", "misled"),
+    [("best where not sampled", True), ("period of the sample", True), ("all zero", True), ("rising", False)],
+)
+def test_what_misleads_the_sample(kind: str, misled: bool) -> None:
+    """Or the rows above would be rows like any other."""
+    from streamindex_service.ops.topk.triton import survivor_counts
+
+    inputs = _inputs(_column(kind), 1.0, 1.0, "triton")
+    out = torch.empty((len(VISIBLE), TOP_K), dtype=torch.int32, device=kernel_device())
+    problem = Problem(inputs.q, inputs.w, inputs.keys, inputs.positions, RATIO, TOP_K, Order.INDEX, out, None)
+    survivors = survivor_counts(problem, small_plan(inputs, len(VISIBLE), 1792))[-1].item()
+    assert (survivors == -1) == misled
 
 
 # scores far from 1 but exact: powers of two times what a column holds

@@ -9,9 +9,10 @@ from streamindex_service.ops import KeyFormat
 from streamindex_service.ops.topk import Order
 from streamindex_service.ops.topk.plan import least_filtered
 from streamindex_service.ops.topk.problem import Problem
-from tests.ops.cases import Inputs, kernel_device, make_inputs, poisoned_keys, same, small_plan
+from tests.ops.cases import SMALL, Inputs, kernel_device, make_inputs, poisoned_keys, same, small_plan
 
 TOP_K = 20
+LINE, EVERY = SMALL["sample_line"], SMALL["sample_every"]
 
 
 def _column(kind: str) -> torch.Tensor:
@@ -20,8 +21,9 @@ def _column(kind: str) -> torch.Tensor:
         "zeros": torch.full((2000,), -1.0),  # ReLU cuts all: too many survivors
         "rising": number.float(),
         "falling": (2000 - number).float(),
-        "sampled lines high": ((number // 8) % 4 == 0) * 512.0 + number % 8,  # the sample sees nothing but the best
-        "sampled lines low": ((number // 8) % 4 != 0) * 512.0 + number % 8,  # and nothing of the best
+        "sampled lines high": ((number // LINE) % EVERY == 0) * 512.0
+        + number % LINE,  # the sample sees nothing but the best
+        "sampled lines low": ((number // LINE) % EVERY != 0) * 512.0 + number % LINE,  # and nothing of the best
         "one outlier": torch.where(number == 1033, 1000.0, (number % 7).float()),
     }[kind]
 

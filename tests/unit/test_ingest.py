@@ -15,13 +15,13 @@ import pytest
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.errors import HostMemoryError
 from streamindex_service.frontend.host_memory import IngressBudget
-from streamindex_service.frontend.ingest import _AHEAD, _AT_ONCE, _TOGETHER, IngestLane
+from streamindex_service.frontend.ingest import _AHEAD, _AT_ONCE, _GATHER_S, _TOGETHER, IngestLane
 
 
 class Bench:
     """A lane, what it has counted, and gates at which its work waits."""
 
-    def __init__(self, limit_bytes: int = 1000, news_bytes: int = 1) -> None:
+    def __init__(self, limit_bytes: int = 1000, news_bytes: int = 1000) -> None:
         self.threads = ThreadPoolExecutor(_AT_ONCE)
         self.ledger = Ledger("ingress", limit_bytes)
         self.counted: list[int] = []
@@ -44,7 +44,7 @@ class Bench:
     async def put(self, work, size_bytes: int = 10) -> None:
         """Have a chunk worked on at once, as if the loop waited for it."""
         await self.lane.put(work, None, size_bytes)
-        self.lane._start(1)
+        self.lane._start(now=True)
 
     async def close(self) -> None:
         for gate in self.gates:
@@ -86,6 +86,25 @@ async def test_a_few_chunks_are_not_left_lying(bench):
     counted = threading.Event()
     await bench.lane.put(lambda chunks: [counted.set], None, 10)
     assert await asyncio.to_thread(counted.wait, 30), "nobody waits for it, and no other comes"
+
+
+async def test_a_chunk_that_comes_while_all_threads_are_busy_is_not_left_lying(bench):
+    await hold_all_threads(bench)
+    counted = threading.Event()
+    await bench.lane.put(lambda chunks: [counted.set], None, 10)
+    await asyncio.sleep(5 * _GATHER_S)  # it has waited for others, and no thread was free
+    for gate in bench.gates:
+        gate.set()
+    assert await asyncio.to_thread(counted.wait, 30)
+
+
+async def test_a_window_that_holds_few_chunks_is_served_at_once():
+    bench = Bench(news_bytes=10)
+    try:
+        await bench.lane.put(bench.work(0), None, 10)
+        assert bench.lane._threads == 1
+    finally:
+        await bench.close()
 
 
 async def test_a_thread_leaves_few_chunks_to_gather(bench):

@@ -173,8 +173,7 @@ def topk(
         w: [rows, heads] float32, any sign, already scaled.
         keys: one layer's keys.
         positions: the first row's absolute position, or one per row ([rows] int64). The host needs them: a tensor on
-        the CPU costs
-            nothing, one on the device a synchronising copy.
+            the CPU costs nothing, one on the device a synchronising copy.
         ratio: tokens per key.
         top_k: results per row.
         order: arrangement of each row; padding −1 is last in both.

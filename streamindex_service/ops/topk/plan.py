@@ -94,7 +94,7 @@ class KernelTiles:
     select_warps: int
     filter_keys: int  # tiles of at least so many keys are filtered by a sampled threshold before the selection
     # Neighbours' scores are alike in real text, so short lines tell more: with 32 scores a line the sample misled 4 to
-    # 6 rows in 100, with 8 one in 1,000. A line of 8 is what memory is read by.
+    # 6 rows in 100, with 8 one in 2,000. A line of 8 is what memory is read by.
     sample_line: int
     sample_every: int  # one line in so many is sampled, or fewer:
     sample_lanes: int  # the most scores of a sample
