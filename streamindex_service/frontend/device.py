@@ -18,7 +18,9 @@ from streamindex_service.ipc.supervisor import Supervisor, WorkerLink
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _MAX_SUSPECTS = 1024
-_MOST_IDLE_PAGES = 16_384  # of views that no search uses; some KiB each in the worker
+# Of views that no search uses: a page is some KiB in the worker, a view a page table on the device.
+_MOST_IDLE_PAGES = 16_384
+_MOST_IDLE_VIEWS = 1024
 _SCORE_ORDER = 1  # streamindex.v1.ResultOrder: parts are merged in this order
 _SUSPICION_S = 3600.0  # a request is tried again after so long
 
@@ -202,7 +204,7 @@ class DeviceWorker:
         elif view.users == 0:
             self._idle[view] = None
             self._idle_pages += len(view.pages)
-            while self._idle_pages > _MOST_IDLE_PAGES:
+            while self._idle_pages > _MOST_IDLE_PAGES or len(self._idle) > _MOST_IDLE_VIEWS:
                 self._retire(next(iter(self._idle)))
 
     def _serves(self, view: View, worker: WorkerLink) -> bool:

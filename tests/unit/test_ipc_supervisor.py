@@ -337,8 +337,9 @@ async def test_searches_of_a_layer_share_a_view_and_the_next_one_finds_it():
     assert device._idle_pages == 0
 
 
-async def test_views_without_a_search_are_bounded_and_a_window_s_is_not_kept(monkeypatch):
-    monkeypatch.setattr(frontend_device, "_MOST_IDLE_PAGES", 3)
+@pytest.mark.parametrize(("name", "most"), [("_MOST_IDLE_PAGES", 3), ("_MOST_IDLE_VIEWS", 1)])
+async def test_views_without_a_search_are_bounded_and_a_window_s_is_not_kept(monkeypatch, name, most):
+    monkeypatch.setattr(frontend_device, name, most)
     device, one = shown(0, 1024)
     other = Snapshot()
     other.pages = one.pages[:1] + one.pages[1:]  # another layer of the same pages
