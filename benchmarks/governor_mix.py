@@ -46,7 +46,7 @@ SETTINGS = (
     "worker.issue_ahead_s=0.0005",
     "worker.issue_ahead_s=0.002",
     "scheduler.short_tile_s=0.0015",
-    "memory.search_block_bytes=4194304",
+    "memory.search_block_bytes=8388608",
 )
 
 

@@ -129,10 +129,10 @@ class MemorySettings(_Section):
         ByteSize(32 * _MIB), description="step in which host and device memory are taken for pages"
     )
     search_block_bytes: Annotated[ByteSize, Field(ge=262_144, le=64 * _MIB)] = Field(
-        ByteSize(2 * _MIB), description="unit of a search's ingress memory; it also bounds a tile"
+        ByteSize(4 * _MIB), description="unit of a search's ingress memory; it also bounds a tile"
     )
     ingest_threads: Annotated[int, Field(ge=1, le=64)] = Field(8, description="threads that check and copy chunks")
-    search_blocks: Annotated[int, Field(ge=2)] = Field(4, description="blocks that one search may hold")
+    search_blocks: Annotated[int, Field(ge=2)] = Field(2, description="blocks that one search may hold")
     workspace_bytes: Annotated[ByteSize, Field(ge=16 * _MIB)] = Field(
         ByteSize(256 * _MIB), description="device workspace that a search takes when it is free"
     )

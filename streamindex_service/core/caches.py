@@ -67,7 +67,8 @@ class Layer:
     """One layer: a length and its pages. `version` changes with everything that changes what a search would see.
 
     `resident_pages` is how many of its pages are on the device, `spilled_pages` how many are on disk and not in host
-    memory. `cache_id` names the cache that it belongs to.
+    memory. `cache_id` names the cache that it belongs to. `snapshot_pages` are the pages as all snapshots share them,
+    so that what is known of them need not be found out anew for each search: None until the next snapshot.
     """
 
     cache_id: str = ""
@@ -77,6 +78,7 @@ class Layer:
     version: int = 1
     resident_pages: int = 0
     spilled_pages: int = 0
+    snapshot_pages: tuple[Page, ...] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -365,8 +367,10 @@ class CacheStore:
         """Hold a layer as it is now; `release_snapshot` lets it go. Raises InvalidArgumentError."""
         layer = self.layer(cache, layer_index)
         assert not layer.spilled_pages, "a search begins on keys that are not in host memory"
-        self.hold(layer.pages)
-        return Snapshot(cache.spec, layer.length_keys, tuple(layer.pages), layer.version)
+        if layer.snapshot_pages is None:
+            layer.snapshot_pages = tuple(layer.pages)
+        self.hold(layer.snapshot_pages)
+        return Snapshot(cache.spec, layer.length_keys, layer.snapshot_pages, layer.version)
 
     def release_snapshot(self, snapshot: Snapshot) -> None:
         """Let go of a snapshot."""
@@ -395,6 +399,7 @@ class CacheStore:
         pages = [Page(slot, cache.spec.page_bytes, account, layer) for slot in staged]
         self._let_go(layer, first_page, first_page + len(pages))
         layer.pages[first_page:first_page] = pages
+        layer.snapshot_pages = None
         layer.length_keys = max(layer.length_keys, first_row + rows)
         layer.version += 1
         self.by_use[cache] = None
@@ -444,6 +449,7 @@ class CacheStore:
         """Take pages [start, stop) out of a layer."""
         pages = layer.pages[start:stop]
         del layer.pages[start:stop]
+        layer.snapshot_pages = None
         for page in pages:
             page.hide_from(layer)
         self.release(pages)

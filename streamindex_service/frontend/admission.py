@@ -47,8 +47,15 @@ async def admit(
 class GivesBack(Protocol):
     """Something that runs in a search."""
 
-    async def give_back(self) -> None:
-        """Stop; the device is done with it when this returns."""
+    @property
+    def runs(self) -> bool:
+        """Whether something of it still goes on."""
+
+    async def stop(self) -> None:
+        """Let nothing go on; the device is done with it when this returns."""
+
+    def give_back(self) -> None:
+        """Give back what it holds. Nothing of it runs any more."""
 
 
 class AdmittedSearch:
@@ -119,7 +126,10 @@ class AdmittedSearch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.shield(self.service.background(self._give_back()))
+        if any(user.runs for user in self.users):
+            await asyncio.shield(self.service.background(self._stop()))
+        else:  # as always when all went well: a task would come turns of the loop later
+            self._give_back()
 
     def tile_rows(self, keys: int) -> int:
         """Query rows of the next tile, where they see up to so many keys: at least 1, at most a block.
@@ -198,8 +208,13 @@ class AdmittedSearch:
         flop = self.work.flop(rows, seen)
         return Need(window.pages, floor + staging, want + staging, flop, staging, most + staging)
 
-    async def _give_back(self) -> None:
-        await asyncio.gather(*(user.give_back() for user in self.users))
+    async def _stop(self) -> None:
+        await asyncio.gather(*(user.stop() for user in self.users))
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for user in self.users:
+            user.give_back()
         if self._view is not None:
             self.service.device.drop_view(self._view)
         self.service.governor.close(self._search)

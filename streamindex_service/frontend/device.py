@@ -18,6 +18,9 @@ from streamindex_service.ipc.supervisor import Supervisor, WorkerLink
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _MAX_SUSPECTS = 1024
+# Of views that no search uses: a page is some KiB in the worker, a view a page table on the device.
+_MOST_IDLE_PAGES = 16_384
+_MOST_IDLE_VIEWS = 1024
 _SCORE_ORDER = 1  # streamindex.v1.ResultOrder: parts are merged in this order
 _SUSPICION_S = 3600.0  # a request is tried again after so long
 
@@ -27,15 +30,19 @@ class View:
     """Pages of a snapshot as one worker knows them.
 
     `moves` is what the governor's residency counted when it was made; `extents` are what its pages lie in. While tiles
-    of it are with the worker it stays, `stale` or not.
+    of it are with the worker it stays, `stale` or not. `is_whole`: all pages of a layer, so that other searches have a
+    use for it; `users` are those that have it now.
     """
 
     view_id: int
     worker: WorkerLink
     defined: asyncio.Future[pb.FromWorker]
+    pages: Sequence[Page]
     places: tuple[PageSlot | None, ...]
     extents: frozenset[int]
     moves: int
+    is_whole: bool
+    users: int = 1
     tiles: int = 0
     stale: bool = False
 
@@ -92,6 +99,9 @@ class DeviceWorker:
         self._poison_deaths = poison_deaths
         self._clock = clock
         self._views: set[View] = set()
+        self._whole: dict[int, View] = {}  # of them, those of whole layers that are not stale, by identity of the pages
+        self._idle: OrderedDict[View, None] = OrderedDict()  # of these, those without users, unused for longest first
+        self._idle_pages = 0
         self._mapped: set[int] = set()
         self._loads: deque[Page] = deque()
         self._device_extents: set[int] = set()
@@ -143,6 +153,9 @@ class DeviceWorker:
         for view in self._views:
             view.stale = True
         self._views.clear()
+        self._whole.clear()
+        self._idle.clear()
+        self._idle_pages = 0
         self.governor.device_lost()
 
     def on_lost(self, blamed: bool) -> None:
@@ -166,28 +179,63 @@ class DeviceWorker:
             )
 
     def view_of(self, view: View | None, snapshot: Snapshot, pages: Sequence[Page], length_keys: int) -> View:
-        """A view of resident pages, after the copies that the governor decided on: this one, if it still is right."""
-        assert self.governor is not None
-        worker, moves = self._worker(), self.governor.residency.moves
+        """A view of resident pages, after the copies that the governor decided on: this one if it still is right, or
+        another search's of the same pages. `drop_view` must follow for what is returned and not given here again."""
+        worker = self._worker()
         self._send_loads(worker)
-        if view is not None and not view.stale and view.worker is worker and view.moves == moves:
-            return view
-        places = tuple(page.device for page in pages)
         if view is not None:
-            if not view.stale and view.worker is worker and view.places == places:
-                view.moves = moves
+            if self._serves(view, worker):
                 return view
             self._retire(view)
-        view_id = worker.next_id()
-        defined = self._define(worker, view_id, snapshot, places, length_keys)
-        extents = frozenset(place.extent_id for place in places if place is not None)
-        view = View(view_id, worker, defined, places, extents, moves)
-        self._views.add(view)
-        return view
+        known = self._whole.get(id(pages))
+        if known is not None:
+            if self._serves(known, worker):
+                self._use(known)
+                return known
+            self._retire(known)
+        return self._make_view(worker, snapshot, pages, length_keys)
 
     def drop_view(self, view: View) -> None:
-        """The search is over."""
-        self._retire(view)
+        """The search is over. A view of a whole layer stays for the next search of it, as long as it is right."""
+        if not view.stale:
+            view.users -= 1
+        if view.stale or (view.users == 0 and not view.is_whole):
+            self._retire(view)
+        elif view.users == 0:
+            self._idle[view] = None
+            self._idle_pages += len(view.pages)
+            while self._idle_pages > _MOST_IDLE_PAGES or len(self._idle) > _MOST_IDLE_VIEWS:
+                self._retire(next(iter(self._idle)))
+
+    def _serves(self, view: View, worker: WorkerLink) -> bool:
+        """Whether its pages are where it says. Nobody looks at each while none has lost its place."""
+        assert self.governor is not None
+        if view.stale or view.worker is not worker:
+            return False
+        moves = self.governor.residency.moves
+        if view.moves != moves:
+            if view.places != tuple(page.device for page in view.pages):
+                return False
+            view.moves = moves
+        return True
+
+    def _use(self, view: View) -> None:
+        view.users += 1
+        if view in self._idle:
+            del self._idle[view]
+            self._idle_pages -= len(view.pages)
+
+    def _make_view(self, worker: WorkerLink, snapshot: Snapshot, pages: Sequence[Page], length_keys: int) -> View:
+        assert self.governor is not None
+        view_id, places = worker.next_id(), tuple(page.device for page in pages)
+        defined = self._define(worker, view_id, snapshot, places, length_keys)
+        extents = frozenset(place.extent_id for place in places if place is not None)
+        moves, is_whole = self.governor.residency.moves, pages is snapshot.pages
+        view = View(view_id, worker, defined, pages, places, extents, moves, is_whole)
+        self._views.add(view)
+        if is_whole:
+            self._whole[id(pages)] = view
+        return view
 
     def _define(
         self,
@@ -219,6 +267,11 @@ class DeviceWorker:
     def _retire(self, view: View) -> None:
         """No more tiles of it; the worker forgets it once it has none."""
         view.stale = True
+        if self._whole.get(id(view.pages)) is view:
+            del self._whole[id(view.pages)]
+        if view in self._idle:
+            del self._idle[view]
+            self._idle_pages -= len(view.pages)
         if view.tiles == 0 and view in self._views:
             self._views.discard(view)
             view.worker.send(pb.ToWorker(drop_view=pb.DropView(view_id=view.view_id)))

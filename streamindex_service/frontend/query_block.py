@@ -77,14 +77,11 @@ def fill_rows(
     row_offset: int,
     start_position: int | None,
 ) -> None:
-    """Copy rows [first, first + count) of a chunk of q, w, positions to a block, and check them. Runs on a thread.
+    """Copy rows [first, first + count) of a chunk of q, w, positions to a block, and check them.
 
     `row_offset` is the search's row of the first of them, for messages; the positions are start_position + row, or the
-    chunk's when that is None. Raises ChecksumError (when the chunk's first row is among them), NonFiniteError,
-    InvalidArgumentError.
+    chunk's when that is None. Raises NonFiniteError, InvalidArgumentError.
     """
-    if first == 0:
-        tensors.verify_checksum(chunk)
     q, w, positions_bytes = (layout.part(block, index, block_row, count) for index in (Q, W, POSITIONS))
     explicit = start_position is None
     row_bytes = (layout.row_bytes[Q], layout.row_bytes[W], POSITION_BYTES if explicit else 0)

@@ -59,35 +59,41 @@ def raise_malformed(message: Malformed) -> NoReturn:
 
 
 class MessageReader:
-    """Reads one message while something else goes on that may fail first."""
+    """Reads the messages of one stream, in the task that calls `next`; `stop` ends a read that waits.
+
+    A task of its own for every message would cost as much as the message's checksum.
+    """
 
     def __init__(self, context: Any) -> None:
-        self._reading: asyncio.Future[Any] = asyncio.ensure_future(read_message(context))
-        self._reading.add_done_callback(_seen)
+        self._context = context
+        self._task: asyncio.Task[Any] | None = None  # that waits for a message
+        self._reason: ServiceError | None = None
 
-    async def next(self, beside: asyncio.Task[None] | None, timeout_s: float | None = None) -> Any:
-        """The message, None at the end of the stream. May be called again after TimeoutError.
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for a message."""
+        return self._task is not None
 
-        Raises what `beside` raises, as soon as it does; TimeoutError; MalformedMessageError.
-        """
+    async def next(self) -> Any:
+        """The next message, None at the end of the stream. Raises MalformedMessageError, and what `stop` was told."""
+        self._task = task = asyncio.current_task()
         try:
-            if beside is not None and not beside.done():
-                waiting = [self._reading, beside]
-                await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if beside is not None and beside.done():
-                beside.result()
-            if not self._reading.done():
-                await asyncio.wait([self._reading], timeout=timeout_s)
-        except BaseException:
-            self._reading.cancel()
-            raise
-        if not self._reading.done():
-            raise TimeoutError
-        return self._reading.result()
+            return await read_message(self._context)
+        except asyncio.CancelledError:
+            if self._reason is None or task is None:
+                raise
+            task.uncancel()
+            # It is let go here: raised, it holds the frames that hold this.
+            reason, self._reason = self._reason, None
+            raise reason from None
+        finally:
+            self._task = None
 
-    def cancel(self) -> None:
-        """Stop reading; the stream is of no use after this."""
-        self._reading.cancel()
+    def stop(self, reason: ServiceError) -> None:
+        """End the read that waits, if one does, with this error; the stream is of no use after that."""
+        if self._task is not None:
+            self._reason = reason
+            self._task.cancel()
 
 
 class MessageWriter:
@@ -219,7 +225,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None or not details.method.startswith("/streamindex."):
             return handler
         request_id = _request_id(details)
-        if handler.request_streaming or handler.response_streaming:
+        streams = handler.request_streaming or handler.response_streaming
+        if streams:
             behaviour = handler.stream_stream or handler.unary_stream
             make = (
                 grpc.stream_stream_rpc_method_handler
@@ -233,7 +240,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def call(request: Any, context: Any) -> Any:
             # A stream's servicer asks by itself, so that it can say in-band what it refuses with.
             admit = None if handler.request_streaming else self._admit
-            return await self._call(behaviour, admit, details.method, request_id, request, context)
+            return await self._call(behaviour, streams, admit, details.method, request_id, request, context)
 
         return make(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
@@ -242,6 +249,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def _call(
         self,
         behaviour: Method,
+        streams: bool,
         admit: Callable[[], None] | None,
         method: str,
         request_id: str,
@@ -252,18 +260,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         assert task is not None
         self.running.add(task)
         structlog.contextvars.bind_contextvars(request_id=request_id, method=method)
+        # On its way through gRPC's own thread and back, a unary call goes on.
+        metadata = asyncio.ensure_future(context.send_initial_metadata(((REQUEST_ID, request_id),)))
+        metadata.add_done_callback(_seen)
         try:
-            await context.send_initial_metadata(((REQUEST_ID, request_id),))
-            if admit is not None:
-                admit()
-            if isinstance(request, Malformed):
-                raise_malformed(request)
-            result = behaviour(request, context)
-            if hasattr(result, "__aiter__"):
-                async for message in result:
-                    await context.write(message)
-                return None
-            return await result
+            try:
+                if streams:
+                    await metadata
+                if admit is not None:
+                    admit()
+                if isinstance(request, Malformed):
+                    raise_malformed(request)
+                result = behaviour(request, context)
+                if hasattr(result, "__aiter__"):
+                    async for message in result:
+                        await context.write(message)
+                    return None
+                return await result
+            finally:
+                if not metadata.done():  # neither an answer nor a refusal may overtake it
+                    await asyncio.wait([metadata])
         except ServiceError as error:
             log = self._log.error if isinstance(error, InternalError) else self._log.info
             log("refused", reason=error.reason, field=error.field, detail=error.detail, **error.metadata)

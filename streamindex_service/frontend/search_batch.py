@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import numpy as np
 from streamindex.framing import Chunk
@@ -64,17 +65,27 @@ class BatchSearch:
                 await self._append(item, result)
             except ServiceError as error:
                 result.error.CopyFrom(to_message(error))
+        searches = [
+            (item, result)
+            for item, result in zip(request.items, results, strict=True)
+            if item.row_count and not result.HasField("error")
+        ]
+        if len(searches) == 1:  # a task of its own would come a turn of the loop later
+            await self._search(*searches[0])
+        else:
+            await self._search_all(searches)
+        return pb.SearchBatchResponse(results=results)
+
+    async def _search_all(self, searches: Sequence[tuple[pb.SearchBatchItem, pb.SearchBatchResult]]) -> None:
         turns = asyncio.Semaphore(_ITEMS_AT_ONCE)
 
         async def search(item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
             async with turns:
-                if item.row_count and not result.HasField("error"):
-                    await self._search(item, result)
+                await self._search(item, result)
 
         async with asyncio.TaskGroup() as group:
-            for item, result in zip(request.items, results, strict=True):
+            for item, result in searches:
                 group.create_task(search(item, result))
-        return pb.SearchBatchResponse(results=results)
 
     async def _append(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
         cache = self._service.caches.get(self._owner, item.key_cache_id)
@@ -131,6 +142,7 @@ class _ItemSearch:
         self._layout = admitted.layout
         self._running: TileRun | None = None
         self._block: Block | None = None
+        self._ended = asyncio.Event()
 
     async def run(self) -> tuple[bytes, bytes]:
         """Indices and scores of the rows. Raises ServiceError."""
@@ -147,19 +159,29 @@ class _ItemSearch:
             fill_rows(self._layout, cache, chunk, first, count, block, 0, first, None)
             keys = self._admitted.keys_seen(max(left[:count]))
             # A step of many callers' sequences: no single one is to blame for a worker's death.
-            self._running = run = TileRun(self._admitted, block, 0, count, keys)
+            self._ended.clear()
+            self._running = run = TileRun(self._admitted, block, 0, count, keys, ended=lambda _: self._ended.set())
             run.start()
-            await asyncio.shield(run.done)
+            await self._ended.wait()
+            run.done.result()
             indices.append(self._layout.part(block, INDICES, 0, count).tobytes())
             scores.append(self._layout.part(block, SCORES, 0, count * self._admitted.want_scores).tobytes())
             first += count
         return b"".join(indices), b"".join(scores)
 
-    async def give_back(self) -> None:
-        """Wait for the device, then give the block back."""
+    @property
+    def runs(self) -> bool:
+        """Whether the device has something of it, or will have."""
+        return self._running is not None and not self._running.done.done()
+
+    async def stop(self) -> None:
+        """Wait for the device."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running.done, return_exceptions=True)
+
+    def give_back(self) -> None:
+        """Give the block back."""
         if self._block is not None:
             self._admitted.service.blocks.release(self._block)
 

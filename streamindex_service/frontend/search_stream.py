@@ -1,18 +1,23 @@
 """Search: one stream of queries in and indices out.
 
-Three things go on at once. The reader takes chunks from the socket and has them copied into blocks of ingress memory;
-rows that are there go to the device as tiles, one after another in the order that the scheduler finds among all
-searches, two of a search at a time, so that the device has the next one when it finishes the first; the writer sends
-answers in order. While the device is busy with others, rows gather and tiles grow up to a block; while it is idle, a
-tile is whatever has arrived. A search holds at most a few blocks, whatever the number of its
-queries: a caller who does not read stops its own search and nothing else.
+Three things go on at once. The reader takes chunks from the socket and copies them into blocks of ingress memory; rows
+that are there go to the device as tiles, one after another in the order that the scheduler finds among all searches;
+the writer sends answers in order. The first rows go at once. A tile costs the event loop about as much as half a chunk
+does, so after that rows gather: a tile goes when it is as large as it may be, or when nothing of the search is on its
+way and the last one went some milliseconds ago. With a device that is faster than the caller, tiles are what arrives in
+such a time; with a slower one they are full, and two of a search are on their way, so that the device has the next one
+when it finishes the first. A search holds at most a few blocks, whatever the number of its queries: a caller who does
+not read stops its own search and nothing else.
+
+Rows are checked and copied on the event loop, while they are still in the processor's cache: a tenth of a millisecond
+for 1 MiB, less than it costs to hand them to a thread and to hear of it. What one stream does there in one turn of the
+loop is bounded, and so is what all streams do (`LoopTurns`), so that a decode step does not wait for many of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +30,7 @@ from streamindex_service.errors import InvalidArgumentError, MalformedMessageErr
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.host_memory import Block
-from streamindex_service.frontend.query_block import fill_rows
+from streamindex_service.frontend.query_block import INDICES, SCORES, Q, fill_rows
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.rpc import MessageReader, MessageWriter
 from streamindex_service.frontend.service import Service
@@ -33,6 +38,8 @@ from streamindex_service.frontend.tile_run import TileRun
 
 _TILES_AHEAD = 2  # tiles of one search that wait for the device or are there: one runs, one is ready
 _ANSWER_BYTES = 1 << 20  # payload of one answer message
+_GATHER_S = 0.002  # between tiles of a search that could be larger
+_TURN_BYTES = 1 << 20  # of rows that are copied in one turn of the loop
 
 
 @dataclass(slots=True, eq=False)
@@ -40,11 +47,9 @@ class _Filling:
     """A block and how far its rows have come."""
 
     block: Block
-    taken: int = 0  # rows that have a place
-    ready: int = 0  # rows that are copied
+    rows: int = 0  # that are there
     submitted: int = 0
     delivered: int = 0
-    closed: bool = False  # no more rows will come
 
 
 @dataclass(slots=True, eq=False)
@@ -89,51 +94,66 @@ class SearchStream:
         self._explicit = parameters.start_position is None
         self._at = _Progress()
         self._changed = asyncio.Event()
+        self._gather_until = 0.0  # on the loop's clock
+        self._gathered: asyncio.TimerHandle | None = None
         self._blocks_held = 0
         self._block_freed = asyncio.Event()
-        self._copying: asyncio.Task[None] | None = None
+        self._reader = MessageReader(context)
+        self._heard_at = service.clock()  # a message was waited for, or an answer left
         self._outstanding: set[TileRun] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._over = False
 
     async def run(self) -> pb.SearchDone:
-        """Until all rows are answered. Raises ServiceError. `give_back` must follow, whatever happens."""
+        """Until all rows are answered. Raises ServiceError. Then `stop`, if it still `runs`, and `give_back`."""
         reader = asyncio.create_task(self._read())
         writer = asyncio.create_task(self._write())
         self._tasks = [reader, writer]
-        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        silence = asyncio.create_task(self._listen_for_silence())
+        try:
+            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            silence.cancel()
         for task in (writer, reader):  # the device's failure says more than what it does to the reader
             if task in done:
                 task.result()
         at = self._at
         return pb.SearchDone(row_count=at.answered, device_us=at.device_us, queued_ms=int(1000 * at.queued_s))
 
-    async def give_back(self) -> None:
-        """Stop what still goes on and give the blocks back. The device is done with this search when this returns."""
+    @property
+    def runs(self) -> bool:
+        """Whether it reads, writes, or has something on the device."""
+        return bool(self._outstanding) or not all(task.done() for task in self._tasks)
+
+    async def stop(self) -> None:
+        """Stop what still goes on. The device is done with this search when this returns."""
         self._over = True
         for task in self._tasks:
             task.cancel()
         for run in list(self._outstanding):
             run.cancel()
         # A write under back-pressure may never see its cancellation: it is not waited for. What is waited for is all
-        # that touches the blocks: the copy that runs, and the tiles that the device has begun.
-        pending: list[Awaitable[Any]] = [run.done for run in self._outstanding]
-        if self._copying is not None:
-            pending.append(self._copying)
-        await asyncio.gather(*pending, return_exceptions=True)
+        # that touches the blocks: the tiles that the device has begun.
+        await asyncio.gather(*(run.done for run in self._outstanding), return_exceptions=True)
+
+    def give_back(self) -> None:
+        """Give the blocks back. Nothing touches them any more."""
+        self._over = True
+        if self._gathered is not None:
+            self._gathered.cancel()
         for filling in self._at.fillings:
             self._service.blocks.release(filling.block)
         self._at.fillings.clear()
 
     async def _read(self) -> None:
         while True:
-            message = await self._next_message()
+            self._heard_at = self._service.clock()  # silence begins when there is somebody to listen
+            message = await self._reader.next()
             if message is None:
                 break
             if not isinstance(message, Chunk):
                 raise MalformedMessageError("a header comes first and once, then chunks")
             await self._take(message)
-        await self._settle()
         announced = self._parameters.row_count
         if announced and announced != self._at.received:
             raise InvalidArgumentError(
@@ -142,34 +162,37 @@ class SearchStream:
                 metadata={"announced_rows": announced, "received_rows": self._at.received},
             )
         self._at.ended = True
+        self._pump()
         self._changed.set()
 
-    async def _next_message(self) -> Any:
-        reading = MessageReader(self._context)
+    async def _listen_for_silence(self) -> None:
+        # One look a period, not a timer for every message: silence is noticed after one to two of them.
+        period_s = self._service.settings.limits.slow_consumer_s
         while True:
-            answered = self._at.answered
-            try:
-                return await reading.next(self._copying, self._service.settings.limits.slow_consumer_s)
-            except TimeoutError:
-                if answered == self._at.answered == self._at.received:
-                    reading.cancel()
-                    raise SlowConsumerError("no query came for too long while all were answered") from None
+            await asyncio.sleep(period_s)
+            all_answered = self._at.answered == self._at.received
+            if all_answered and self._reader.waits and self._service.clock() - self._heard_at >= period_s:
+                self._reader.stop(SlowConsumerError("no query came for too long while all were answered"))
+                return
 
     async def _take(self, chunk: Chunk) -> None:
         self._check(chunk)
+        turns = self._service.loop_turns
+        await turns.next()
+        tensors.verify_checksum(chunk)
+        turn_rows = max(1, _TURN_BYTES // self._layout.row_bytes[Q])
         done = 0
         while done < chunk.row_count:
+            if done:
+                await turns.next()
             filling = await self._room()
-            count = min(chunk.row_count - done, self._layout.rows - filling.taken)
-            # One copy at a time, so that rows are ready in order; the next chunk is received meanwhile.
-            await self._settle()
-            self._copying = asyncio.create_task(
-                self._copy(chunk, done, count, filling, filling.taken, self._at.received)
-            )
-            filling.taken += count
-            filling.closed = filling.taken == self._layout.rows
+            count = min(chunk.row_count - done, self._layout.rows - filling.rows, turn_rows)
+            start, place = self._parameters.start_position, (filling.block, filling.rows, self._at.received)
+            fill_rows(self._layout, self._cache, chunk, done, count, *place, start)
+            filling.rows += count
             self._at.received += count
             done += count
+            self._pump()
 
     def _check(self, chunk: Chunk) -> None:
         limit = int(self._service.settings.limits.max_chunk_bytes)
@@ -192,7 +215,7 @@ class SearchStream:
 
     async def _room(self) -> _Filling:
         """The block that the next row goes to."""
-        if self._at.fillings and not self._at.fillings[-1].closed:
+        if self._at.fillings and self._at.fillings[-1].rows < self._layout.rows:
             return self._at.fillings[-1]
         while self._blocks_held >= self._service.settings.memory.search_blocks:
             self._block_freed.clear()
@@ -202,49 +225,47 @@ class SearchStream:
         self._at.fillings.append(filling)
         return filling
 
-    async def _settle(self) -> None:
-        # Forgotten only when it is done: whoever cleans up must know of a copy that runs.
-        if self._copying is not None:
-            await asyncio.shield(self._copying)
-            self._copying = None
-
-    async def _copy(
-        self, chunk: Chunk, first: int, count: int, filling: _Filling, block_row: int, row_offset: int
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        start = self._parameters.start_position
-        arguments = (self._layout, self._cache, chunk, first, count, filling.block, block_row, row_offset, start)
-        await loop.run_in_executor(self._service.ingest_threads, fill_rows, *arguments)
-        filling.ready += count
-        self._pump()
-
     def _pump(self) -> None:
-        """Make tiles of what is ready, up to _TILES_AHEAD; one that still waits takes more rows first."""
-        # A copy that was running when the search ended still comes here; its block is about to be given back.
-        if self._over:
-            return
+        """Make tiles of the rows that are there, up to _TILES_AHEAD; one that still waits takes more rows first."""
         for filling in self._at.fillings:
-            while (ready := filling.ready - filling.submitted) > 0:
+            while (ready := filling.rows - filling.submitted) > 0:
                 limit = self._admitted.tile_rows(self._keys_seen(ready))
                 last = self._at.tiles[-1] if self._at.tiles else None
                 if last is not None and last.filling is filling and last.run.waiting and last.run.rows < limit:
                     rows = min(ready, limit - last.run.rows)
                     last.run.grow(rows, self._keys_seen(rows))
                     self._submitted(filling, rows)
-                elif len(self._outstanding) < _TILES_AHEAD:
+                elif len(self._outstanding) < _TILES_AHEAD and (ready >= limit or self._may_go(filling)):
                     self._submit(filling, min(ready, limit))
                 else:
                     return
 
+    def _may_go(self, filling: _Filling) -> bool:
+        """Whether a tile that could be larger may go: it does not get more rows, or has waited for them enough."""
+        if filling.rows == self._layout.rows or self._at.ended:
+            return True
+        if self._outstanding:
+            return False
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._gather_until:
+            return True
+        if self._gathered is None:
+            self._gathered = loop.call_at(self._gather_until, self._end_gathering)
+        return False
+
+    def _end_gathering(self) -> None:
+        self._gathered, self._gather_until = None, 0.0
+        if not self._over:
+            self._pump()
+
     def _submit(self, filling: _Filling, rows: int) -> None:
         keys = self._keys_seen(rows)
-        run = TileRun(self._admitted, filling.block, filling.submitted, rows, keys, self._blame_key)
+        run = TileRun(self._admitted, filling.block, filling.submitted, rows, keys, self._blame_key, self._tile_done)
         self._at.tiles.append(_Tile(filling, run, self._at.submitted))
         self._submitted(filling, rows)
         self._outstanding.add(run)
-        run.done.add_done_callback(lambda _: self._tile_done(run))
+        self._gather_until = asyncio.get_running_loop().time() + _GATHER_S
         run.start()
-        self._changed.set()
 
     def _submitted(self, filling: _Filling, rows: int) -> None:
         filling.submitted += rows
@@ -258,44 +279,44 @@ class SearchStream:
 
     def _tile_done(self, run: TileRun) -> None:
         self._outstanding.discard(run)
-        self._pump()
+        if not self._over and run.done.exception() is None:
+            self._pump()
         self._changed.set()
 
     async def _write(self) -> None:
         while True:
-            while not self._at.tiles:
+            while not (self._at.tiles and self._at.tiles[0].run.done.done()):
                 if self._at.ended and self._at.answered == self._at.received:
                     return
                 self._changed.clear()
                 await self._changed.wait()
             tile = self._at.tiles[0]
-            await asyncio.shield(tile.run.done)
+            tile.run.done.result()
             self._at.device_us += tile.run.device_us
             self._at.queued_s += tile.run.queued_s
             for first in range(0, tile.run.rows, self._answer_rows):
                 count = min(self._answer_rows, tile.run.rows - first)
-                await self._send(self._answer(tile, first, count))
+                await self._writer.write(self._answer(tile, first, count))
                 self._at.answered += count
+                self._heard_at = self._service.clock()
             self._at.tiles.popleft()
             self._deliver(tile)
 
     @property
     def _answer_rows(self) -> int:
-        return max(1, _ANSWER_BYTES // (self._layout.row_bytes[3] + self._layout.row_bytes[4]))
+        return max(1, _ANSWER_BYTES // (self._layout.row_bytes[INDICES] + self._layout.row_bytes[SCORES]))
 
     def _answer(self, tile: _Tile, first: int, count: int) -> bytes:
-        indices = self._layout.part(tile.filling.block, 3, tile.run.first + first, count)
-        scores = self._layout.part(tile.filling.block, 4, tile.run.first + first, count * self._parameters.want_scores)
+        indices = self._layout.part(tile.filling.block, INDICES, tile.run.first + first, count)
+        scored = count * self._parameters.want_scores
+        scores = self._layout.part(tile.filling.block, SCORES, tile.run.first + first, scored)
         checksum = crc32c(scores.data, crc32c(indices.data))
         return encode_index_chunk(tile.row_offset + first, count, indices.data, scores.data, checksum)
-
-    async def _send(self, message: bytes) -> None:
-        await self._writer.write(message)
 
     def _deliver(self, tile: _Tile) -> None:
         filling = tile.filling
         filling.delivered += tile.run.rows
-        if filling.closed and filling.delivered == self._layout.rows:
+        if filling.delivered == self._layout.rows:
             self._at.fillings.remove(filling)
             self._service.blocks.release(filling.block)
             self._blocks_held -= 1

@@ -24,6 +24,7 @@ from streamindex_service.core.uploads import UploadTable
 from streamindex_service.errors import NotReadyError
 from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
+from streamindex_service.frontend.loop_turns import LoopTurns
 from streamindex_service.frontend.segment_closer import SegmentCloser
 from streamindex_service.frontend.spill import HostRoom, SpillingRoom, SpillLimits
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
@@ -77,6 +78,7 @@ class Service:
             self.host_extents.drop_spares,
         )
         self.room = self._make_room()
+        self.loop_turns = LoopTurns(asyncio.get_running_loop())
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
             _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, self._unusable, log.info)

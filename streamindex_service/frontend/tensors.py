@@ -1,7 +1,7 @@
 """Tensor bytes from the wire: checked, and copied to where they will stay.
 
-Copies and reductions run on a thread of the ingest pool: numpy lets go of the interpreter lock, so the event loop
-receives the next chunk in the meantime.
+Uploads copy and check on threads of the ingest pool, many chunks at a time; searches do so on the event loop, chunk by
+chunk, for their rows are wanted at once.
 """
 
 from __future__ import annotations

@@ -22,7 +22,10 @@ from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 
 class TileRun:
-    """Rows [first, first + rows) of a block, which see up to `keys` keys, as far as it is known."""
+    """Rows [first, first + rows) of a block, which see up to `keys` keys, as far as it is known.
+
+    `ended` is called as soon as `done` is done: a callback of the future would come a turn of the loop later.
+    """
 
     def __init__(
         self,
@@ -32,6 +35,7 @@ class TileRun:
         rows: int,
         keys: int,
         blame_key: str = "",
+        ended: Callable[[TileRun], None] = lambda run: None,
     ) -> None:
         self.first = first
         self.rows = rows
@@ -43,6 +47,7 @@ class TileRun:
         self._block = block
         self._keys = keys
         self._blame_key = blame_key
+        self._ended = ended
         self._pieces: TilePieces | None = None  # from the first grant on
         self._window = 0  # of the layer, that the present piece is searched against
         self._cancelled = False
@@ -162,6 +167,7 @@ class TileRun:
         assert self._pieces is not None
         if self._pieces.current is None:
             self.done.set_result(None)
+            self._ended(self)
         elif self._cancelled:
             self._fail(WorkerLostError("the tile was cancelled"))
         else:
@@ -170,6 +176,7 @@ class TileRun:
     def _fail(self, error: BaseException) -> None:
         self._turn = None
         self.done.set_exception(error)
+        self._ended(self)
 
 
 def _seen(future: asyncio.Future[None]) -> None:

@@ -187,6 +187,9 @@ def main() -> None:
     logs.configure()
     # The frontend decides when this process ends; a Ctrl-C in the terminal reaches both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # While one thread issues a tile, the others (a new tile has come, another is done) would wait up to 5 ms, the
+    # default, for the interpreter.
+    sys.setswitchinterval(0.0005)
     Worker(socket.socket(fileno=int(sys.argv[1]))).run()
 
 

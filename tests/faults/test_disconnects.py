@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 
 import grpc
@@ -163,37 +162,23 @@ def test_a_search_that_waits_in_the_queue_is_cancelled(calls, frozen):
         assert ledgers(calls) == before
 
 
-def test_a_cancelled_copy_does_not_reach_the_device(inside, monkeypatch):
-    """A copy that runs while its search is given back must start no tile: its block is about to be another's."""
-    copying, go_on = threading.Event(), threading.Event()
-    fill_rows = search_stream.fill_rows
-
-    def held_up(*arguments):
-        copying.set()
-        assert go_on.wait(20)
-        fill_rows(*arguments)
-
-    submitted = []
-    device = inside.server.service.device
-    submit, give_back, giving_back = device.submit, search_stream.SearchStream.give_back, threading.Event()
-
-    async def told(stream):
-        giving_back.set()
-        await give_back(stream)
-
-    monkeypatch.setattr(search_stream.SearchStream, "give_back", told)
-    monkeypatch.setattr(device, "submit", lambda *args: submitted.append(args) or submit(*args))
+def test_rows_that_gather_when_their_search_is_cancelled_are_forgotten(inside, monkeypatch):
+    """The first tile went just now, and the next waits for more rows: it must not go when its block is another's."""
+    monkeypatch.setattr(search_stream, "_GATHER_S", 3600.0)
+    streams = []
+    run = search_stream.SearchStream.run
+    monkeypatch.setattr(search_stream.SearchStream, "run", lambda self: streams.append(self) or run(self))
     with Calls(inside.target) as calls, calls.cache(KIND, Draw(5).keys(KIND, 100)) as cache:
-        monkeypatch.setattr(search_stream, "fill_rows", held_up)
+        queries = Draw(5).queries(KIND, 10)
         call = calls.start_search(KIND, cache.id, 5)
-        call.send(query_chunk(KIND, Draw(5).queries(KIND, 10), 0, 10))
-        assert copying.wait(20)
+        call.send(query_chunk(KIND, queries, 0, 4))
+        assert call.receive("chunk").row_count == 4
+        call.send(query_chunk(KIND, queries, 4, 6))
+        (stream,) = streams
+        wait_for(lambda: stream._gathered is not None)
         call.cancel()
-        assert giving_back.wait(20)
-        assert calls.load().running_searches == 1  # the copy still writes to the block
-        go_on.set()
         wait_for(lambda: is_idle(calls.load()))
-        assert submitted == []
+        assert stream._gathered.cancelled()
 
 
 @pytest.fixture(scope="module")

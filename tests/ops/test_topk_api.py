@@ -251,3 +251,11 @@ def test_a_misaligned_page_is_named() -> None:
     pages = (slab[: 256 * 16].view(256, 16), slab[256 * 16 + 8 :].view(256, 16))
     with pytest.raises(ValueError, match=r"pages\[1\]: not aligned"):
         PagedKeys(KeyFormat.FP32, 16, 512, pages).key_table  # noqa: B018
+
+
+def test_the_last_row_may_stand_at_the_last_position() -> None:
+    rows = 3
+    assert torch.equal(_search(positions=2**62 - rows + 1).indices, _search(positions=300).indices)
+    with pytest.raises(TopkInputError) as caught:
+        _search(positions=2**62 - rows + 2)
+    assert caught.value.field == "positions"

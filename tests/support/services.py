@@ -18,6 +18,7 @@ ROOMY = {
         "ingress_budget_bytes": 16 * MIB,
         "extent_bytes": MIB,
         "search_block_bytes": MIB // 4,
+        "search_blocks": 4,
         "workspace_bytes": 16 * MIB,
         "workspace_floor_bytes": 16 * MIB,
     },

@@ -15,6 +15,7 @@ from streamindex_service.core.caches import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
+from streamindex_service.frontend import device as frontend_device
 from streamindex_service.frontend.device import DeviceWorker, TilePlace, TileSpec, View
 from streamindex_service.frontend.host_memory import Block, HostExtents, SharedSegment
 from streamindex_service.ipc import supervisor as module
@@ -124,7 +125,7 @@ async def stand_in(tmp_path, monkeypatch):
 
     def tile(what, key="request"):
         link = running.link
-        view = View(link.next_id(), link, asyncio.get_running_loop().create_future(), (), frozenset(), 0)
+        view = View(link.next_id(), link, asyncio.get_running_loop().create_future(), (), (), frozenset(), 0, False)
         place = TilePlace(what, 0, 0, 0, 0, None)
         return device.submit(view, TileSpec(1, 1, 1, 0), block, place, key, 1)[1]
 
@@ -211,7 +212,7 @@ async def test_who_has_not_learnt_that_the_worker_is_gone_is_not_accused_of_the_
         running.link.process.kill()
         assert await events.wait("lost") is False
         # a search that still has the old worker's view sends another tile
-        view = View(1, dead, asyncio.get_running_loop().create_future(), (), frozenset(), 0)
+        view = View(1, dead, asyncio.get_running_loop().create_future(), (), (), frozenset(), 0, False)
         segment = SharedSegment.create(4096, writable_by_worker=True)
         place = TilePlace(1, 0, 0, 0, 0, None)
         _, late = device.submit(view, TileSpec(1, 1, 1, 0), Block(segment, 0, segment.data), place, "late", 1)
@@ -268,6 +269,8 @@ ACCOUNT = Account("owner", NO_QUOTA)
 
 
 class Snapshot:
+    pages = ()
+
     class spec:  # noqa: N801
         key_format, head_dim = 1, 16
 
@@ -300,6 +303,53 @@ async def test_a_view_serves_until_its_pages_move_and_goes_with_its_memory():
     device.drop_view(second)
     device.drop_view(second)
     assert [each.view_id for each in sent(device, "drop_view")] == [view.view_id, second.view_id]
+
+
+def shown(*places):
+    """A snapshot of a whole layer, and a device that has made nothing yet."""
+    device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30)), 2, time.monotonic)
+    device.governor, device.supervisor = OneEpoch(), OneLink()
+    device.governor.residency = OneEpoch.residency()
+    snapshot = Snapshot()
+    snapshot.pages = tuple(Page(PageSlot(1, at), 1024, ACCOUNT, None, device=PageSlot(9, at)) for at in places)
+    return device, snapshot
+
+
+async def test_searches_of_a_layer_share_a_view_and_the_next_one_finds_it():
+    device, snapshot = shown(0, 1024)
+    first = device.view_of(None, snapshot, snapshot.pages, 300)
+    assert device.view_of(None, snapshot, snapshot.pages, 300) is first  # of another search
+    device.drop_view(first)
+    device.drop_view(first)
+    assert device.view_of(None, snapshot, snapshot.pages, 300) is first
+    device.drop_view(first)
+    assert len(sent(device, "define_view")) == 1
+    assert not sent(device, "drop_view")
+    snapshot.pages[0].device = PageSlot(9, 2048)
+    device.governor.residency.moves += 1
+    second = device.view_of(None, snapshot, snapshot.pages, 300)
+    assert second is not first
+    assert [each.view_id for each in sent(device, "drop_view")] == [first.view_id]
+    device.drop_view(second)
+    device.drop_extent(9)  # what nobody uses must not hold memory that is given back
+    assert [each.view_id for each in sent(device, "drop_view")] == [first.view_id, second.view_id]
+    assert not device._idle
+    assert device._idle_pages == 0
+
+
+@pytest.mark.parametrize(("name", "most"), [("_MOST_IDLE_PAGES", 3), ("_MOST_IDLE_VIEWS", 1)])
+async def test_views_without_a_search_are_bounded_and_a_window_s_is_not_kept(monkeypatch, name, most):
+    monkeypatch.setattr(frontend_device, name, most)
+    device, one = shown(0, 1024)
+    other = Snapshot()
+    other.pages = one.pages[:1] + one.pages[1:]  # another layer of the same pages
+    views = [device.view_of(None, each, each.pages, 300) for each in (one, other)]
+    for view in views:
+        device.drop_view(view)
+    assert [each.view_id for each in sent(device, "drop_view")] == [views[0].view_id]
+    window = device.view_of(None, one, one.pages[:1], 256)
+    device.drop_view(window)
+    assert sent(device, "drop_view")[-1].view_id == window.view_id
 
 
 async def test_pages_that_lost_their_place_before_they_were_copied():

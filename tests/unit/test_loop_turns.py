@@ -1,0 +1,46 @@
+"""Turns of the event loop: one piece of work in each, first come first served."""
+
+from __future__ import annotations
+
+import asyncio
+
+from streamindex_service.frontend.loop_turns import LoopTurns
+
+
+async def test_streams_work_one_a_turn_in_order_and_one_alone_does_not_wait():
+    loop = asyncio.get_running_loop()
+    turns, log = LoopTurns(loop), []
+    number = 0
+
+    def count():
+        nonlocal number
+        number += 1
+        counting[0] = loop.call_soon(count)
+
+    counting = [loop.call_soon(count)]
+
+    async def work(name):
+        for _ in range(3):
+            await turns.next()
+            log.append((name, number))
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(work(name) for name in "abc"))
+    assert "".join(name for name, _ in log) == "abcabcabc"
+    assert len({turn for _, turn in log}) == 9
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    before = number
+    await turns.next()
+    assert number == before
+    counting[0].cancel()
+
+
+async def test_a_stream_that_ended_while_it_waited_holds_up_nobody():
+    loop = asyncio.get_running_loop()
+    turns = LoopTurns(loop)
+    gone, waits = asyncio.create_task(turns.next()), asyncio.create_task(turns.next())
+    loop.call_soon(gone.cancel)  # once both wait, and before anybody is handed the turn
+    await turns.next()
+    await asyncio.wait_for(waits, 10)
+    assert gone.cancelled()
