@@ -27,6 +27,7 @@ BENCHMARKS = {
     "topk_design": True,
     "topk_ablations": True,
     "attention_prefill": False,
+    "attention_backward": False,
     "compressor": False,
     "upload_throughput": False,
     "search_stream": False,

@@ -223,14 +223,22 @@ def judge_attention(attention: Attention, out: Tensor) -> tuple[int, int, float]
     return len(rows), report.wrong_rows, report.largest_error
 
 
-def options(description: str | None, *, quick: str, models: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that every table of attention has."""
+def options(
+    description: str | None,
+    *,
+    quick: str,
+    models: Sequence[str],
+    formats: Sequence[str] = ("bf16", "packed"),
+    implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
+    usual: Sequence[str] = ("chunked", "triton"),
+) -> argparse.ArgumentParser:
+    """The options that every table of attention has. usual: of the implementations, those that run if none is named."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(models))
     parser.add_argument("--sizes", type=int, nargs="+", metavar="TOKENS")
-    parser.add_argument("--formats", nargs="+", choices=["bf16", "packed"], default=["bf16", "packed"])
-    parser.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), default=["chunked", "triton"])
+    parser.add_argument("--formats", nargs="+", choices=list(formats), default=list(formats))
+    parser.add_argument("--implementations", nargs="+", choices=list(implementations), default=list(usual))
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes")
     return parser

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, attention_prefill
+from benchmarks import attention, attention_backward, attention_prefill
 from benchmarks.attention import MODELS, AttentionModel, make_attention
 from streamindex_service.ops import KvFormat
 
@@ -75,3 +75,36 @@ def test_a_time_without_a_judgement_is_no_row() -> None:
     row = attention.AttentionRow("t", "c", "bf16", None, None, None, None, None, None, None)
     with pytest.raises(ValueError, match="no judgement"):
         replace(row, seconds=1.0)
+
+
+def _backward(out: Path) -> int:
+    options = ["--device", "cpu", "--models", "Tiny", "--sizes", "6", "--implementations", "reference", "triton"]
+    return attention_backward.main([*options, "--quick", "--out", str(out)])
+
+
+def test_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_backward, "CPU_CONTEXT", 40)
+    out = tmp_path / "table.json"
+    assert _backward(out) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["implementation"] for row in rows] == ["reference", "triton"]
+    assert rows[1]["ratio_to"] == "reference"
+    for row in rows:
+        assert row["wrong_rows"] == 0
+        assert 0 < max(row["dq_error"], row["dkv_error"], row["dsink_error"]) <= 1
+        # five products of 64 columns for each entry of 6 tokens
+        assert row["useful_tflops"] * row["seconds"] * 1e12 == pytest.approx(2 * 4 * 5 * 64 * 6 * 40)
+
+
+def test_wrong_gradients_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention_backward.sparse_attention_backward
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        found = right(*arguments, **options)
+        found.dkv[3] += 1.0
+        return found
+
+    monkeypatch.setattr(attention_backward, "CPU_CONTEXT", 40)
+    monkeypatch.setattr(attention_backward, "sparse_attention_backward", wrong)
+    assert _backward(tmp_path / "table.json") == 1
+    assert not (tmp_path / "table.json").exists()

@@ -46,9 +46,16 @@ def exact_attention(
         keys = keys.masked_fill(~valid[:, :, None], 0.0)  # a row that is not asked for may hold anything
     else:
         keys = torch.zeros((*indices.shape, kv.key_dim), dtype=torch.float64, device=q.device)
+    return attend_gathered(q, keys, valid, scale=scale, sink=sink, value_dim=value_dim)
+
+
+def attend_gathered(
+    q: Tensor, keys: Tensor, valid: Tensor, *, scale: float, sink: Tensor | None, value_dim: int
+) -> Exact:
+    """The same from gathered `keys` [tokens, width, key_dim] float64, zero where `valid` [tokens, width] is not."""
     logits = scale * torch.bmm(q.double(), keys.mT)
     logits.masked_fill_(~valid[:, None, :], -torch.inf)
-    lse = torch.logsumexp(logits, dim=2) if indices.shape[1] else logits.new_full(q.shape[:2], -torch.inf)
+    lse = torch.logsumexp(logits, dim=2) if valid.shape[1] else logits.new_full(q.shape[:2], -torch.inf)
     denominator = lse if sink is None else torch.logaddexp(lse, sink.double()[None, :].expand_as(lse))
     nothing = lse == -torch.inf
     weights = torch.exp(logits - denominator.masked_fill(nothing, 0.0)[:, :, None])
