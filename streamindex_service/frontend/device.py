@@ -230,7 +230,8 @@ class DeviceWorker:
         view_id, places = worker.next_id(), tuple(page.device for page in pages)
         defined = self._define(worker, view_id, snapshot, places, length_keys)
         extents = frozenset(place.extent_id for place in places if place is not None)
-        moves, is_whole = self.governor.residency.moves, pages is snapshot.pages
+        # all empty layers have the same pages, whatever their keys would be
+        moves, is_whole = self.governor.residency.moves, bool(pages) and pages is snapshot.pages
         view = View(view_id, worker, defined, pages, places, extents, moves, is_whole)
         self._views.add(view)
         if is_whole:

@@ -316,7 +316,7 @@ class SearchStream:
     def _deliver(self, tile: _Tile) -> None:
         filling = tile.filling
         filling.delivered += tile.run.rows
-        if filling.delivered == self._layout.rows:
+        if filling.delivered == filling.rows:  # full or not: a search that waits for queries holds no memory
             self._at.fillings.remove(filling)
             self._service.blocks.release(filling.block)
             self._blocks_held -= 1

@@ -129,6 +129,32 @@ def test_a_layer_without_keys(calls):
     assert np.array_equal(scores, wanted[1])
 
 
+def test_layers_without_keys_of_different_shapes(calls):
+    """They have the same pages, namely none; nothing else of one may serve another."""
+    kinds = [Kind(heads=8, head_dim=256, key_format=FP32), Kind(heads=8, head_dim=16), Kind(heads=4, head_dim=64)]
+    for kind in kinds:
+        with calls.cache(kind) as made:
+            queries = Draw(11).queries(kind, 2000, start_position=100)
+            indices, scores = calls.search(kind, made.id, queries, 4, chunk_rows=500, want_scores=True)
+        wanted = expected(kind, no_keys(kind), queries, 4)
+        assert np.array_equal(indices, wanted[0])
+        assert np.array_equal(scores, wanted[1])
+
+
+def test_a_search_that_waits_for_queries_holds_no_memory(calls, cache):
+    cache_id, keys = cache
+    queries = Draw(12).queries(KIND, 3, start_position=KEYS)
+    wanted, _ = expected(KIND, keys, queries, 8)
+    with calls.start_search(KIND, cache_id, 8, start_position=KEYS) as call:
+        for row in range(3):
+            call.send(query_chunk(KIND, queries, row, 1))
+            chunk = call.receive("chunk")
+            assert np.array_equal(np.frombuffer(chunk.indices, np.int32), wanted[row])
+            wait_for(lambda: calls.ledger("ingress").reserved_bytes == 0)
+        call.half_close()
+        assert call.receive("done").row_count == 3
+
+
 @pytest.mark.parametrize("row_count", [0, 1])
 def test_no_queries_at_all(calls, cache, row_count):
     with calls.start_search(KIND, cache[0], 4, row_count=row_count) as call:
