@@ -246,7 +246,7 @@ def options(
 
 def begin(table: str, arguments: argparse.Namespace) -> AttentionBench:
     """The run that the options ask for, its header printed."""
-    report = Report(arguments.device)
+    report = Report(arguments.device, arguments.out)
     report.start()
     if arguments.quick:
         return AttentionBench(table, arguments.device, report, budget_s=0.3, max_repeats=5)

@@ -306,7 +306,7 @@ def options(description: str | None, *, quick: str, any_model: bool = True) -> a
 
 def begin(table: str, arguments: argparse.Namespace) -> Bench:
     """The run that the options ask for, its header printed."""
-    report = Report(arguments.device)
+    report = Report(arguments.device, arguments.out)
     report.start()
     if arguments.quick:
         return Bench(table, arguments.device, report, budget_s=0.5, max_repeats=5)
