@@ -11,7 +11,8 @@ not read stops its own search and nothing else.
 
 Rows are checked and copied on the event loop, while they are still in the processor's cache: a tenth of a millisecond
 for 1 MiB, less than it costs to hand them to a thread and to hear of it. What one stream does there in one turn of the
-loop is bounded, and so is what all streams do (`LoopTurns`), so that a decode step does not wait for many of them.
+loop is bounded, and so is what all streams do (`LoopTurns`), so that a decode step does not wait for many of them; and
+while decode steps are on their way, streams of a lower priority hold back (`Pacing`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_index_chunk
 from streamindex.v1 import search_pb2 as pb
 
+from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import MAX_POSITION, POSITION_BYTES
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors
@@ -146,13 +148,17 @@ class SearchStream:
         self._at.fillings.clear()
 
     async def _read(self) -> None:
+        pacing = self._service.pacing
         while True:
+            if self._parameters.band > Band.INTERACTIVE:
+                await pacing.before_reading()
             self._heard_at = self._service.clock()  # silence begins when there is somebody to listen
             message = await self._reader.next()
             if message is None:
                 break
             if not isinstance(message, Chunk):
                 raise MalformedMessageError("a header comes first and once, then chunks")
+            pacing.read(message.payload_bytes)
             await self._take(message)
         announced = self._parameters.row_count
         if announced and announced != self._at.received:
