@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What all such streams together may bring meanwhile. A MiB costs the event loop 0.8 ms or so: this leaves it half free.
-_BYTES_PER_S = 512 << 20
 # Decode steps follow each other: a little after the last one the next is expected.
 _LINGER_S = 0.01
 
@@ -19,10 +17,13 @@ class Pacing:
     A decode step goes through a dozen turns of the event loop and waits in each for whatever else is ready. Receiving a
     message is the largest piece of that, and nothing can divide it; so while decode steps are being answered streams
     read one message at a time, and as much time lies between two as the first is worth. Otherwise nothing waits.
+
+    bytes_per_s: what all of them together may bring meanwhile. A MiB costs the loop 0.8 ms or so.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, bytes_per_s: int) -> None:
         self._loop = loop
+        self._bytes_per_s = bytes_per_s
         self._steps = 0
         self._until = 0.0  # on the loop's clock: streams hold back until then without a step
         self._next_at = 0.0  # when the next of them may read
@@ -52,7 +53,7 @@ class Pacing:
 
     def read(self, size_bytes: int) -> None:
         """A stream has read a message of that size."""
-        self._apart_s = size_bytes / _BYTES_PER_S
+        self._apart_s = size_bytes / self._bytes_per_s
 
     def _hold_back(self) -> bool:
         return self._steps > 0 or self._loop.time() < self._until

@@ -80,7 +80,7 @@ class Service:
         )
         self.room = self._make_room()
         self.loop_turns = LoopTurns(asyncio.get_running_loop())
-        self.pacing = Pacing(asyncio.get_running_loop())
+        self.pacing = Pacing(asyncio.get_running_loop(), int(settings.scheduler.paced_bytes_per_s))
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
             _worker_options(settings), WorkerEvents(self._ready, self._down, self._lost, self._unusable, log.info)

@@ -60,7 +60,7 @@ def _streams(pacing: Pacing, clock: Clock, count: int, size_bytes: int):
 
 
 async def test_without_decode_steps_nobody_waits(clock):
-    pacing = Pacing(clock)
+    pacing = Pacing(clock, 512 << 20)
     for _ in range(1000):
         await asyncio.wait_for(pacing.before_reading(), 10)
         pacing.read(1 << 20)
@@ -68,7 +68,7 @@ async def test_without_decode_steps_nobody_waits(clock):
 
 @pytest.mark.parametrize(("size_bytes", "most"), [(1 << 20, 53), (1 << 18, 206)])
 async def test_beside_a_decode_step_streams_take_turns_and_bring_half_a_gib_a_second(clock, size_bytes, most):
-    pacing = Pacing(clock)
+    pacing = Pacing(clock, 512 << 20)
     with pacing.step():
         tasks, log = _streams(pacing, clock, 4, size_bytes)
         await clock.advance(0.1)
@@ -81,7 +81,7 @@ async def test_beside_a_decode_step_streams_take_turns_and_bring_half_a_gib_a_se
 
 
 async def test_a_little_after_the_last_step_all_go_on_at_once(clock):
-    pacing = Pacing(clock)
+    pacing = Pacing(clock, 512 << 20)
     with pacing.step():
         pacing.read(64 << 20)
         reads = [asyncio.create_task(pacing.before_reading()) for _ in range(5)]
@@ -94,7 +94,7 @@ async def test_a_little_after_the_last_step_all_go_on_at_once(clock):
 
 
 async def test_a_stream_that_ended_while_it_waited_holds_up_nobody(clock):
-    pacing = Pacing(clock)
+    pacing = Pacing(clock, 512 << 20)
     with pacing.step():
         pacing.read(1 << 20)
         reads = [asyncio.create_task(pacing.before_reading()) for _ in range(3)]
