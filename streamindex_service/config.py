@@ -168,6 +168,12 @@ class SchedulerSettings(_Section):
     fair_quantum_s: Seconds = Field(
         0.5, description="device seconds that a caller with work waiting may fall behind its equal share"
     )
+    promotion_factor: Annotated[float, Field(ge=1)] = Field(
+        16.0,
+        description="a layer that has made others go is followed by the next of its band after so many times the "
+        "seconds of its copy",
+    )
+    promotion_wait_s: Seconds = Field(5.0, description="and in any case after so long")
 
 
 class WorkerSettings(_Section):

@@ -6,6 +6,9 @@ tile of a search: its layer's pages, pinned, and a workspace of at least `floor_
 fit at this moment waits until the turns before it have given back what they hold, which takes as long as they run and
 no longer: nothing overtakes it. What can never fit is refused at once, with figures.
 
+When the layers in use do not all fit, those of the working set take part, and turns of the others are held back until
+there is room for them (`working_set.py`) or their caller is too far behind (`scheduler.py`).
+
 When a turn that fitted finds the device without memory in spite of all, it comes again `alone`: nothing else runs, and
 every page that it does not need has gone.
 
@@ -14,6 +17,7 @@ Pure decisions: what they mean for the device is told through callbacks, in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +27,7 @@ from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.meter import Meter
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
+from streamindex_service.core.working_set import PageSet, WorkingSet, WorkingSetLimits
 from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError
 
 _FED = 2  # turns that keep the device busy, however long they are: one runs, one is ready
@@ -45,6 +50,7 @@ class GovernorLimits:
     queue: QueueLimits = field(default_factory=QueueLimits)
     short_turn_s: float = 0.003
     active_s: float = 1.0
+    working_set: WorkingSetLimits = field(default_factory=WorkingSetLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,7 @@ class OpenSearch:
     turns: int = 0
     grants: int = 0
     used: dict[int, Sequence[Page]] = field(default_factory=dict)  # what its turns had pinned, by identity
+    page_set: PageSet | None = None  # that it came for last
 
 
 @dataclass(slots=True, eq=False)
@@ -92,11 +99,15 @@ class SearchTurn(Turn):
     need: Need = field(kw_only=True)
     granted: Callable[[Grant], None] = field(kw_only=True)
     refused: Callable[[ServiceError], None] = field(kw_only=True)
+    page_set: PageSet | None = field(kw_only=True)  # None: it needs no pages
     waiting: bool = True
 
 
 class Governor:
-    """Admits turns to one worker's device memory."""
+    """Admits turns to one worker's device memory.
+
+    `wake(delay_s)` has `woken` called so much later. Without it nobody is held back while the device has nothing to do.
+    """
 
     def __init__(
         self,
@@ -104,11 +115,14 @@ class Governor:
         clock: Callable[[], float],
         limits: GovernorLimits,
         speed: DeviceSpeed | None = None,
+        wake: Callable[[float], object] | None = None,
     ) -> None:
         self.residency = residency
         self.limits = limits
         self.speed = speed or DeviceSpeed()
         self.scheduler = Scheduler(limits.queue)
+        self.working_set = WorkingSet(limits.working_set, residency.hbm.limit_bytes, limits.active_s)
+        residency.kept = self.working_set.kept_pages
         self.meter = Meter()
         self._clock = clock
         self._open: set[OpenSearch] = set()
@@ -119,6 +133,10 @@ class Governor:
         self._paused = True  # until the first worker is ready
         self._resume_when_idle = False
         self._pumping = False
+        self._wake = wake
+        self._wake_at = math.inf
+        self._idle_since = -math.inf  # the device had nothing to do
+        self._room_bytes: dict[Band, int] = {}
 
     @property
     def hbm(self) -> Ledger:
@@ -205,6 +223,8 @@ class Governor:
         assert not search.grants, "a search ends and the device still works for it"
         for pages in search.used.values():
             self.residency.let_go(pages)
+        if search.page_set is not None:
+            self.working_set.go(search.page_set, to_another=False)
         self._open.remove(search)
 
     def request(
@@ -218,10 +238,10 @@ class Governor:
     ) -> SearchTurn:
         """Queue a turn. Exactly one of `granted` and `refused` is called, perhaps at once, unless it is cancelled."""
         promotion_s = self.speed.promotion_s(self.residency.missing_bytes(need.pages))
+        page_set = self._page_set(search, need.pages)
         turn = SearchTurn(
             search.caller,
             search.band,
-            search,
             self.speed.seconds(need.flop) + promotion_s,
             need.size_bytes,
             self._clock(),
@@ -231,6 +251,7 @@ class Governor:
             need=need,
             granted=granted,
             refused=refused,
+            page_set=page_set,
         )
         search.turns += 1
         self._last_turn[search.band] = turn.arrived_at
@@ -259,10 +280,13 @@ class Governor:
         self._grants.remove(grant)
         turn = grant.turn
         turn.open_search.grants -= 1
+        self._page_set_is_done(turn)
         self._in_flight_s = self._in_flight_s - turn.cost_s if self._grants else 0.0
         if grant.epoch == self._epoch:  # else the device memory, and with it the pins, went with its worker
             self.residency.unpin(turn.need.pages)
         self.hbm.release(grant.workspace_bytes)
+        if not self._grants:
+            self._idle_since = self._clock()
         if device_s is not None:
             self.speed.observe(turn.need.flop, device_s)
             self.meter.tile_done(grant.waited_s, device_s, turn.band)
@@ -278,8 +302,12 @@ class Governor:
         self._pumping = True
         try:
             while not self._paused:
-                turn = self.scheduler.next_turn(self._clock())
-                if turn is None or not self._device_takes(turn):
+                self._room_bytes.clear()
+                turn = self.scheduler.next_turn(self._clock(), None if self.working_set.complete else self)
+                if turn is None:
+                    self._wake_for_room()
+                    return
+                if not self._device_takes(turn):
                     return
                 assert isinstance(turn, SearchTurn)
                 grant = self._try_grant(turn)
@@ -289,8 +317,14 @@ class Governor:
         finally:
             self._pumping = False
 
+    def woken(self) -> None:
+        """The time for which `wake` was asked has passed."""
+        self._wake_at = math.inf
+        self.pump()
+
     def expire(self) -> int:
-        """Refuse every turn that has waited for `max_wait_s`; return how many."""
+        """Refuse every turn that has waited for `max_wait_s`; return how many. To be called now and then."""
+        self.working_set.lapse(self._clock())
         oldest = self._clock() - self.limits.max_wait_s
         expired = [turn for turn in self.scheduler if turn.arrived_at <= oldest]
         for turn in expired:
@@ -337,19 +371,107 @@ class Governor:
             return True
         return len(before) < self.limits.max_device_turns and sum(before) + turn.cost_s <= self.limits.ahead_s
 
-    def _try_grant(self, turn: SearchTurn) -> Grant | None:
-        need, placed = turn.need, False
+    def _page_set(self, search: OpenSearch, pages: Sequence[Page]) -> PageSet | None:
+        """What a turn for these pages is for; the search has left what it was for before."""
+        size_bytes = pages[0].page_bytes * len(pages) if pages else 0
+        page_set = self.working_set.ask(pages, search.band, self.speed.promotion_s(size_bytes), self._clock())
+        if page_set is not search.page_set:
+            if search.page_set is not None:
+                self.working_set.go(search.page_set, to_another=True)
+            if page_set is not None:
+                self.working_set.come(page_set)
+            search.page_set = page_set
+        return page_set
+
+    def _page_set_is_done(self, turn: SearchTurn) -> None:
+        if turn.page_set is not None:
+            self.working_set.turn_over(turn.page_set, self._clock())
+
+    def held_s(self, turn: Turn) -> float:
+        """0.0 when a turn's pages take part, or there is room for them; else for how long copies close a gate."""
+        assert isinstance(turn, SearchTurn)
+        page_set = turn.page_set
+        if page_set is None or page_set.admitted or turn.alone:
+            return 0.0
+        room_bytes = self._room_bytes.get(turn.band)
+        if room_bytes is None:  # the same for all turns of a band, until one is taken
+            room_bytes = self.working_set.room_bytes(turn.band, self._clock())
+            self._room_bytes[turn.band] = room_bytes
+        fits = self.working_set.fits(page_set, _workspaces(turn), room_bytes)
+        return 0.0 if fits else self.working_set.interval_s(page_set)
+
+    def may_displace(self, turn: Turn, *, for_age: bool) -> bool:
+        """Whether the gate is open for a turn, or the device stands still for as long as its copy takes.
+
+        Layers of a higher band make room for a band that is old, and for no other.
+        """
+        assert isinstance(turn, SearchTurn)
+        page_set, now = turn.page_set, self._clock()
+        assert page_set is not None
+        if self._wake is None and not self._grants:
+            return True
+        if not self.working_set.gate_is_open(turn.band, now) and now < self._stands_still_at(page_set):
+            return False
+        room_bytes = self.working_set.room_bytes(turn.band, now, displacing=True)
+        return for_age or self.working_set.fits(page_set, _workspaces(turn), room_bytes)
+
+    def _stands_still_at(self, page_set: PageSet) -> float:
+        """When the device will have had nothing to do for as long as a copy takes; infinite while it has."""
+        return math.inf if self._grants else self._idle_since + page_set.copy_s
+
+    def _wake_for_room(self) -> None:
+        """Come back when a turn that is held back may go, though nothing else happens."""
+        if self._wake is None:
+            return
+        now, at = self._clock(), math.inf
+        for turn in self.scheduler.held_back():
+            assert isinstance(turn, SearchTurn)
+            assert turn.page_set is not None
+            stands_still_at = self._stands_still_at(turn.page_set)
+            at = min(at, self.working_set.next_change(turn.band, now))
+            at = min(at, stands_still_at if stands_still_at > now else math.inf)
+        if at < self._wake_at:
+            self._wake_at = at
+            self._wake(at - now)
+
+    def _admit(self, turn: SearchTurn) -> None:
+        """The turn is the next: its pages take part from now on."""
+        page_set = turn.page_set
+        if page_set is not None and not page_set.admitted:
+            through_gate = self.scheduler.is_offered(turn)
+            self.working_set.admit(page_set, _workspaces(turn), self._clock(), through_gate=through_gate)
+
+    def _place(self, turn: SearchTurn) -> bool:
+        need = turn.need
         if turn.alone:  # the device has less than was thought: what is not needed now goes
-            self.residency.evict_all()
-        placed = self.residency.try_place(need.pages, need.floor_bytes)
-        if not placed and not self._grants:
-            # Nothing runs, so all of it fits an empty device. What is in the way is the search's own pages, scattered
-            # over extents that are empty otherwise.
-            self.residency.evict_all()
-            placed = self.residency.try_place(need.pages, need.floor_bytes)
-        if not placed:
+            self._evict_all()
+        self._admit(turn)
+        if self.residency.try_place(need.pages, need.floor_bytes):
+            return True
+        while not self._grants and turn.page_set is not None:
+            # Nothing runs, and yet there is no room: workspaces differ, and pages lie scattered over extents.
+            if not self.working_set.leave_one(turn.page_set, self._clock()):
+                break
+            if self.residency.try_place(need.pages, need.floor_bytes):
+                return True
+        if self._grants:
+            return False
+        # All of it fits an empty device. What is in the way is the search's own pages, scattered over extents that are
+        # empty otherwise, or pages that a turn without any needs the place of.
+        self._evict_all()
+        self._admit(turn)
+        return self.residency.try_place(need.pages, need.floor_bytes)
+
+    def _evict_all(self) -> None:
+        self.working_set.clear()
+        self.residency.evict_all()
+
+    def _try_grant(self, turn: SearchTurn) -> Grant | None:
+        need = turn.need
+        if not self._place(turn):
             return None
         self.scheduler.take(turn)
+        self.working_set.given_s += turn.cost_s
         turn.waiting = False
         turn.open_search.turns -= 1
         turn.open_search.grants += 1
@@ -365,6 +487,7 @@ class Governor:
 
     def _leave_queue(self, turn: SearchTurn) -> None:
         self.scheduler.remove(turn)
+        self._page_set_is_done(turn)
         turn.waiting = False
         turn.open_search.turns -= 1
 
@@ -380,4 +503,10 @@ class Governor:
 
     def _forget_device(self) -> None:
         self._epoch += 1
+        self.working_set.clear()
         self.residency.forget()
+
+
+def _workspaces(turn: SearchTurn) -> int:
+    """Bytes of the workspaces that keep the device busy, of turns like this one."""
+    return _FED * turn.need.floor_bytes

@@ -1,8 +1,8 @@
 """Which pages are on the device: promotion, pins, and eviction by least recent use.
 
 The device holds copies; the host keeps every page, so an eviction costs time and no keys. Two things keep pages from
-going to and fro: the scheduler lets a search whose keys have just come go on for a while, and an eviction frees as much
-as an extent at once, so that the next few allocations need none.
+going to and fro: those of the working set (`working_set.py`) are not evicted, and an eviction frees as much as an
+extent at once, so that the next few allocations need none.
 
 A search comes back with the same pages tile by tile, thousands of them at times. They stay pinned from one tile to the
 next, and nobody looks at each, until somebody needs memory: then pins without a tile go before anything is evicted.
@@ -30,7 +30,7 @@ class Residency:
     """The pages on one worker's device.
 
     `load` is called for every page to be copied there, in the order of the decisions; what is sent to the worker after
-    that finds the page in place.
+    that finds the page in place. `kept` gives the pages that are not evicted for others, pinned or not.
     """
 
     def __init__(self, hbm: Ledger, device: PagePool, load: Callable[[Page], None]) -> None:
@@ -40,6 +40,7 @@ class Residency:
         self.promoted_pages = 0
         self.resident_bytes = 0
         self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
+        self.kept: Callable[[], set[Page]] = set
         self._load = load
         self._resident: dict[Page, None] = {}  # least recently used first
         self._pinned: dict[int, _Pinned] = {}  # by the identity of the sequence
@@ -88,8 +89,8 @@ class Residency:
             self._let_go(self._idle[id(pages)])
 
     def evict_all(self) -> None:
-        """Drop every page that is not pinned."""
-        for page in self._victims():
+        """Drop every page that is not pinned, kept or not."""
+        for page in self._unpinned():
             self._evict(page)
 
     def drop(self, page: Page) -> None:
@@ -177,9 +178,13 @@ class Residency:
         self.evicted_pages += 1
 
     def _victims(self) -> Iterator[Page]:
+        kept = self.kept()
+        return iter([page for page in self._unpinned() if page not in kept])
+
+    def _unpinned(self) -> list[Page]:
         for pinned in list(self._idle.values()):
             self._let_go(pinned)
-        return iter([page for page in self._resident if page.pins == 0])
+        return [page for page in self._resident if page.pins == 0]
 
 
 def _pin(pages: Sequence[Page]) -> None:

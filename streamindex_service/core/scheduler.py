@@ -7,19 +7,26 @@ for longer than a tile, and the order is decided anew before each.
   waited `ageing_s`, to each such band in its turn: none starves, and those above lose no more than that.
 - Inside a band the callers take part, not their searches: deficit round-robin (Shreedhar and Varghese, "Efficient Fair
   Queuing using Deficit Round-Robin", SIGCOMM 1995) over estimated device seconds. A caller's own turns go in order of
-  arrival, but for one rule: while the next one would have to bring keys to the device, the search that ran last may go
-  on, up to one round's allowance. Two searches whose layers do not fit together then change places once a round, and
-  not with every tile.
+  arrival.
+- Turns may be held back: those whose keys would displace others' before the last copy has paid for itself
+  (`working_set.py`). Others go meanwhile, of their caller, their band, or a band below; the caller's allowance of each
+  round is kept for it. When others may make room, the caller goes that was held back first. A caller that has saved up
+  the cost of its turn and an interval between two copies for each caller of its band waits for nothing any more.
 - The queue is bounded in turns, bytes and seconds. The bounds are asked when a search comes (`refuse_hopeless`), never
   in the middle of one.
 
-What is promised, with a the allowance of a round and m the largest cost of a turn (both in device seconds):
+What is promised, in device seconds, with a the allowance of a round, m the largest cost of a turn, n the callers that
+are busy, and h the longest interval between two copies for which a turn is held back (0 while all layers in use fit):
 
-- Fairness: while a caller has turns queued, it gets at least its equal share of what its band gets, less a + 2 m. The
-  quantum of the settings is this bound; a is what is left of it, see `allowance_s`.
-- Wait: a caller's turn with p of its own turns before it, n callers being busy, goes after at most
-  (rounds(p) + 1) · n · (a + m) device seconds given to its band, rounds(p) = ceil((p + 1) · (a + m) / a). Its band
-  gets all of the device while no band above it has turns, else, after ageing_s, one turn in 2 · ageing_turns or more.
+- Fairness: while a caller has turns queued, it gets at least its equal share of what its band gets, less
+  a + 2 (m + n · h). A caller's deficit never passes m + n · h at the end of its visit; the rest is the proof of
+  Shreedhar and Varghese. Without h this bound is the quantum of the settings; a is what is left of it, see
+  `allowance_s`.
+- Wait: a caller's turn with p of its own turns before it goes after at most R(p) = n · (r · (a + m) + n · h) device
+  seconds given to its band, r = ceil(((p + 1) · (a + m) + n · h) / a) + 1. If it is held back, its caller's later turns
+  may go before it: then it is R(p) + n · (p + 1) · (h + m + R(0)), unless a band above is active, whose layers stay.
+  Its band gets all of the device while no band above it has turns that may go, else, after ageing_s, one turn in
+  2 · ageing_turns or more, or one after each interval h.
 """
 
 from __future__ import annotations
@@ -27,8 +34,9 @@ from __future__ import annotations
 import enum
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from streamindex_service.errors import DeadlineUnreachableError, QueueFullError
 
@@ -66,18 +74,38 @@ class QueueLimits:
 class Turn:
     """One tile of a search, waiting for the device.
 
-    cost_s: estimated device seconds, of which promotion_s bring keys there; size_bytes: rows that wait in memory;
-    search: the same object for all turns of a search.
+    cost_s: estimated device seconds, of which promotion_s bring keys there; size_bytes: rows that wait in memory.
     """
 
     caller: str
     band: Band
-    search: object
     cost_s: float
     size_bytes: int
     arrived_at: float
     promotion_s: float = 0.0
     alone: bool = False  # runs while nothing else does
+
+
+class Admission(Protocol):
+    """Says which turns have to wait for others to make room for their keys."""
+
+    def held_s(self, turn: Turn) -> float:
+        """0.0 when it may go; else the device seconds for which keys like its own are left where they are."""
+
+    def may_displace(self, turn: Turn, *, for_age: bool) -> bool:
+        """Whether others may be made to make room for it now. for_age: it would go because its band is old."""
+
+
+@dataclass(slots=True, eq=False)
+class _Choice:
+    """A turn that its caller may have once its deficit is the turn's cost and `behind_s` more."""
+
+    turn: Turn
+    behind_s: float = 0.0
+
+    @property
+    def cost_s(self) -> float:
+        return self.turn.cost_s + self.behind_s
 
 
 @dataclass(slots=True, eq=False)
@@ -87,16 +115,13 @@ class _Caller:
     deficit_s: float = 0.0
     visited: bool = False  # has had the allowance of its present visit
     backlog_s: float = 0.0
-    last_search: object = None
-    stint_s: float = 0.0  # device seconds that it has had in a row
 
-    def next_turn(self, allowance_s: float) -> Turn:
-        """The oldest, or one more of the search that ran last where that saves a promotion."""
-        oldest = self.turns[0]
-        if oldest.search is self.last_search or not oldest.promotion_s:
-            return oldest
-        same = next((turn for turn in self.turns if turn.search is self.last_search), None)
-        return oldest if same is None or self.stint_s + same.cost_s > allowance_s else same
+    def choices(self, choices: _Choices | None) -> list[_Choice]:
+        """What it may have; its oldest turn where nothing is held back."""
+        return [_Choice(self.turns[0])] if choices is None else choices[self]
+
+
+_Choices = dict[_Caller, list[_Choice]]
 
 
 class _BandQueue:
@@ -106,8 +131,14 @@ class _BandQueue:
         self.turns: dict[Turn, None] = {}  # oldest first
         self.callers: dict[str, _Caller] = {}
         self.backlog_s = 0.0
+        self.offered: Turn | None = None  # of those that are held back the one that others may make room for
         self._allowance_s = allowance_s
         self._round: deque[_Caller] = deque()
+        self._held: dict[_Caller, Turn] = {}  # the turn for which others have to make room; who waits longest is first
+
+    @property
+    def oldest_at(self) -> float:
+        return next(iter(self.turns)).arrived_at
 
     def add(self, turn: Turn) -> None:
         caller = self.callers.get(turn.caller)
@@ -125,16 +156,15 @@ class _BandQueue:
 
     def take(self, turn: Turn) -> None:
         """It goes to the device: its caller pays."""
-        caller = self.callers[turn.caller]
-        caller.deficit_s -= turn.cost_s
-        caller.stint_s = turn.cost_s + (caller.stint_s if turn.search is caller.last_search else 0.0)
-        caller.last_search = turn.search
+        self.callers[turn.caller].deficit_s -= turn.cost_s
         self.remove(turn)
 
     def remove(self, turn: Turn) -> None:
         caller = self.callers[turn.caller]
         del self.turns[turn]
         caller.turns.remove(turn)
+        if self._held.get(caller) is turn:
+            del self._held[caller]
         self.price(turn, -turn.cost_s)
         if not caller.turns:  # what it has not used is not kept for later (Shreedhar and Varghese, section 3)
             del self.callers[turn.caller]
@@ -142,27 +172,60 @@ class _BandQueue:
         if not self.turns:
             self.backlog_s = 0.0  # rounding does not add up over a day
 
-    def next_turn(self) -> Turn:
-        """Whose turn it is in the round. Asked again before anything has changed, it answers the same."""
+    def next_turn(self, admission: Admission | None, *, for_age: bool = False) -> Turn | None:
+        """Whose turn it is in the round; None when all are held back. Asked again before a change, it says the same.
+
+        Without `admission` nothing is held back.
+        """
+        choices = None if admission is None else self._choices(admission, for_age=for_age)
+        if choices is not None and all(choice.behind_s for each in choices.values() for choice in each):
+            return None
         passed = 0
         while True:
             caller = self._round[0]
             if not caller.visited:
                 caller.deficit_s += self._allowance_s
                 caller.visited = True
-            turn = caller.next_turn(self._allowance_s)
-            if turn.cost_s <= caller.deficit_s:
-                return turn
+            for choice in caller.choices(choices):
+                if choice.cost_s <= caller.deficit_s:
+                    return choice.turn
             caller.visited = False
             self._round.rotate(-1)
             passed += 1
             if passed == len(self._round):
-                self._skip_rounds()
+                self._skip_rounds(choices)
                 passed = 0
 
-    def _skip_rounds(self) -> None:
+    def held_back(self) -> Iterable[Turn]:
+        """Of each caller the turn for which others have to make room."""
+        return self._held.values()
+
+    def _choices(self, admission: Admission, *, for_age: bool) -> _Choices:
+        """Of each caller the turn that is held back, if one is, and the oldest that is not."""
+        found: _Choices = {}
+        for caller in self._round:
+            found[caller] = []
+            for turn in caller.turns:
+                if not admission.held_s(turn):
+                    found[caller].append(_Choice(turn))
+                    break
+                self._held.setdefault(caller, turn)
+        self.offered = None
+        for caller, turn in self._held.items():
+            held_s = admission.held_s(turn)
+            if not held_s:  # it was held back, and there is room by now
+                continue
+            if self.offered is None and admission.may_displace(turn, for_age=for_age):
+                self.offered, held_s = turn, 0.0
+            choices = [_Choice(turn, len(self._round) * held_s), *found[caller]]
+            found[caller] = sorted(choices, key=lambda choice: choice.turn.arrived_at)
+        return found
+
+    def _skip_rounds(self, choices: _Choices | None) -> None:
         """Rounds in which nobody could afford its turn, all at once: a single row may cost many allowances."""
-        missing_s = min(caller.next_turn(self._allowance_s).cost_s - caller.deficit_s for caller in self._round)
+        missing_s = min(
+            choice.cost_s - caller.deficit_s for caller in self._round for choice in caller.choices(choices)
+        )
         rounds = math.ceil(missing_s / self._allowance_s) - 1
         for caller in self._round:
             caller.deficit_s += max(0, rounds) * self._allowance_s
@@ -177,6 +240,7 @@ class Scheduler:
         self._bands = {band: _BandQueue(limits.allowance_s) for band in Band}
         self._since_aged = 0  # turns taken since one went to a band for its age
         self._aged = deque(Band)  # which of the bands that are old goes: the one that went longest ago
+        self._for_age: Turn | None = None  # was named for the age of its band
 
     def __len__(self) -> int:
         return sum(len(queue.turns) for queue in self._bands.values())
@@ -221,16 +285,32 @@ class Scheduler:
         self._bands[turn.band].remove(turn)
         self.queued_bytes -= turn.size_bytes
 
-    def next_turn(self, now: float) -> Turn | None:
-        """The turn that goes next; it stays queued until `take`."""
-        band = self._next_band(now)
-        return None if band is None else self._bands[band].next_turn()
+    def next_turn(self, now: float, admission: Admission | None = None) -> Turn | None:
+        """The turn that goes next; it stays queued until `take`. None when none is queued, or all are held back."""
+        self._for_age = None
+        for old in self._old_bands(now):
+            self._for_age = self._bands[old].next_turn(admission, for_age=True)
+            if self._for_age is not None:
+                return self._for_age
+        for queue in self._bands.values():
+            found = queue.next_turn(admission) if queue.turns else None
+            if found is not None:
+                return found
+        return None
+
+    def is_offered(self, turn: Turn) -> bool:
+        """Whether it was named because others may make room for it, and not because its caller is too far behind."""
+        return self._bands[turn.band].offered is turn
+
+    def held_back(self) -> list[Turn]:
+        """Of each caller and band, the turn for which others have to make room."""
+        return [turn for queue in self._bands.values() for turn in queue.held_back()]
 
     def take(self, turn: Turn) -> None:
         """What `next_turn` named goes to the device."""
         self._since_aged += 1
-        if any(queue.turns for band, queue in self._bands.items() if band < turn.band):
-            self._since_aged = 0
+        if turn is self._for_age:
+            self._since_aged, self._for_age = 0, None
             self._aged.remove(turn.band)
             self._aged.append(turn.band)
         self._bands[turn.band].take(turn)
@@ -283,12 +363,10 @@ class Scheduler:
                 "the search would not end before its deadline", metadata=figures, retry_after_ms=retry_after_ms
             )
 
-    def _next_band(self, now: float) -> Band | None:
+    def _old_bands(self, now: float) -> list[Band]:
+        """Bands of which one gets a turn for its age, the one that went longest ago if it can."""
         busy = [band for band, queue in self._bands.items() if queue.turns]
-        if not busy:
-            return None
-        if len(busy) > 1 and self._since_aged >= self.limits.ageing_turns - 1:
-            for band in self._aged:
-                if band in busy[1:] and now - next(iter(self._bands[band].turns)).arrived_at >= self.limits.ageing_s:
-                    return band
-        return busy[0]
+        if len(busy) < 2 or self._since_aged < self.limits.ageing_turns - 1:
+            return []
+        oldest = now - self.limits.ageing_s
+        return [band for band in self._aged if band in busy[1:] and self._bands[band].oldest_at <= oldest]

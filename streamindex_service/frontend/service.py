@@ -21,6 +21,7 @@ from streamindex_service.core.scheduler import QueueLimits
 from streamindex_service.core.sizes import KeyFormat
 from streamindex_service.core.spares import SpareLimits
 from streamindex_service.core.uploads import UploadTable
+from streamindex_service.core.working_set import WorkingSetLimits
 from streamindex_service.errors import NotReadyError
 from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
@@ -69,7 +70,7 @@ class Service:
             watermarks=Watermarks(memory.host_high_watermark, memory.host_critical_watermark),
         )
         residency = Residency(self.hbm, device_pool, self.device.load)
-        self.governor = Governor(residency, clock, _governor_limits(settings))
+        self.governor = Governor(residency, clock, _governor_limits(settings), wake=self._wake_governor)
         self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
         self.ingress_budget = IngressBudget(self.ingress)
         self.blocks = BlockPool(
@@ -90,6 +91,9 @@ class Service:
         self._label_key = os.urandom(16)
         self._watchers: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
+
+    def _wake_governor(self, delay_s: float) -> None:
+        asyncio.get_running_loop().call_later(delay_s, self.governor.woken)
 
     def start(self) -> None:
         """Start the worker and the sweeper."""
@@ -242,6 +246,7 @@ def _governor_limits(settings: Settings) -> GovernorLimits:
         short_turn_s=scheduler.short_tile_s,
         active_s=scheduler.active_s,
         queue=queue,
+        working_set=WorkingSetLimits(scheduler.promotion_factor, scheduler.promotion_wait_s),
     )
 
 

@@ -1,4 +1,4 @@
-"""A device of numbers: memory that is exactly as large as it is said to be, and one thing done after another.
+"""A device of numbers: memory that is exactly as large as it is said to be, and tiles and copies one after another.
 
 As in the worker two tiles at most have begun, and of the others those of the highest band go first.
 """
@@ -38,8 +38,10 @@ _BEGUN = 2  # tiles: one runs, one is ready
 class FakeDevice:
     """An allocator that enforces its budget, pages that remember what was copied to them, tiles by band."""
 
-    def __init__(self, time: VirtualTime, budget_bytes: int) -> None:
+    def __init__(self, time: VirtualTime, budget_bytes: int, page_copy_s: float = 0.0) -> None:
         self.budget_bytes = budget_bytes
+        self.loaded_pages = 0
+        self._page_copy_s = page_copy_s
         self.extents: dict[int, int] = {}
         self.workspace_bytes = 0
         self.tiles: list[FakeTile] = []  # in order of arrival
@@ -68,6 +70,8 @@ class FakeDevice:
         if slot.extent_id not in self.extents:
             raise BudgetBrokenError(f"a page was put into extent {slot.extent_id}, which is not there")
         self._content[slot] = content
+        self.loaded_pages += 1
+        self._busy_until = max(self._busy_until, self._time.now_s) + self._page_copy_s
 
     def run(self, tile: FakeTile) -> None:
         """Do a tile after those that go before it. Raises BudgetBrokenError."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 from streamindex_service.core.caches import Page
 from streamindex_service.core.governor import SearchTurn
-from streamindex_service.core.scheduler import Band
+from streamindex_service.core.scheduler import Band, Turn
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
 
 # How a request may end; the refusals are those of docs/operations.md.
@@ -48,6 +49,7 @@ class Watch:
         self._callers = callers
         self._latest_s = service.governor.limits.max_wait_s + check_period_s
         self._largest_s = self._queue.max_turn_s
+        self._held_s = 0.0  # the longest for which a copy may close a gate
         self._served: dict[Band, dict[str, float]] = {band: {} for band in Band}  # while they have work queued
         self._apart: dict[Band, dict[tuple[str, str], float]] = {band: {} for band in Band}
         self._given_s: dict[Band, float] = defaultdict(float)
@@ -60,7 +62,8 @@ class Watch:
         service = self.service
         governor = service.governor
         for ledger in (service.hbm, service.host, service.disk.ledger):
-            require(0 <= ledger.reserved_bytes <= ledger.limit_bytes, f"the ledger {ledger.name} passes its limit")
+            if not 0 <= ledger.reserved_bytes <= ledger.limit_bytes:
+                raise InvariantError(f"the ledger {ledger.name} passes its limit")
         require(service.hbm.reserved_bytes == service.device.used_bytes, "the ledger is not what the device holds")
         held = sum(service.host_extents.values()) + sum(c.record_bytes for c in service.caches._caches.values())
         require(service.host.reserved_bytes == held, "the ledger is not what the host holds")
@@ -69,7 +72,9 @@ class Watch:
         self._count_pages()
         require(governor.in_flight == len(service.device.tiles), "a turn is with the device for which it does nothing")
         waiting = len(governor.scheduler)
-        require(not waiting or governor.paused or governor.in_flight > 0, "a waiter is forgotten")
+        woken = service.time.now_s <= governor._wake_at < math.inf
+        require(not waiting or governor.paused or governor.in_flight > 0 or woken, "a waiter is forgotten")
+        self._check_working_set()
         require(waiting == sum(search.turns for search in governor._open), "a turn is in no queue")
         self._note_queue()
 
@@ -79,6 +84,8 @@ class Watch:
         for search in everyone:
             require(search.outcome in OUTCOMES, f"a search ends with {search.outcome!r}")
         require(not service.searches, "a search is never closed")
+        service.governor.working_set.lapse(math.inf)
+        require(not service.governor.working_set._known, "a page set is remembered that nobody uses")
         governor = service.governor
         left = (len(governor.scheduler), governor.in_flight, governor.open_searches)
         require(left == (0, 0, 0), f"turns queued, on the device, searches open: {left}")
@@ -92,28 +99,29 @@ class Watch:
         pages: set[Page] = set()
         for cache in self.service.caches._caches.values():
             for layer in cache.layers:
-                resident = sum(page.device is not None for page in layer.pages)
+                resident = len([page for page in layer.pages if page.device is not None])
                 require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
-                spilled = sum(page.spilled is not None for page in layer.pages)
+                spilled = len([page for page in layer.pages if page.spilled is not None])
                 require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
                 pages.update(layer.pages)
-        for search in self.service.searches:
-            pages.update(search.snapshot.pages)
-            in_host = all(page.host is not None for page in search.snapshot.pages)
-            require(in_host, "a search has pages that are not in host memory")
+        for snapshot_pages in {search.snapshot.pages for search in self.service.searches}:
+            pages.update(snapshot_pages)
+            on_disk = [page for page in snapshot_pages if page.host is None]
+            require(not on_disk, "a search has pages that are not in host memory")
         pages.update(self.service.disk.held())
         self._count_places(pages)
-        resident = sum(page.page_bytes for page in pages if page.device is not None)
+        resident = sum([page.page_bytes for page in pages if page.device is not None])
         require(resident == self.service.residency.resident_bytes, "the bytes on the device are counted wrongly")
-        held = sum(page.page_bytes for page in pages)
+        held = sum([page.page_bytes for page in pages])
         accounts = self.service.caches.accounts
-        require(held == sum(each.host_bytes for each in accounts), "the accounts are not what callers hold")
+        require(held == sum([each.host_bytes for each in accounts]), "the accounts are not what callers hold")
 
     def _count_places(self, pages: set[Page]) -> None:
         """Every page has exactly one place, and every place that is taken a page."""
         disk, host = self.service.disk, self.service.caches.host
-        require(all((page.host is None) != (page.spilled is None) for page in pages), "a page has two places, or none")
-        in_host = sum(page.host is not None for page in pages)
+        wrong = [page for page in pages if (page.host is None) == (page.spilled is None)]
+        require(not wrong, "a page has two places, or none")
+        in_host = len([page for page in pages if page.host is not None])
         to_disk, to_host = disk.on_their_way()
         require(in_host + to_host == host.pages_in_use, "the pages are not those that the host allocated")
         spilled = len(pages) - in_host
@@ -132,16 +140,25 @@ class Watch:
                         self._apart[band][caller, other] = -seconds
             for turn in queue.turns:
                 # one that is cancelled counts too: its caller has saved up for it
-                self._largest_s = max(self._largest_s, turn.cost_s)
+                if turn.cost_s > self._largest_s:
+                    self._largest_s = turn.cost_s
                 if turn not in self._arrivals:
                     assert isinstance(turn, SearchTurn)
                     before = sum(1 for other in queue.turns if other.caller == turn.caller) - 1
                     self._arrivals[turn] = (self._given_s[band], before)
+            self._note_held_back(queue.held_back())
+
+    def _note_held_back(self, turns: Iterable[Turn]) -> None:
+        for turn in turns:
+            assert isinstance(turn, SearchTurn)
+            assert turn.page_set is not None
+            self._held_s = max(self._held_s, self.service.governor.working_set.interval_s(turn.page_set))
 
     def _taken(self, turn: SearchTurn) -> None:
         self.turns += 1
         band, caller, cost_s = turn.band, turn.caller, turn.cost_s
         self._largest_s = max(self._largest_s, cost_s)
+        self._note_held_back(self.service.governor.scheduler.held_back())
         self._check_wait(turn)
         self._check_alone(turn)
         self._check_ageing(turn)
@@ -151,13 +168,31 @@ class Watch:
         if caller not in served:
             return  # it came and went within one event
         served[caller] += cost_s
-        bound_s = self._queue.allowance_s + 2 * self._largest_s
+        bound_s = self._queue.allowance_s + 2 * (self._largest_s + self._saved_s)
         for other, seconds in served.items():
             if other != caller and other in queued:
                 ahead_s = served[caller] - seconds - self._apart[band][caller, other]
-                require(ahead_s <= bound_s + _ROUNDING_S, f"{other} is {ahead_s:.3f} s behind {caller}: {bound_s:.3f}")
+                if ahead_s > bound_s + _ROUNDING_S:
+                    raise InvariantError(f"{other} is {ahead_s:.3f} s behind {caller}: {bound_s:.3f}")
         if caller not in queued:
             del served[caller]
+
+    @property
+    def _saved_s(self) -> float:
+        """What a caller may have saved up beyond the price of its turn while it is held back: an interval for each."""
+        return self._callers * self._held_s
+
+    def _check_working_set(self) -> None:
+        governor = self.service.governor
+        working_set = governor.working_set
+        turns = [turn for queue in governor.scheduler._bands.values() for turn in queue.turns]
+        turns += [grant.turn for grant in governor._grants]
+        for_pages = len([turn for turn in turns if isinstance(turn, SearchTurn) and turn.page_set is not None])
+        known = working_set._known.values()
+        counted = sum([page_set.turns for page_set in known])
+        require(for_pages == counted, "a page set has lost count of its turns")
+        admitted_bytes = sum([page_set.size_bytes for page_set in known if page_set.admitted])
+        require(working_set._admitted_bytes == admitted_bytes, "the working set has lost count of its bytes")
 
     def _check_alone(self, turn: SearchTurn) -> None:
         on_device = [grant.turn for grant in self.service.governor._grants]
@@ -167,12 +202,14 @@ class Watch:
         require(not turn.alone or len(self.service.residency) == len(needed), "pages are in the way of a turn alone")
 
     def _check_ageing(self, turn: SearchTurn) -> None:
-        old = self.service.time.now_s - self._queue.ageing_s
+        now = self.service.time.now_s
+        old = now - self._queue.ageing_s
         bands = self.service.governor.scheduler._bands
         passed_over = any(
             next(iter(queue.turns)).arrived_at <= old
             for band, queue in bands.items()
-            if band > turn.band and queue.turns
+            # one that has just had a layer brought waits until that has paid for itself
+            if band > turn.band and queue.turns and self.service.governor.working_set.gate_is_open(band, now)
         )
         self._passed_over = self._passed_over + 1 if passed_over else 0
         # of two bands that are old each has every other chance
@@ -181,10 +218,27 @@ class Watch:
     def _check_wait(self, turn: SearchTurn) -> None:
         waited_s = self.service.time.now_s - turn.arrived_at
         self.longest_wait_s = max(self.longest_wait_s, waited_s)
-        require(waited_s <= self._latest_s + _ROUNDING_S, f"a turn waited {waited_s:.3f} s")
+        if waited_s > self._latest_s + _ROUNDING_S:
+            raise InvariantError(f"a turn waited {waited_s:.3f} s")
         given_s, before = self._arrivals.pop(turn, (self._given_s[turn.band], 0))
         given_s = self._given_s[turn.band] - given_s
+        if self._held_s and self._above_was_active(turn):
+            return  # layers of the band above do not make room for it unless it is old
+        bound_s = self._rounds_s(before)
+        if (
+            self._held_s
+        ):  # each time that its turn comes, every caller may have one copy first, and each may take longer
+            bound_s += self._callers * (before + 1) * (self._held_s + self._largest_s + self._rounds_s(0))
+        if given_s > bound_s:
+            raise InvariantError(f"{given_s:.3f} s were given to others of its band: {bound_s:.3f}")
+
+    def _rounds_s(self, before: int) -> float:
+        """The most that is given to a band before a turn that may go, with so many of its caller's before it."""
         round_s = self._queue.allowance_s + self._largest_s
-        rounds = math.ceil((before + 1) * round_s / self._queue.allowance_s) + 1
-        bound_s = rounds * self._callers * round_s
-        require(given_s <= bound_s, f"{given_s:.3f} s were given to others of its band: {bound_s:.3f}")
+        rounds = math.ceil(((before + 1) * round_s + self._saved_s) / self._queue.allowance_s) + 1
+        return self._callers * (rounds * round_s + self._saved_s)
+
+    def _above_was_active(self, turn: SearchTurn) -> bool:
+        governor = self.service.governor
+        since = turn.arrived_at - governor.limits.active_s
+        return any(band < turn.band and at >= since for band, at in governor._last_turn.items())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamindex_service.core.caches import CacheStore, KeyCache, Page
+from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.governor import Governor, GovernorLimits, Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
@@ -24,6 +25,7 @@ from streamindex_service.testing.fake_device import FakeDevice, FakeTile
 from streamindex_service.testing.simulated_disk import SimulatedDisk
 from streamindex_service.testing.virtual_time import VirtualTime
 
+PAGE_BYTES = PAGE_KEYS * 16 * 2
 TILES_AHEAD = 2
 MOST_TILE_ROWS = 64
 FLOP_PER_ROW = 1_000_000
@@ -41,6 +43,7 @@ class Sizes:
     max_caches: int
     retries: int = 3
     disk_bytes: int = 0
+    copy_bytes_per_s: float = 80e6  # to the device: a tenth of a row's time for a page
 
 
 class SimulatedService:
@@ -49,7 +52,7 @@ class SimulatedService:
     def __init__(self, sizes: Sizes, limits: GovernorLimits) -> None:
         self.time = VirtualTime()
         self.sizes = sizes
-        self.device = FakeDevice(self.time, sizes.hbm_bytes)
+        self.device = FakeDevice(self.time, sizes.hbm_bytes, PAGE_BYTES / sizes.copy_bytes_per_s)
         self.host_extents: dict[int, int] = {}
         self.content: dict[PageSlot, int] = {}  # of host pages
         self.written: dict[Page, int] = {}  # what each page must hold, wherever it is
@@ -59,10 +62,16 @@ class SimulatedService:
         )
         pool = PagePool(self.hbm, sizes.extent_bytes, self.device.make_extent, self.device.drop_extent)
         self.residency = Residency(self.hbm, pool, self._load)
-        self.caches = CacheStore(host_pool, self.residency.drop, self.time, sizes.max_caches)
-        self.uploads = UploadTable(self.caches, self.time, ttl_s=1e9, max_uploads=1000)
+        ids = map(str, itertools.count())
+        self.caches = CacheStore(
+            host_pool, self.residency.drop, self.time, sizes.max_caches, new_id=lambda: "kc_" + next(ids)
+        )
+        self.uploads = UploadTable(
+            self.caches, self.time, ttl_s=1e9, max_uploads=1000, new_id=lambda: "up_" + next(ids)
+        )
         self.disk = SimulatedDisk(self.time, self.caches, self.content, sizes.disk_bytes, sizes.extent_bytes)
-        self.governor = Governor(self.residency, self.time, limits)
+        speed = DeviceSpeed(sizes.copy_bytes_per_s)
+        self.governor = Governor(self.residency, self.time, limits, speed, self._wake)
         self.searches: list[SimulatedSearch] = []
         self.on_taken: Callable[[SearchTurn], None] = lambda turn: None
         self.tiles_out_of_memory: Callable[[], bool] = lambda: False
@@ -92,6 +101,9 @@ class SimulatedService:
         """A copy to the device failed: what is there is given up."""
         self.device.forget()
         self.governor.device_in_doubt()
+
+    def _wake(self, delay_s: float) -> None:
+        self.time.after(delay_s, self.governor.woken)
 
     def _load(self, page: Page) -> None:
         assert page.device is not None

@@ -23,10 +23,9 @@ from streamindex_service.core.scheduler import Band, QueueLimits
 from streamindex_service.core.sizes import KeyFormat
 from streamindex_service.errors import ServiceError
 from streamindex_service.testing.invariants import Watch, require
-from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService, Sizes
+from streamindex_service.testing.simulated_service import PAGE_BYTES, SimulatedSearch, SimulatedService, Sizes
 
 HISTORIES = 10_000
-_PAGE_BYTES = 256 * 16 * 2
 _EXPIRY_PERIOD_S = 0.5
 _MOST_EVENTS = 20_000  # of a history; one that goes on for longer has lost its way
 _BANDS = (Band.INTERACTIVE, Band.STANDARD, Band.STANDARD, Band.BATCH)
@@ -64,15 +63,15 @@ class History:
                 max_turn_s=0.02,
             ),
         )
-        extent_bytes = draw.choice((1, 4)) * _PAGE_BYTES
+        extent_bytes = draw.choice((1, 4)) * PAGE_BYTES
         host_pages, disk_pages = draw.choice(((60, 0), (60, 40), (24, 60), (14, 8)))
         sizes = Sizes(
-            pages * _PAGE_BYTES + floor_bytes,
-            host_pages * _PAGE_BYTES,
+            pages * PAGE_BYTES + floor_bytes,
+            host_pages * PAGE_BYTES,
             extent_bytes,
             floor_bytes,
             max_caches=6,
-            disk_bytes=disk_pages * _PAGE_BYTES,
+            disk_bytes=disk_pages * PAGE_BYTES,
         )
         self.service = make_service(sizes, limits)
         self._callers = [f"caller{number}" for number in range(draw.randint(2, 4))]
@@ -157,7 +156,7 @@ class History:
             self.service.write(cache, 0, first_row, rows)
         except ServiceError as error:
             self.outcomes[error.reason] += 1
-            self.service.disk.free(rows * _PAGE_BYTES // 256)
+            self.service.disk.free(rows * PAGE_BYTES // 256)
 
     def _pick(self) -> KeyCache | None:
         return self._random.choice(self._caches) if self._caches else None
@@ -248,7 +247,7 @@ class History:
 
     def _spill(self) -> None:
         self._log("idle keys go to disk")
-        self.service.disk.free(self._random.randint(1, 20) * _PAGE_BYTES, self._random.choice((0.0, 0.0, 0.1)))
+        self.service.disk.free(self._random.randint(1, 20) * PAGE_BYTES, self._random.choice((0.0, 0.0, 0.1)))
 
     def _no_disk(self) -> None:
         self._log("the disk fails")

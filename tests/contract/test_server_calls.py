@@ -171,7 +171,7 @@ def test_callers_see_no_other_callers_name(inside):
             load = calls.server.GetLoad(server_pb2.GetLoadRequest(), timeout=30, metadata=calls.metadata)
         return {each.caller: each.own for each in load.queue.callers}
 
-    turns = [Turn(name, Band.BATCH, object(), 1.0, 1, 0.0) for name in ("mine", "theirs")]
+    turns = [Turn(name, Band.BATCH, 1.0, 1, 0.0) for name in ("mine", "theirs")]
     scheduler = Scheduler(service.governor.limits.queue)
     for each in turns:
         scheduler.add(each)

@@ -10,8 +10,9 @@ from streamindex_service.core.caches import CacheStore, Page
 from streamindex_service.core.governor import Governor
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.residency import Residency
-from streamindex_service.core.scheduler import Scheduler, _BandQueue
+from streamindex_service.core.scheduler import Scheduler, _BandQueue, _Choice
 from streamindex_service.core.spill import Spill
+from streamindex_service.core.working_set import WorkingSet
 from streamindex_service.testing.simulation import HISTORIES, History
 
 CHUNK = 1000
@@ -85,7 +86,7 @@ def a_ledger_without_a_limit(patch):
 
 
 def first_come_first_served(patch):
-    patch.setattr(_BandQueue, "next_turn", lambda self: next(iter(self.turns)))
+    patch.setattr(_BandQueue, "next_turn", lambda self, admission, *, for_age=False: next(iter(self.turns)))
 
 
 def turns_that_cost_nothing(patch):
@@ -100,7 +101,7 @@ def turns_that_cost_nothing(patch):
 
 
 def bands_that_never_age(patch):
-    patch.setattr(Scheduler, "_next_band", lambda self, now: next((b for b, q in self._bands.items() if q.turns), None))
+    patch.setattr(Scheduler, "_old_bands", lambda self, now: [])
 
 
 def waits_that_never_end(patch):
@@ -185,7 +186,31 @@ def places_on_disk_that_are_never_freed(patch):
     patch.setattr(Spill, "end_spill", forgetful)
 
 
+def nobody_is_displaced(patch):
+    patch.setattr(Governor, "may_displace", lambda self, turn, *, for_age: False)
+    patch.setattr(_Choice, "cost_s", property(lambda choice: choice.turn.cost_s + 1e9 * choice.behind_s))
+
+
+def a_wake_that_is_forgotten(patch):
+    patch.setattr(Governor, "_wake_for_room", lambda self: None)
+
+
+def tiles_of_a_page_set_that_never_end(patch):
+    patch.setattr(Governor, "_page_set_is_done", lambda self, turn: None)
+
+
+def page_sets_that_leave_uncounted(patch):
+    leave = WorkingSet._leave
+
+    def careless(self, page_set):
+        leave(self, page_set)
+        self._admitted_bytes += page_set.size_bytes
+
+    patch.setattr(WorkingSet, "_leave", careless)
+
+
 MUTATIONS = [
+    nobody_is_displaced, a_wake_that_is_forgotten, tiles_of_a_page_set_that_never_end, page_sets_that_leave_uncounted,
     forgotten_workspace, forgotten_pins, forgotten_pump, pins_that_are_not_looked_at, a_ledger_without_a_limit,
     first_come_first_served, turns_that_cost_nothing, bands_that_never_age, waits_that_never_end,
     a_device_that_is_not_forgotten, forks_that_are_not_counted, alone_in_name_only, a_copy_that_is_left_out,

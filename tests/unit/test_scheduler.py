@@ -14,8 +14,8 @@ LIMITS = QueueLimits(max_turns=64, ageing_s=10.0, ageing_turns=4, quantum_s=0.5,
 EXACT = QueueLimits(quantum_s=0.625, max_turn_s=0.125)  # binary fractions: an allowance is three turns of 1/8 s
 
 
-def turn(caller="a", cost_s=0.1, band=Band.STANDARD, search=None, at=0.0, promotion_s=0.0):
-    return Turn(caller, band, search or object(), cost_s, 1, at, promotion_s)
+def turn(caller="a", cost_s=0.1, band=Band.STANDARD, at=0.0):
+    return Turn(caller, band, cost_s, 1, at)
 
 
 def drain(scheduler, now=0.0, most=10**6):
@@ -105,13 +105,67 @@ def test_rows_that_cost_many_allowances_go_all_the_same():
     assert [each.caller for each in drain(filled(*turns))] == list("abcabc")
 
 
-def test_a_search_goes_on_while_the_next_would_have_to_bring_its_keys():
-    first, second = object(), object()
-    turns = [turn(cost_s=0.125, search=each, promotion_s=0.05) for _ in range(6) for each in (first, second)]
-    order = [each.search is first for each in drain(filled(*turns, limits=EXACT))]
-    assert order == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3  # an allowance at a time
-    resident = [turn(cost_s=0.1, search=each) for _ in range(3) for each in (first, second)]
-    assert [each.search is first for each in drain(filled(*resident))] == [True, False] * 3
+class Holding:
+    """Holds these turns back for so many device seconds, until others may make room."""
+
+    def __init__(self, turns, seconds=1.0):
+        self.turns, self.seconds, self.open = turns, seconds, False
+
+    def held_s(self, each):
+        return self.seconds if each in self.turns else 0.0
+
+    def may_displace(self, each, *, for_age):
+        return self.open or for_age
+
+
+def taken(scheduler, admission, most=10**6, now=0.0):
+    order = []
+    while len(order) < most and (found := scheduler.next_turn(now, admission)) is not None:
+        assert scheduler.next_turn(now, admission) is found, "asked again it answers the same"
+        scheduler.take(found)
+        order.append(found)
+    return order
+
+
+def test_turns_that_are_held_back_let_others_go():
+    """Of their caller, of their band, of a band below; and lose nothing while nobody goes."""
+    held = [turn("a", 0.125) for _ in range(2)]
+    own, other, below = turn("a", 0.125), turn("b", 0.125), turn("b", 0.125, band=Band.BATCH)
+    scheduler = filled(*held, own, other, below, limits=EXACT)
+    admission = Holding(held)
+    assert taken(scheduler, admission) == [own, other, below]
+    assert scheduler.held_back() == held[:1]
+    for _ in range(100):
+        assert scheduler.next_turn(0.0, admission) is None
+    scheduler.add(turn("b", 0.125))
+    admission.open = True
+    assert [each.caller for each in taken(scheduler, admission)] == ["a", "a", "b"]
+
+
+def test_who_is_held_back_goes_once_the_caller_is_an_interval_for_each_caller_behind():
+    held = turn("a", 0.125)
+    scheduler = filled(held, *(turn("b", 0.125) for _ in range(40)), limits=EXACT)
+    order = taken(scheduler, Holding([held], 1.0), most=30)
+    before_s = 0.125 * order.index(held)
+    assert abs(before_s - 2 * 1.0) <= EXACT.allowance_s + 2 * 0.125
+
+
+def test_of_those_who_are_held_back_the_first_is_offered_room_first():
+    names = "abc"
+    held = {name: [turn(name, 0.125) for _ in range(2)] for name in names}
+    everybody = [each for name in names for each in held[name]]
+    scheduler = filled(*everybody, limits=EXACT)
+    admission = Holding(everybody)
+    assert scheduler.next_turn(0.0, admission) is None
+    admission.open = True
+    assert [each.caller for each in taken(scheduler, admission)] == list("abcabc")
+
+
+def test_a_band_that_is_old_goes_though_its_turns_are_held_back():
+    first, second = turn(band=Band.STANDARD), turn(band=Band.BATCH)
+    above = [turn(band=Band.INTERACTIVE, at=20.0) for _ in range(12)]
+    order = taken(filled(first, second, *above), Holding([first, second]), now=20.0)
+    assert order[3::4] == [first, second, above[9]]
 
 
 def test_what_was_not_used_is_not_kept():

@@ -1,0 +1,210 @@
+"""Which layers take part at a time when not all of them fit the device: load control, so that none thrashes.
+
+With more layers in use than fit, least recent use under tiles that go round is the worst choice: every tile finds its
+pages evicted by the others'. So the layers that are searched belong to a working set (Denning, "The working set model
+for program behavior", CACM 1968) that fits, and are not evicted while they do. A layer that does not fit beside the
+others displaces those that came first, and the copy has to pay for itself before the next of its band: the band's gate
+is closed for `promotion_factor` times the copy's seconds, by the device seconds given since or on the clock, whichever
+passes first. A layer also makes room, and no gate is asked,
+
+- once its searches have ended and no tile has needed it for the seconds of its copy: waiting for the next search of it
+  any longer would cost more than to bring it again. It stays for `active_s` where only a lower band has use for its
+  place, and no longer than that even if a search is open;
+- for a layer of a higher band;
+- at once, when the only search of it goes on with another window.
+
+Belonging is only the right to stay: a layer that has left keeps its pages until somebody needs their memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamindex_service.core.caches import Page
+from streamindex_service.core.scheduler import Band
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingSetLimits:
+    """promotion_factor: times the seconds of a copy that a gate is closed for; promotion_wait_s: the most of that."""
+
+    promotion_factor: float = 16.0
+    promotion_wait_s: float = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class PageSet:
+    """Pages that tiles need together: a layer, or a window of one. Forks that share its first page share it.
+
+    turns: tiles that wait or are with the device; searches: open ones that came for it last; copy_s: estimated seconds
+    to bring all of it.
+    """
+
+    pages: Sequence[Page]
+    band: Band
+    copy_s: float
+    size_bytes: int
+    idle_since: float
+    turns: int = 0
+    searches: int = 0
+    admitted: bool = False
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a search or a tile is there for it."""
+        return bool(self.turns or self.searches)
+
+
+@dataclass(slots=True)
+class _Gate:
+    """Closed until it is `opens_at` on the clock, or until `opens_given_s` device seconds have been given."""
+
+    opens_at: float = -math.inf
+    opens_given_s: float = -math.inf
+
+
+class WorkingSet:
+    """The page sets that are in use, and which of them are admitted. Pure: it is told the time.
+
+    given_s: estimated device seconds of all turns that went to the device.
+    """
+
+    def __init__(self, limits: WorkingSetLimits, budget_bytes: int, active_s: float) -> None:
+        self.limits = limits
+        self.given_s = 0.0
+        self._budget_bytes = budget_bytes
+        self._active_s = active_s
+        self._known: dict[Page, PageSet] = {}  # by the first page
+        self._admitted: dict[PageSet, None] = {}  # for longest first
+        self._admitted_bytes = 0
+        self._gates = {band: _Gate() for band in Band}
+
+    def __len__(self) -> int:
+        return len(self._admitted)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that are known are admitted: nobody has to wait for room."""
+        return len(self._known) == len(self._admitted)
+
+    def ask(self, pages: Sequence[Page], band: Band, copy_s: float, now: float) -> PageSet | None:
+        """A tile comes for these pages; None when it needs none."""
+        if not pages:
+            return None
+        size_bytes = pages[0].page_bytes * len(pages)
+        found = self._known.get(pages[0])
+        if found is None:
+            found = self._known[pages[0]] = PageSet(pages, band, copy_s, size_bytes, now)
+        if found.admitted:
+            self._admitted_bytes += size_bytes - found.size_bytes
+        found.band = min(found.band, band) if found.turns else band
+        found.pages, found.copy_s, found.size_bytes = pages, copy_s, size_bytes
+        found.turns += 1
+        return found
+
+    def turn_over(self, page_set: PageSet, now: float) -> None:
+        """One of its tiles is done, or waits no longer."""
+        page_set.turns -= 1
+        assert page_set.turns >= 0, "a tile of a page set ends twice"
+        page_set.idle_since = now
+        self._forget_unused(page_set)
+
+    def come(self, page_set: PageSet) -> None:
+        """A search comes for it."""
+        page_set.searches += 1
+
+    def go(self, page_set: PageSet, *, to_another: bool) -> None:
+        """A search has ended, or goes on with other pages."""
+        page_set.searches -= 1
+        assert page_set.searches >= 0, "a search leaves a page set twice"
+        if to_another and not page_set.in_use:
+            self._leave(page_set)
+        self._forget_unused(page_set)
+
+    def kept_pages(self) -> set[Page]:
+        """Pages that are not evicted for others."""
+        return {page for page_set in self._admitted for page in page_set.pages}
+
+    def interval_s(self, page_set: PageSet) -> float:
+        """How long others of its band wait at most before the next is displaced, once this one was brought."""
+        return min(self.limits.promotion_factor * page_set.copy_s, self.limits.promotion_wait_s)
+
+    def gate_is_open(self, band: Band, now: float) -> bool:
+        """Whether a page set of this band may displace another of it."""
+        gate = self._gates[band]
+        return now >= gate.opens_at or self.given_s >= gate.opens_given_s
+
+    def room_bytes(self, band: Band, now: float, *, displacing: bool = False) -> int:
+        """Device memory for a page set of this band and its tiles. displacing: others of the band make room."""
+        room_bytes = self._budget_bytes - self._admitted_bytes
+        for other in self._admitted:
+            goes = other.band > band or (displacing and other.band == band)
+            if goes or self._lapses_at(other, band) <= now:
+                room_bytes += other.size_bytes
+        return room_bytes
+
+    def fits(self, page_set: PageSet, workspace_bytes: int, room_bytes: int) -> bool:
+        """Whether so much room is enough. Nobody needs more than all that there is."""
+        return min(page_set.size_bytes + workspace_bytes, self._budget_bytes) <= room_bytes
+
+    def admit(self, page_set: PageSet, workspace_bytes: int, now: float, *, through_gate: bool) -> None:
+        """It takes part from now on; those make room that must. through_gate: which is to be closed if any did."""
+        band, displaced = page_set.band, False
+        for other in self._in_order(band, now):
+            if self.fits(page_set, workspace_bytes, self._budget_bytes - self._admitted_bytes):
+                break
+            displaced |= other.band <= band and self._lapses_at(other, band) > now
+            self._leave(other)
+        page_set.admitted = True
+        self._admitted[page_set] = None
+        self._admitted_bytes += page_set.size_bytes
+        if displaced and through_gate:
+            interval_s = self.interval_s(page_set)
+            self._gates[page_set.band] = _Gate(now + interval_s, self.given_s + interval_s)
+
+    def leave_one(self, page_set: PageSet, now: float) -> bool:
+        """Another than this makes room; False when there is none."""
+        other = next((each for each in self._in_order(page_set.band, now) if each is not page_set), None)
+        if other is not None:
+            self._leave(other)
+        return other is not None
+
+    def lapse(self, now: float) -> None:
+        """Those leave that nobody is there for any more, so that they are not remembered for ever."""
+        for page_set in list(self._admitted):
+            if not page_set.searches and self._lapses_at(page_set, Band.BATCH) <= now:
+                self._leave(page_set)
+
+    def clear(self) -> None:
+        """Nothing is on the device any more, or everything must go: all have to come again."""
+        for page_set in list(self._admitted):
+            self._leave(page_set)
+
+    def next_change(self, band: Band, now: float) -> float:
+        """When there may be room for a page set of this band with nothing else happening; infinite when never."""
+        changes = [self._gates[band].opens_at, *(self._lapses_at(other, band) for other in self._admitted)]
+        return min((at for at in changes if at > now), default=math.inf)
+
+    def _in_order(self, band: Band, now: float) -> list[PageSet]:
+        """Who makes room for a page set of this band: those that lapsed, those below, its own; the first that came."""
+        return sorted(self._admitted, key=lambda other: (self._lapses_at(other, band) > now, -other.band))
+
+    def _lapses_at(self, page_set: PageSet, band: Band) -> float:
+        """When it makes room for this band unasked, unless it is needed before; infinite while it is in use."""
+        if page_set.turns:
+            return math.inf
+        if page_set.band < band:
+            return page_set.idle_since + max(self._active_s, page_set.copy_s)
+        return math.inf if page_set.searches else page_set.idle_since + page_set.copy_s
+
+    def _leave(self, page_set: PageSet) -> None:
+        page_set.admitted = False
+        del self._admitted[page_set]
+        self._admitted_bytes -= page_set.size_bytes
+        self._forget_unused(page_set)
+
+    def _forget_unused(self, page_set: PageSet) -> None:
+        if not page_set.in_use and not page_set.admitted:
+            self._known.pop(page_set.pages[0], None)

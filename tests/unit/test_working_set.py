@@ -1,0 +1,136 @@
+"""Which layers stay on the device: who makes room, for whom, and when."""
+
+from __future__ import annotations
+
+import pytest
+
+from streamindex_service.core.scheduler import Band
+from streamindex_service.core.working_set import WorkingSet, WorkingSetLimits
+
+FACTOR, MOST_S, ACTIVE_S, COPY_S = 10.0, 5.0, 1.0, 0.1
+LIMITS = WorkingSetLimits(FACTOR, MOST_S)
+BUDGET = 4  # page sets of one byte
+
+
+class OneByte:
+    """A page."""
+
+    page_bytes = 1
+
+
+def working_set() -> WorkingSet:
+    return WorkingSet(LIMITS, BUDGET, ACTIVE_S)
+
+
+def asked(working, band=Band.STANDARD, size=1, copy_s=COPY_S, now=0.0):
+    """A tile of a new search waits for a new page set."""
+    found = working.ask([OneByte() for _ in range(size)], band, copy_s, now)
+    working.come(found)
+    return found
+
+
+def admitted(working, band=Band.STANDARD, now=0.0, **options):
+    page_set = asked(working, band, now=now, **options)
+    working.admit(page_set, 0, now, through_gate=True)
+    return page_set
+
+
+def left(working, page_set, now):
+    """Its tile and its search end."""
+    working.turn_over(page_set, now)
+    working.go(page_set, to_another=False)
+
+
+def test_what_fits_closes_no_gate():
+    working = working_set()
+    for _ in range(BUDGET):
+        admitted(working)
+    assert working.complete
+    assert working.gate_is_open(Band.STANDARD, 0.0)
+    assert working.room_bytes(Band.STANDARD, 0.0) == 0
+    assert len(working.kept_pages()) == BUDGET
+
+
+def test_the_first_that_came_makes_room_and_the_gate_is_closed():
+    working = working_set()
+    first, second, *_ = [admitted(working) for _ in range(BUDGET)]
+    assert working.room_bytes(Band.STANDARD, 0.0, displacing=True) == BUDGET
+    admitted(working)
+    assert not first.admitted
+    assert second.admitted
+    assert not working.gate_is_open(Band.STANDARD, FACTOR * COPY_S - 0.01)
+    assert working.gate_is_open(Band.STANDARD, FACTOR * COPY_S)
+    assert working.gate_is_open(Band.INTERACTIVE, 0.0)
+    assert working.next_change(Band.STANDARD, 0.0) == FACTOR * COPY_S
+
+
+def test_a_gate_opens_when_as_much_was_given():
+    working = working_set()
+    for _ in range(BUDGET + 1):
+        admitted(working)
+    working.given_s += FACTOR * COPY_S
+    assert working.gate_is_open(Band.STANDARD, 0.0)
+
+
+def test_who_is_too_far_behind_leaves_the_gate_as_it_is():
+    working = working_set()
+    for _ in range(BUDGET):
+        admitted(working)
+    working.admit(asked(working), 0, 0.0, through_gate=False)
+    assert working.gate_is_open(Band.STANDARD, 0.0)
+
+
+def test_no_interval_is_longer_than_the_limit():
+    assert working_set().interval_s(asked(working_set(), copy_s=100.0)) == MOST_S
+
+
+def test_who_has_left_makes_room_after_the_seconds_of_its_copy():
+    working = working_set()
+    page_set = admitted(working)
+    left(working, page_set, 1.0)
+    for band, grace_s in ((Band.INTERACTIVE, 0.0), (Band.STANDARD, COPY_S), (Band.BATCH, ACTIVE_S)):
+        assert working.room_bytes(band, 1.0 + grace_s) == BUDGET
+        if grace_s:
+            assert working.room_bytes(band, 1.0 + grace_s - 0.01) == BUDGET - 1
+            assert working.next_change(band, 1.0) == pytest.approx(1.0 + grace_s)
+
+
+def test_a_silent_search_keeps_its_place_from_its_own_band_only():
+    working = working_set()
+    page_set = admitted(working)
+    working.turn_over(page_set, 0.0)
+    assert working.room_bytes(Band.STANDARD, 100.0) == BUDGET - 1
+    assert working.room_bytes(Band.BATCH, ACTIVE_S) == BUDGET
+
+
+def test_those_below_make_room_before_ones_own_and_those_above_last():
+    working = working_set()
+    above, own, below, lapsed = (
+        admitted(working, band) for band in (Band.INTERACTIVE, Band.STANDARD, Band.BATCH, Band.STANDARD)
+    )
+    left(working, lapsed, 0.0)
+    page_set = admitted(working, size=3, now=COPY_S)
+    assert [each.admitted for each in (above, own, below, lapsed)] == [True, False, False, False]
+    working.admit(asked(working, Band.BATCH, size=BUDGET), 0, COPY_S, through_gate=True)
+    assert not above.admitted
+    assert not page_set.admitted
+
+
+def test_a_window_that_is_done_with_leaves_at_once():
+    working = working_set()
+    page_set = admitted(working)
+    working.turn_over(page_set, 0.0)
+    working.go(page_set, to_another=True)
+    assert working.room_bytes(Band.STANDARD, 0.0) == BUDGET
+    assert not working.kept_pages()
+
+
+def test_nobody_is_remembered_whom_nobody_needs():
+    working = working_set()
+    page_set = admitted(working)
+    left(working, page_set, 0.0)
+    working.lapse(ACTIVE_S - 0.01)
+    assert len(working) == 1
+    working.lapse(ACTIVE_S)
+    assert len(working) == 0
+    assert not working._known
