@@ -1,0 +1,18 @@
+"""Sparse attention over the rows of a cache: a window of recent rows, and compressed rows that indices name."""
+
+from streamindex_service.ops.cached_attention.api import (
+    ATTENTION_TERMS,
+    AttentionTerms,
+    attend_cached,
+    attention_indices,
+)
+from streamindex_service.ops.cached_attention.gather import GATHERS, gather_rows
+
+__all__ = [
+    "ATTENTION_TERMS",
+    "GATHERS",
+    "AttentionTerms",
+    "attend_cached",
+    "attention_indices",
+    "gather_rows",
+]
