@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from streamindex_service.core.caches import Page, Snapshot
 from streamindex_service.core.estimates import DeviceSpeed
+from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.meter import Meter
 from streamindex_service.core.residency import Residency
@@ -51,7 +51,8 @@ class GovernorLimits:
 class Need:
     """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory.
 
-    estimate_bytes: of device memory, what it would use if it had all that it can use.
+    estimate_bytes: of device memory, what it would use if it had all that it can use. speed: what its operation has
+    shown; None: what searches have.
     """
 
     pages: Sequence[Page]
@@ -60,6 +61,7 @@ class Need:
     flop: int
     size_bytes: int = 0
     estimate_bytes: int = 0
+    speed: DeviceSpeed | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -222,7 +224,7 @@ class Governor:
             search.caller,
             search.band,
             search,
-            self.speed.seconds(need.flop) + promotion_s,
+            self._speed_of(need).seconds(need.flop) + promotion_s,
             need.size_bytes,
             self._clock(),
             promotion_s,
@@ -242,8 +244,13 @@ class Governor:
         """A turn that still waits has become larger."""
         assert turn.waiting
         turn.need = need
-        cost_s = self.speed.seconds(need.flop) + turn.promotion_s
+        cost_s = self._speed_of(need).seconds(need.flop) + turn.promotion_s
         self.scheduler.reprice(turn, cost_s, need.size_bytes, turn.promotion_s)
+
+    def let_go(self, search: OpenSearch, pages: Sequence[Page]) -> None:
+        """The search has no more use for these pages, but for turns that have them now."""
+        if self.residency.let_go(pages):
+            search.used.pop(id(pages), None)
 
     def cancel(self, turn: SearchTurn) -> None:
         """A turn waits no longer; nobody is told."""
@@ -264,7 +271,7 @@ class Governor:
             self.residency.unpin(turn.need.pages)
         self.hbm.release(grant.workspace_bytes)
         if device_s is not None:
-            self.speed.observe(turn.need.flop, device_s)
+            self._speed_of(turn.need).observe(turn.need.flop, device_s)
             self.meter.tile_done(grant.waited_s, device_s, turn.band)
             self.meter.memory.add(peak_bytes, min(turn.need.estimate_bytes, grant.workspace_bytes))
         if self._resume_when_idle and not self._grants:
@@ -362,6 +369,9 @@ class Governor:
         self._grants.add(grant)
         self._in_flight_s += turn.cost_s
         return grant
+
+    def _speed_of(self, need: Need) -> DeviceSpeed:
+        return need.speed or self.speed
 
     def _leave_queue(self, turn: SearchTurn) -> None:
         self.scheduler.remove(turn)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from streamindex_service.core.caches import Page
 from streamindex_service.core.governor import SearchTurn
+from streamindex_service.core.layers import Page
 from streamindex_service.core.scheduler import Band
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
 
@@ -91,7 +91,7 @@ class Watch:
     def _count_pages(self) -> None:
         pages: set[Page] = set()
         for cache in self.service.caches._caches.values():
-            for layer in cache.layers:
+            for layer in cache.all_layers:
                 resident = sum(page.device is not None for page in layer.pages)
                 require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
                 spilled = sum(page.spilled is not None for page in layer.pages)

@@ -8,10 +8,22 @@ from torch import Tensor
 
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
+from streamindex_service.ops.row_threads import share_rows
 
 
 def _gather_torch(rows: PagedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
-    """Page by page: takes no memory but a list of the rows."""
+    def copy(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        _copy_by_pages(rows, wanted[part], data[part], None if scales is None else scales[part])
+
+    if data.is_cuda:
+        copy(0, len(wanted))
+    else:
+        share_rows(copy, 0, len(wanted))
+
+
+def _copy_by_pages(rows: PagedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
+    """Takes no memory but a list of the rows."""
     places = torch.nonzero((wanted >= 0) & (wanted < rows.length)).flatten()
     places = places[torch.argsort(wanted[places], stable=True)]
     ordered = wanted[places]
