@@ -90,8 +90,9 @@ class AttendTiles:
         return self._service
 
     def seconds(self, rows: int) -> float:
-        """Device seconds of so many rows, about."""
-        return self._service.attention_speed.seconds(self.work.flop(rows))
+        """Device seconds of so many rows, about; 0 before anything was measured: a guess is to refuse nobody."""
+        speed = self._service.attention_speed
+        return speed.seconds(self.work.flop(rows)) if speed.measured else 0.0
 
     def tile_rows(self) -> int:
         """Query rows of the next tile: at least 1, at most what a block and the device's memory hold."""
