@@ -231,12 +231,14 @@ def options(
     formats: Sequence[str] = ("bf16", "packed"),
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
     usual: Sequence[str] = ("chunked", "triton"),
+    sizes: str = "TOKENS",
 ) -> argparse.ArgumentParser:
-    """The options that every table of attention has. usual: of the implementations, those that run if none is named."""
+    """The options that every table of attention has. usual: of the implementations, those that run if none is named;
+    sizes: what they count."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(models))
-    parser.add_argument("--sizes", type=int, nargs="+", metavar="TOKENS")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar=sizes)
     parser.add_argument("--formats", nargs="+", choices=list(formats), default=list(formats))
     parser.add_argument("--implementations", nargs="+", choices=list(implementations), default=list(usual))
     parser.add_argument("--quick", action="store_true", help=quick)
@@ -246,7 +248,7 @@ def options(
 
 def begin(table: str, arguments: argparse.Namespace) -> AttentionBench:
     """The run that the options ask for, its header printed."""
-    report = Report(arguments.device)
+    report = Report(arguments.device, arguments.out)
     report.start()
     if arguments.quick:
         return AttentionBench(table, arguments.device, report, budget_s=0.3, max_repeats=5)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     bench = begin(TABLE, arguments)
     for name in arguments.models:
         run_model(bench, MODELS[name], arguments)
-    return bench.report.finish(arguments.out)
+    return bench.report.finish()
 
 
 if __name__ == "__main__":

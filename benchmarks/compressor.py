@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_TOKENS} tokens")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes")
     arguments = parser.parse_args(argv)
-    report = Report(arguments.device)
+    report = Report(arguments.device, arguments.out)
     report.start()
     sizes = arguments.sizes or (
         CPU_TOKENS if arguments.device == "cpu" else QUICK_TOKENS if arguments.quick else TOKENS
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
                     report.add(row)
             for name in names:
                 report.add(decode_row(tokens, layer, name))
-    return report.finish(arguments.out)
+    return report.finish()
 
 
 if __name__ == "__main__":

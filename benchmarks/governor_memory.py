@@ -258,15 +258,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    report = Report(arguments.device)
+    report = Report(arguments.device, arguments.out)
     report.start()
     row = measure(arguments.device, sizes_of(arguments.device, quick=arguments.quick))
     report.add(row)
     print({name: value for name, value in vars(row).items() if name not in Row.__dataclass_fields__}, flush=True)
-    if broken := broken_promises(row):
-        print(f"nothing is written: {'; '.join(broken)}", file=sys.stderr)
-        return 1
-    return report.finish(arguments.out)
+    return report.finish(broken_promises(row))
 
 
 if __name__ == "__main__":

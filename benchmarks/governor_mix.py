@@ -272,13 +272,13 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    report = Report(arguments.device)
+    report = Report(arguments.device, arguments.out)
     report.start()
     texts = arguments.settings or (SETTINGS[:1] if arguments.quick or arguments.device == "cpu" else SETTINGS)
     for text in texts:
         row = report.add(measure(arguments.device, sizes_of(arguments.device, quick=arguments.quick), text))
         print({name: value for name, value in vars(row).items() if name not in Row.__dataclass_fields__}, flush=True)
-    return report.finish(arguments.out)
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,11 +78,16 @@ class Row:
 
 
 class Report:
-    """Rows of one run under one header, written as JSON and printed as markdown."""
+    """Rows of one run under one header, printed as markdown and written to `out` as JSON.
 
-    def __init__(self, device: str) -> None:
+    Until the run ends what is there lies in `out` with `.partial` behind its name, for a run that is cut off.
+    """
+
+    def __init__(self, device: str, out: Path | None = None) -> None:
         self.header = header(device)
         self.rows: list[Row] = []
+        self._out = out
+        self._partial = None if out is None else out.with_name(out.name + ".partial")
 
     def start(self) -> None:
         """Print the header and the head of the table."""
@@ -90,22 +96,27 @@ class Report:
     def add(self, row: Row) -> Row:
         self.rows.append(row)
         print(line(asdict(row), CONSOLE_COLUMNS), flush=True)
+        if self._partial is not None:
+            self._write(self._partial)
         return row
 
     @property
     def errors(self) -> int:
         return sum(row.errors for row in self.rows)
 
-    def finish(self, out: Path | None) -> int:
-        """Write the figures, unless an answer was wrong; the exit code of the run."""
-        if self.errors:
-            print(f"{self.errors} wrong or missing rows: nothing is written", file=sys.stderr)
+    def finish(self, broken: Sequence[str] = ()) -> int:
+        """Write the figures, unless an answer was wrong or something else is `broken`; the exit code of the run."""
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
+        reasons = [f"{self.errors} wrong or missing rows"] * bool(self.errors) + list(broken)
+        if reasons:
+            print(f"nothing is written: {'; '.join(reasons)}", file=sys.stderr)
             return 1
-        if out is not None:
-            self.write(out)
+        if self._out is not None:
+            self._write(self._out)
         return 0
 
-    def write(self, path: Path) -> None:
+    def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         body = {"header": self.header, "rows": [asdict(row) for row in self.rows]}
         path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

@@ -182,16 +182,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     sizes = (131_072, 1_048_576) if arguments.device != "cpu" else (4096, 16_384)
-    report = Report(arguments.device)
+    report = Report(arguments.device, arguments.out)
     row = measure(arguments.device, arguments.rows or sizes[0 if arguments.quick else 1])
     report.add(row)
-    broken = broken_promises(row)
-    if broken:
-        print(f"nothing is written: {'; '.join(broken)}", file=sys.stderr)
-        return 1
-    if arguments.out is not None:
-        report.write(arguments.out)
-    return 0
+    return report.finish(broken_promises(row))
 
 
 if __name__ == "__main__":

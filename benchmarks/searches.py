@@ -230,7 +230,7 @@ class Bench:
             )  # fmt: skip
             return timing, ""
         except (torch.OutOfMemoryError, ReferenceTooLargeError) as error:
-            return None, _without_figures(error, self.device)
+            return None, without_figures(error, self.device)
 
     def _row(
         self,
@@ -280,7 +280,8 @@ def _name(row: TopkRow) -> str:
     return f"{row.implementation} {row.dtype}"
 
 
-def _without_figures(error: Exception, device: str) -> str:
+def without_figures(error: Exception, device: str) -> str:
+    """Why a search that ran out of memory has none."""
     if isinstance(error, ReferenceTooLargeError):
         needed = f"{error.needed_bytes / 2**30:.0f} GiB of products"
         if device != "cpu" and error.needed_bytes > torch.cuda.get_device_properties(device).total_memory:
@@ -306,7 +307,7 @@ def options(description: str | None, *, quick: str, any_model: bool = True) -> a
 
 def begin(table: str, arguments: argparse.Namespace) -> Bench:
     """The run that the options ask for, its header printed."""
-    report = Report(arguments.device)
+    report = Report(arguments.device, arguments.out)
     report.start()
     if arguments.quick:
         return Bench(table, arguments.device, report, budget_s=0.5, max_repeats=5)

@@ -15,6 +15,7 @@ _ROOF_SIZE_CPU = 512  # for smoke tests
 _ROOF_PRODUCTS = 10
 _ROOF_S = 0.33
 _SETTLE_S = 0.33  # as long as the roof
+_LONG_S = 10.0
 _ROOF_REPEATS = 100  # more than fit
 
 
@@ -35,7 +36,8 @@ def measure(
     max_repeats: int = 10,
     when_warm: Callable[[], object] | None = None,
 ) -> Timing:
-    """Run once to warm up, then as often as the budget allows (at least once), and take the median.
+    """Run once to warm up, then as often as the budget allows (at least once), and take the median. A first run of more
+    than ten seconds counts itself: what it loads and compiles is lost in it.
 
     On CUDA the time is between device events and the peak is the allocator's; on a CPU the peak is reported as 0.
     when_warm: called after the warm-up; on CUDA the work alone is then kept up for a third of a second, once at least,
@@ -48,14 +50,14 @@ def measure(
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    work()
-    if on_cuda:
-        torch.cuda.synchronize()
+    first = seconds_of(work, device)
     peak = torch.cuda.max_memory_allocated() - before if on_cuda else 0
     if when_warm is not None:
         when_warm()
-        if on_cuda:
-            keep_up(work, _SETTLE_S, torch.cuda.synchronize)
+    if first > _LONG_S:
+        return Timing(first, peak, 1)
+    if when_warm is not None and on_cuda:
+        keep_up(work, _SETTLE_S, torch.cuda.synchronize)
     # the first run that is warm says how many there is time for: the one before may have compiled what it needs
     samples = [seconds_of(work, device)]
     repeats = max(1, min(max_repeats, int(budget_s / max(samples[0], 1e-6))))

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     bench.budget_s = min(bench.budget_s, 0.2)  # the answers are the point
     for name in arguments.models:
         run_model(bench, MODELS[name], arguments)
-    return bench.report.finish(arguments.out)
+    return bench.report.finish()
 
 
 if __name__ == "__main__":

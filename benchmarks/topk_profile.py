@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             for tokens in arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES):
                 for kernel in dict.fromkeys((chosen, ScoreKernel.PORTABLE)):
                     profile(bench, model, tokens, key_format, kernel)
-    return bench.report.finish(arguments.out)
+    return bench.report.finish()
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.checked_rows = arguments.checked_rows or (QUICK_CHECKED_ROWS_CPU if few else CHECKED_ROWS)
     bench = begin(TABLE, arguments)
     run(bench, arguments)
-    return bench.report.finish(arguments.out)
+    return bench.report.finish()
 
 
 if __name__ == "__main__":

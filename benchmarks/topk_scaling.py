@@ -38,7 +38,7 @@ TABLE = "topk_scaling"
 DEFAULT_MODELS = ["V4-Flash", "V4-Pro"]
 SIZES = [32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576]
 QUICK_SIZES = [32_768, 262_144]
-CHUNKED_MOST_TOKENS = 262_144
+CHUNKED_MOST_TOKENS = 1_048_576
 QUICK_TUNING_TOKENS = 65_536
 WORKSPACES_MIB = [256, 64, 16]
 # query chunk × key tile; the products of a block are chunk · heads · tile · 4 bytes: 0.5 to 17 GB
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in arguments.models:
         sizes = arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES)
         run_model(bench, MODELS[name], sizes, chunked, arguments)
-    return bench.report.finish(arguments.out)
+    return bench.report.finish()
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def main() -> int:
     rounds = arguments.rounds or (3 if arguments.quick else 7)
     # any bits but those of NaN and Inf: an upload with them is refused
     keys = np.random.default_rng(0).integers(0, 0x7F80, (total_bytes // (2 * HEAD_DIM), HEAD_DIM), np.uint16)
-    report = Report("cpu")
+    report = Report("cpu", arguments.out)
     settings = {
         "worker": {"device": arguments.device},
         "memory": {"host_budget_bytes": 3 * total_bytes},
@@ -140,7 +140,7 @@ def main() -> int:
         for kind, target in (("unix", service.address), ("tcp", service.tcp_address)):
             for row in compare(kind, bare[kind], target, keys, rounds, arguments.breakdown):
                 report.add(row)
-    return report.finish(arguments.out)
+    return report.finish()
 
 
 if __name__ == "__main__":

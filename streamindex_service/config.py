@@ -159,6 +159,9 @@ class SchedulerSettings(_Section):
     short_tile_s: Seconds = Field(
         0.003, description="tiles are cut to about so long while a higher priority band is active"
     )
+    paced_bytes_per_s: Annotated[ByteSize, Field(ge=_MIB)] = Field(
+        ByteSize(384 * _MIB), description="what streams may bring in a second while decode steps are being answered"
+    )
     active_s: Seconds = Field(1.0, description="a priority band is active for so long after each of its tiles")
     ageing_s: Seconds = Field(2.0, description="a priority band that has waited so long is given tiles in between")
     ageing_tiles: Annotated[int, Field(ge=2)] = Field(4, description="such a band gets one tile in so many")

@@ -44,6 +44,7 @@ class AttendStream(RowStream):
             block_rows=layout.rows,
             answer_row_bytes=layout.row_bytes[OUT] + layout.row_bytes[LSE],
             announced_rows=parameters.row_count,
+            band=parameters.band,
         )
 
     def _fill(self, chunk: Chunk, first: int, count: int, block: Block, block_row: int, row_offset: int) -> None:

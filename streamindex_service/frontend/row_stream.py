@@ -11,7 +11,8 @@ not read stops its own search and nothing else.
 
 Rows are checked and copied on the event loop, while they are still in the processor's cache: a tenth of a millisecond
 for 1 MiB, less than it costs to hand them to a thread and to hear of it. What one stream does there in one turn of the
-loop is bounded, and so is what all streams do (`LoopTurns`), so that a decode step does not wait for many of them.
+loop is bounded, and so is what all streams do (`LoopTurns`), so that a decode step does not wait for many of them; and
+while decode steps are on their way, streams of a lower priority hold back (`Pacing`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 
 from streamindex.framing import Chunk
 
+from streamindex_service.core.scheduler import Band
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.host_memory import Block
@@ -115,6 +117,7 @@ class RowStream(ABC):
         block_rows: int,
         answer_row_bytes: int,
         announced_rows: int,
+        band: Band,
     ) -> None:
         self._service = service
         self._writer = writer
@@ -124,6 +127,7 @@ class RowStream(ABC):
         self._answer_rows = max(1, _ANSWER_BYTES // answer_row_bytes)
         self._turn_rows = max(1, _TURN_BYTES // part_bytes[0])
         self._announced_rows = announced_rows
+        self._holds_back = band > Band.INTERACTIVE
         self._at = _Progress()
         self._changed = asyncio.Event()
         self._gather_until = 0.0  # on the loop's clock
@@ -198,13 +202,17 @@ class RowStream(ABC):
         self._at.fillings.clear()
 
     async def _read(self) -> None:
+        pacing = self._service.pacing
         while True:
+            if self._holds_back:
+                await pacing.before_reading()
             self._heard_at = self._service.clock()  # silence begins when there is somebody to listen
             message = await self._reader.next()
             if message is None:
                 break
             if not isinstance(message, Chunk):
                 raise MalformedMessageError("a header comes first and once, then chunks")
+            pacing.read(message.payload_bytes)
             await self._take(message)
         announced = self._announced_rows
         if announced and announced != self._at.received:

@@ -10,6 +10,7 @@ from streamindex.framing import Chunk
 from streamindex.v1 import search_pb2 as pb
 
 from streamindex_service.core.layers import KeyCache
+from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import MAX_POSITION, SCALE_BYTES, KeyFormat, answer_row_bytes, key_row_bytes
 from streamindex_service.core.specs import CacheSpec
 from streamindex_service.errors import InvalidArgumentError, ServiceError
@@ -59,7 +60,14 @@ class BatchSearch:
                 field="items.row_count",
                 metadata={"needed_bytes": answer_bytes, "limit_bytes": most_bytes},
             )
+        if self._parameters.band > Band.INTERACTIVE:
+            return await self._answer()
+        with self._service.pacing.step():
+            return await self._answer()
+
+    async def _answer(self) -> pb.SearchBatchResponse:
         # All appends before any search: an item may search the rows that another has appended.
+        request = self._request
         results = [pb.SearchBatchResult() for _ in request.items]
         for item, result in zip(request.items, results, strict=True):
             try:

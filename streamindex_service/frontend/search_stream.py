@@ -46,6 +46,7 @@ class SearchStream(RowStream):
             block_rows=layout.rows,
             answer_row_bytes=sizes[INDICES] + sizes[SCORES],
             announced_rows=parameters.row_count,
+            band=parameters.band,
         )
 
     def _fill(self, chunk: Chunk, first: int, count: int, block: Block, block_row: int, row_offset: int) -> None:

@@ -101,6 +101,7 @@ class UploadStream:
 
     async def _next(self) -> Any:
         """The next message. Raises SlowConsumerError; what the work on a chunk has raised, even while none comes."""
+        await self._service.pacing.before_reading()
         if self._lane.failure is not None:
             raise self._lane.failure
         self._heard_at = self._service.clock()  # silence begins when there is somebody to listen
@@ -131,6 +132,7 @@ class UploadStream:
                 return
 
     async def _take(self, chunk: Chunk) -> None:
+        self._service.pacing.read(chunk.payload_bytes)
         limit = int(self._service.settings.limits.max_chunk_bytes)
         if chunk.payload_bytes > limit:
             raise InvalidArgumentError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, attention_backward, attention_prefill
+from benchmarks import attention, attention_backward, attention_decode, attention_prefill
 from benchmarks.attention import MODELS, AttentionModel, make_attention
 from streamindex_service.ops import KvFormat
 
@@ -108,3 +108,50 @@ def test_wrong_gradients_write_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(attention_backward, "sparse_attention_backward", wrong)
     assert _backward(tmp_path / "table.json") == 1
     assert not (tmp_path / "table.json").exists()
+
+
+def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_decode, "CPU_CONTEXT", 200)
+    rows = _run(
+        attention_decode.main, tmp_path, "--models", "Tiny", "--sizes", "1", "3", "--formats", "bf16",
+        "--tokens-per-sequence", "1", "2",
+    )  # fmt: skip
+    found = {(row["sequences"], row["tokens"], row["implementation"]): row for row in rows}
+    assert set(found) == {
+        (count, count * each, name) for count in (1, 3) for each in (1, 2) for name in ("chunked", "reference")
+    }
+    row = found[3, 6, "reference"]
+    assert row["ratio_to"] == "chunked bf16"
+    assert row["checked_rows"] == 12  # both steps
+    assert row["call_s"] > 0
+    # six tokens of 40 entries, of 128 bytes and 4 · 2 · 128 FLOP each
+    assert row["gathered_bytes_s"] * row["seconds"] == pytest.approx(6 * 40 * 128)
+    assert row["useful_tflops"] * row["seconds"] * 1e12 == pytest.approx(6 * 40 * 1024)
+
+
+def test_sequences_attend_rows_of_their_own() -> None:
+    decode = attention_decode.make_decode(TINY, 3, 2, 200, KvFormat.BF16, "cpu")
+    assert decode.whole.kv.rows == 3 * 250
+    for token, row in enumerate(decode.whole.indices.view(2, 3, 2, 40).reshape(-1, 40)):
+        sequence = token // 2 % 3
+        window, chosen = row[:16] - 250 * sequence, row[16:] - 250 * sequence
+        last = int(window[-1])
+        assert window.tolist() == [*range(last - 15, last + 1)]
+        assert 100 <= last < 200
+        assert 200 <= int(chosen.min()) <= int(chosen.max()) < 200 + (last + 1) // 4
+    tokens = decode.whole.indices.view(2, 3, 2, 40)[..., 15]
+    assert (tokens[..., 1] - tokens[..., 0] == 1).all()
+
+
+def test_a_wrong_step_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention_decode.Decode.run_step
+
+    def wrong(decode: attention_decode.Decode, number: int, implementation: str, out: Tensor) -> None:
+        right(decode, 0, implementation, out)  # the last step is left out
+
+    monkeypatch.setattr(attention_decode, "CPU_CONTEXT", 200)
+    monkeypatch.setattr(attention_decode.Decode, "run_step", wrong)
+    options = ["--device", "cpu", "--models", "Tiny", "--sizes", "2", "--formats", "bf16", "--implementations"]
+    out = tmp_path / "table.json"
+    assert attention_decode.main([*options, "chunked", "--quick", "--out", str(out)]) == 1
+    assert not out.exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.harness import MODELS, Model, Report, Row
 from benchmarks.inputs import Prefill, make_prefill
 from benchmarks.judge import judge, recall_of_rows, sample_rows
@@ -37,8 +38,8 @@ def _row(**changes: object) -> TopkRow:
     return replace(row, **changes)
 
 
-def _bench() -> Bench:
-    return Bench("t", "cpu", Report("cpu"), budget_s=0.0, max_repeats=1)
+def _bench(out: Path | None = None) -> Bench:
+    return Bench("t", "cpu", Report("cpu", out), budget_s=0.0, max_repeats=1)
 
 
 def _answer(prefill: Prefill) -> torch.Tensor:
@@ -49,28 +50,37 @@ def _answer(prefill: Prefill) -> torch.Tensor:
 
 class TestGate:
     def test_wrong_rows_write_nothing(self, tmp_path: Path) -> None:
-        report = Report("cpu")
+        report = Report("cpu", tmp_path / "a.json")
         report.add(_row())
         report.add(_row(wrong_rows=1))
-        assert report.finish(tmp_path / "a.json") == 1
+        assert report.finish() == 1
         assert not list(tmp_path.iterdir())
 
+    def test_a_run_that_is_cut_off_leaves_its_rows(self, tmp_path: Path) -> None:
+        report = Report("cpu", tmp_path / "a.json")
+        report.add(_row())
+        (partial,) = tmp_path.iterdir()
+        assert partial.name == "a.json.partial"
+        assert [row["case"] for row in json.loads(partial.read_text())["rows"]] == ["a case"]
+        assert report.finish() == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
     def test_a_plain_row_is_judged_too(self, tmp_path: Path) -> None:
-        report = Report("cpu")
+        report = Report("cpu", tmp_path / "a.json")
         report.add(Row("t", "a case", "bf16", 1.0, None, None, None, None, None, 3))
-        assert report.finish(tmp_path / "a.json") == 1
+        assert report.finish() == 1
 
     def test_only_what_leaves_a_part_out_may_be_wrong(self, tmp_path: Path) -> None:
-        report = Report("cpu")
+        report = Report("cpu", tmp_path / "a.json")
         report.add(_row(wrong_rows=4, recall=0.5, left_out="merge", exact=False))
-        assert report.finish(tmp_path / "a.json") == 0
+        assert report.finish() == 0
         (written,) = json.loads((tmp_path / "a.json").read_text())["rows"]
         assert (written["wrong_rows"], written["recall"], written["exact"]) == (4, 0.5, False)
 
     def test_leaving_out_what_only_saves_time_excuses_nothing(self) -> None:
         report = Report("cpu")
         report.add(_row(wrong_rows=1, left_out="threshold filter"))
-        assert report.finish(None) == 1
+        assert report.finish() == 1
 
     def test_nothing_else_can_call_itself_inexact(self) -> None:
         with pytest.raises(ValueError, match="leaves a part out"):
@@ -89,7 +99,7 @@ class TestGate:
         bench = _bench()
         row = bench.run(make_prefill(tiny, 300, BF16, "cpu"), Search("broken", "broken", one_key_off))
         assert row.wrong_rows == 1
-        assert bench.report.finish(None) == 1
+        assert bench.report.finish() == 1
 
     def test_a_search_that_writes_nothing_is_caught(self, tiny: Model) -> None:
         bench, prefill = _bench(), make_prefill(tiny, 300, BF16, "cpu")
@@ -100,11 +110,11 @@ class TestGate:
 
 class TestRows:
     def test_form_of_a_result_file(self, tiny: Model, tmp_path: Path) -> None:
-        bench = _bench()
+        bench = _bench(tmp_path / "a.json")
         prefill = make_prefill(tiny, 400, BF16, "cpu")
         baseline = bench.run(prefill, chunked_search(64, 256))
         row = bench.run(prefill, reference_search(), baseline)
-        assert bench.report.finish(tmp_path / "a.json") == 0
+        assert bench.report.finish() == 0
         result = json.loads((tmp_path / "a.json").read_text())
         assert HEADER | {"roof_tflops_bf16"} <= set(result["header"])
         assert all(set(each) >= FIELDS for each in result["rows"])
@@ -121,7 +131,7 @@ class TestRows:
         bench = _bench()
         row = bench.run(make_prefill(tiny, 50, BF16, "cpu"), Search("large", "large", too_much, note="float32"))
         assert (row.seconds, row.wrong_rows, row.note) == (None, None, "float32, out of memory")
-        assert bench.report.finish(None) == 0
+        assert bench.report.finish() == 0
 
     def test_beyond_the_references_bound(self, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(reference.MAX_PRODUCT_BYTES, "cpu", 1000)
@@ -213,11 +223,19 @@ def test_work_is_kept_up_for_some_time_and_once_at_least(run_s: float, runs: int
 
 def test_measure_runs_once_more_than_it_counts_without_a_device() -> None:
     runs: list[str] = []
-    timing = measure(
+    found = measure(
         lambda: runs.append("run"), "cpu", budget_s=1.0, max_repeats=4, when_warm=lambda: runs.append("roof")
     )
     assert runs == ["run", "roof"] + ["run"] * 4
-    assert timing.repeats == 4
+    assert found.repeats == 4
+
+
+def test_a_run_of_many_seconds_counts_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds_of", lambda work, device: work() or 47.0)
+    runs: list[str] = []
+    found = measure(lambda: runs.append("run"), "cpu", budget_s=1000.0, when_warm=lambda: runs.append("roof"))
+    assert runs == ["run", "roof"]
+    assert (found.seconds, found.repeats) == (47.0, 1)
 
 
 def test_a_plan_is_kept_in_the_row(tiny: Model) -> None:

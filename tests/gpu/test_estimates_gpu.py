@@ -115,8 +115,11 @@ def test_tiles_take_what_the_governor_reserves(workspace_mib, budget_mib):
         with grpc.insecure_channel(service.address) as channel:
             load = server_pb2_grpc.ServerServiceStub(channel).GetLoad(server_pb2.GetLoadRequest(), timeout=30)
     memory = load.device.memory
-    assert memory.large_tiles > 0
-    assert memory.most_ratio_of_any <= 1.0, memory
-    assert memory.least_ratio >= LEAST_RATIO, memory
+    assert 0.0 < memory.most_ratio_of_any <= 1.0, memory
+    if budget_mib == 256:
+        assert memory.large_tiles == 0, "two windows of pages leave no room for a large tile"
+    else:
+        assert memory.large_tiles > 0
+        assert memory.least_ratio >= LEAST_RATIO, memory
     assert memory.failures == 0
     assert load.worker_restarts == 0

@@ -48,18 +48,21 @@ def delta_kernel(
     product *= tl.load(out + element, mask=is_head[:, None], other=0.0).to(tl.float32)
     total = tl.sum(product, axis=1)
     tl.store(delta + place, total, mask=is_head)
-    log = tl.load(lse + place, mask=is_head, other=0.0) * _LOG2E
+    log = tl.load(lse + place, mask=is_head, other=0.0)
     if HAS_SINK:
         log = tl.where(log == float("inf"), float("-inf"), log)  # nothing to attend
-        sink_log = tl.load(sink + head, mask=is_head, other=0.0) * _LOG2E
-        largest = tl.maximum(log, sink_log)
+        logit = tl.load(sink + head, mask=is_head, other=0.0)
+        largest = tl.maximum(log, logit)
         # with a sink of +inf all weights are 0, with −inf and nothing to attend there are none
         finite = (largest > float("-inf")) & (largest < float("inf"))
         shift = tl.where(finite, largest, 0.0)
-        share = tl.exp2(tl.where(finite, sink_log - shift, 0.0))
-        parts = share + tl.exp2(tl.where(finite, log - shift, 0.0))
+        # subtract, then scale: a fused multiply-add would leave the rounding of the product, 10^22 at a sink of 1e30
+        share = tl.exp2(tl.where(finite, logit - shift, 0.0) * _LOG2E)
+        parts = share + tl.exp2(tl.where(finite, log - shift, 0.0) * _LOG2E)
         tl.store(sink_terms + place, tl.where(finite, -total * (share / parts), 0.0), mask=is_head)
-        log = tl.where(finite, largest + tl.log2(parts), largest)
+        log = tl.where(finite, largest * _LOG2E + tl.log2(parts), largest)
+    else:
+        log *= _LOG2E
     tl.store(denominator + place, log, mask=is_head)
 
 

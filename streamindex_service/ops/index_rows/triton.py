@@ -1,0 +1,44 @@
+"""The operation in one kernel: a program a token. No count is a compile-time constant or specialised upon."""
+
+import torch
+import triton
+import triton.language as tl
+
+from streamindex_service.ops.index_rows.problem import Problem
+
+_BLOCK = 1024
+
+
+@triton.jit(
+    do_not_specialize=["first", "window", "top_k", "window_row", "compressed_row"],
+    do_not_specialize_on_alignment=["positions"],
+)
+def assemble_kernel(
+    found, positions, out, first, window, top_k, window_row, compressed_row, EXPLICIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid: (tokens,). found: [tokens, top_k]; positions: [tokens] int64, if EXPLICIT, else from `first` on; out:
+    [tokens, window + top_k]."""
+    token = tl.program_id(0).to(tl.int64)
+    last = tl.load(positions + token) if EXPLICIT else first + token
+    width = window + top_k
+    for start in range(0, width, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        is_local = entry < window
+        position = last - window + 1 + entry
+        row = position + window_row
+        local = tl.where((position >= 0) & (row >= 0), row, -1)
+        wanted = (entry >= window) & (entry < width)
+        index = tl.load(found + token * top_k + (entry - window), mask=wanted, other=-1)
+        chosen = tl.where(index >= 0, index + compressed_row, -1)
+        tl.store(out + token * width + entry, tl.where(is_local, local.to(tl.int32), chosen), mask=entry < width)
+
+
+def run_triton(problem: Problem) -> None:
+    """Fill the output, without waiting for the device."""
+    p = problem
+    explicit = not isinstance(p.positions, int)
+    with torch.cuda.device_of(p.found):  # kernels start on the current device, which need not be the tensors'
+        assemble_kernel[(p.tokens,)](
+            p.found, p.positions if explicit else p.found, p.out, 0 if explicit else p.positions, p.window, p.top_k,
+            p.window_row, p.compressed_row, EXPLICIT=explicit, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
