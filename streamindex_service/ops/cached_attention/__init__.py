@@ -4,7 +4,6 @@ from streamindex_service.ops.cached_attention.api import (
     ATTENTION_TERMS,
     AttentionTerms,
     attend_cached,
-    attention_indices,
 )
 from streamindex_service.ops.cached_attention.gather import GATHERS, gather_rows
 
@@ -13,6 +12,5 @@ __all__ = [
     "GATHERS",
     "AttentionTerms",
     "attend_cached",
-    "attention_indices",
     "gather_rows",
 ]

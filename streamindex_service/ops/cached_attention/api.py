@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from streamindex_service.ops.cached_attention.gather import gather_rows
+from streamindex_service.ops.index_rows import assemble_index_rows
 from streamindex_service.ops.kv_rows import KvRows
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import AttentionResult, plan_for, sparse_attention
 from streamindex_service.ops.sparse_attention.plan import MIN_WORKSPACE_BYTES
 
-# Which way of copying rows goes with which implementation of attention.
+# Which way of copying rows, and of assembling index rows, goes with which implementation of attention.
 _GATHERS = {"reference": "torch", "chunked": "torch", "triton": "triton"}
+_INDEX_ROWS = {"reference": "reference", "chunked": "reference", "triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,6 @@ ATTENTION_TERMS: Mapping[str, AttentionTerms] = MappingProxyType(
         "triton": AttentionTerms(fixed_bytes=1 << 20),
     }
 )
-
-
-def attention_indices(
-    indices: Tensor, rows: int, positions: Tensor, window: int, first_token: int, stop_token: int, window_place: int
-) -> Tensor:
-    """Rows of one buffer for window ‖ compressed entries: [tokens, window + width] int32, −1 for no row.
-
-    indices: [tokens, width] int64, of the buffer's first `rows`. positions: [tokens] int64, of the queries. The tokens
-    [first_token, stop_token) lie in the buffer from row `window_place` on; a query at position p sees those of
-    [p − window + 1, p].
-    """
-    valid = (indices >= 0) & (indices < rows)
-    compressed = torch.where(valid, indices, -1).to(torch.int32)
-    if not window:
-        return compressed
-    tokens = positions[:, None] + torch.arange(1 - window, 1, device=positions.device)[None, :]
-    seen = (tokens >= first_token) & (tokens < stop_token)
-    recent = torch.where(seen, tokens + (window_place - first_token), -1).to(torch.int32)
-    return torch.cat([recent, compressed], dim=1)
 
 
 def attend_cached(
@@ -120,8 +103,10 @@ def attend_cached(
         _copy(compressed, order, data, scales, 0, implementation)
     recent = torch.arange(first - first_window_row, stop - first_window_row, device=device)
     _copy(window_rows, recent, data, scales, count, implementation)
-    places = positions.to(device, non_blocking=True)
-    entries = attention_indices(wide, count, places, window, first, stop, count)
+    entries = assemble_index_rows(
+        torch.where((wide >= 0) & (wide < count), wide, -1).to(torch.int32), positions.to(device, non_blocking=True),
+        window=window, window_row=count - first, compressed_row=0, implementation=_INDEX_ROWS[implementation],
+    )  # fmt: skip
     if compressed.format.packed is None:
         data = data.view(torch.bfloat16)
     kv = KvRows(compressed.format, data, scales)
