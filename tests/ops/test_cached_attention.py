@@ -133,3 +133,23 @@ def test_neighbours_and_chunks_change_no_bit():
     whole = attend(slice(0, 60))  # takes all compressed rows; parts pick theirs
     for step in (1, 7, 25):
         assert torch.equal(torch.cat([attend(slice(at, at + step)) for at in range(0, 60, step)]), whole)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("width", [6, 200], ids=["picked", "all"])
+def test_the_kernels_together(width):
+    compressed, recent = drawn(300, 64, KvFormat.BF16, 10), drawn(600, 64, KvFormat.BF16, 11)
+    generator = torch.Generator().manual_seed(12)
+    q = torch.randn((2, 3, 64), generator=generator).to(torch.bfloat16)
+    indices = torch.randint(-1, 310, (2, width), generator=generator, dtype=torch.int32)
+    positions = torch.tensor([5, 560])
+    answer = attend_cached(
+        q, paged(compressed), indices, paged(recent), positions, window=20, first_window_row=0, scale=0.125, sink=None,
+        value_dim=64, implementation="triton", workspace_bytes=16 << 20, want_lse=True,
+    )  # fmt: skip
+    both = KvRows(KvFormat.BF16, torch.cat([compressed.data, recent.data]))
+    tokens = positions[:, None] - 19 + torch.arange(20)
+    named = torch.where(indices < 300, indices, -1)
+    flat = torch.cat([torch.where(tokens >= 0, tokens + 300, -1).to(torch.int32), named], dim=1).contiguous()
+    report = check_sparse_attention(answer.out, answer.lse, q, both, flat, scale=0.125, sink=None)
+    assert report.wrong_rows == 0, report
