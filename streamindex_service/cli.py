@@ -56,6 +56,14 @@ class KeyFormatName(StrEnum):
     FP32 = "fp32"
 
 
+class KvFormatName(StrEnum):
+    """Names of `KvFormat`, without importing the operations."""
+
+    BF16 = "bf16"
+    FP8_D512 = "fp8_d512"
+    FP8_D576 = "fp8_d576"
+
+
 class CommandError(Exception):
     """A failure to be told in one line; `exit_code` is the process's."""
 
@@ -100,16 +108,24 @@ def demo(
     queries: Annotated[int | None, typer.Option(min=1, help="Query rows; real data: at most 256.")] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Seeded random data of any size.")] = False,
     top_k: Annotated[int, typer.Option(min=1, max=4096, help="Indices a row.")] = 512,
-    ratio: Annotated[int, typer.Option(min=1, help="Tokens a key (synthetic).")] = 1,
+    ratio: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a key (synthetic); 1, of a pipeline 4.", show_default=False)
+    ] = None,
     heads: Annotated[int, typer.Option(min=1, max=128, help="Indexer heads (synthetic).")] = 64,
     head_dim: Annotated[int, typer.Option(min=16, max=256, help="Elements of a key (synthetic).")] = 128,
     key_format: Annotated[KeyFormatName, typer.Option(help="Format of keys and queries.")] = KeyFormatName.BF16,
     seed: Annotated[int, typer.Option(min=0, help="Of the synthetic data.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     implementation: Annotated[str, typer.Option(help="Top-k implementation by name.")] = "",
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="Index and sparse attention, on seeded random data.")
+    ] = False,
+    attention_heads: Annotated[int, typer.Option(min=1, max=128, help="Attention heads (pipeline).")] = 64,
+    window: Annotated[int, typer.Option(min=0, max=4096, help="Tokens of a window (pipeline).")] = 128,
+    kv_format: Annotated[KvFormatName, typer.Option(help="Format of KV rows (pipeline).")] = KvFormatName.BF16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    """Start the service, load a data set, search it, check the answers against the reference."""
+    """Start the service, load a data set, search it or run the pipeline, check the answers against the reference."""
     from streamindex_service.demo import DemoError, DemoOptions, run
 
     try:
@@ -126,6 +142,10 @@ def demo(
             device=device,
             implementation=implementation,
             as_json=as_json,
+            pipeline=pipeline,
+            attention_heads=attention_heads,
+            window=window,
+            kv_format=kv_format.value,
         )
         wrong_rows = run(options)
     except DemoError as error:

@@ -11,6 +11,7 @@
     ├── PoisonError                   FAILED_PRECONDITION  POISON
     ├── UploadBusyError               FAILED_PRECONDITION  UPLOAD_BUSY           may be retried
     ├── LayerChangedError             FAILED_PRECONDITION  LAYER_CHANGED
+    ├── NoKvRowsError                 FAILED_PRECONDITION  NO_KV_ROWS
     ├── UploadConflictError           ABORTED              UPLOAD_CONFLICT
     ├── OffsetGapError                OUT_OF_RANGE         OFFSET_GAP
     ├── ChecksumError                 DATA_LOSS            CHECKSUM
@@ -150,6 +151,12 @@ class LayerChangedError(ServiceError):
     """The layer is not as expected any more: an upload's rows would leave a gap, or a search would mix two states."""
 
     code, reason = Code.FAILED_PRECONDITION, "LAYER_CHANGED"
+
+
+class NoKvRowsError(ServiceError):
+    """The cache, or the layer, does not hold the rows that attention needs."""
+
+    code, reason = Code.FAILED_PRECONDITION, "NO_KV_ROWS"
 
 
 class UploadConflictError(ServiceError):

@@ -1,12 +1,13 @@
 """Chunks of tensors on the wire, read and written without passing the payload through a message object.
 
-The chunk messages of `streamindex.v1` (KeyChunk, QueryChunk, IndexChunk) are ordinary protobuf and every protobuf
-client may treat them so. Python's protobuf copies a bytes field on every read and write, which costs about a third of
-the throughput of a stream; so the Python ends of this project find the payload inside the message (`parse_*`, giving
-views of the buffer that came from the socket) and write the message around it (`encode_*`, one copy in all).
+The chunk messages of `streamindex.v1` (KeyChunk, QueryChunk, IndexChunk, AttendChunk, OutputChunk) are ordinary
+protobuf and every protobuf client may treat them so. Python's protobuf copies a bytes field on every read and write,
+which costs about a third of the throughput of a stream; so the Python ends of this project find the payload inside the
+message (`parse_*`, giving views of the buffer that came from the socket) and write the message around it (`encode_*`,
+one copy in all).
 
-All three messages have one shape, which `_ChunkLayout` holds: 1 = row_offset, 2 = row_count, then the bytes fields from
-number 3 on, then an optional fixed32 crc32c; and all three are field 2 of the message that the stream carries.
+All of them have one shape, which `_ChunkLayout` holds: 1 = row_offset, 2 = row_count, then the bytes fields from
+number 3 on, then an optional fixed32 crc32c; and all are field 2 of the message that the stream carries.
 
 Wire format: https://protobuf.dev/programming-guides/encoding/.
 """
@@ -17,15 +18,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamindex.joining import Buffer, join
-from streamindex.v1 import key_cache_pb2, search_pb2
+from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2
 
 __all__ = [
     "Chunk",
     "FramingError",
+    "encode_attend_chunk",
     "encode_index_chunk",
     "encode_key_chunk",
+    "encode_output_chunk",
     "encode_query_chunk",
     "parse_append_keys_request",
+    "parse_attend_request",
+    "parse_attend_response",
     "parse_search_request",
     "parse_search_response",
 ]
@@ -45,8 +50,9 @@ class FramingError(ValueError):
 class Chunk:
     """Whole rows of one or more tensors.
 
-    `parts` are the payloads in field order: keys, scales · q, w, positions · indices, scores. A part that is absent
-    is empty. They are views of the message's buffer and keep it alive.
+    `parts` are the payloads in field order: keys, scales · q, w, positions · indices, scores · q, index_q, index_w,
+    indices, positions · out, lse. A part that is absent is empty. They are views of the message's buffer and keep it
+    alive.
     """
 
     row_offset: int
@@ -73,6 +79,8 @@ class _ChunkLayout:
 _KEYS = _ChunkLayout(key_cache_pb2.AppendKeysRequest, ("keys", "scales"))
 _QUERIES = _ChunkLayout(search_pb2.SearchRequest, ("q", "w", "positions"))
 _INDICES = _ChunkLayout(search_pb2.SearchResponse, ("indices", "scores"))
+_ATTEND = _ChunkLayout(attention_pb2.SparseAttendRequest, ("q", "index_q", "index_w", "indices", "positions"))
+_OUTPUTS = _ChunkLayout(attention_pb2.SparseAttendResponse, ("out", "lse"))
 
 
 def parse_append_keys_request(data: bytes) -> key_cache_pb2.AppendKeysRequest | Chunk:
@@ -93,6 +101,19 @@ def parse_search_response(data: bytes) -> search_pb2.SearchResponse | Chunk:
     return message
 
 
+def parse_attend_request(data: bytes) -> attention_pb2.SparseAttendRequest | Chunk:
+    """Read a SparseAttendRequest; a chunk comes as `Chunk(parts=(q, index_q, index_w, indices, positions))`. Raises
+    FramingError."""
+    message: attention_pb2.SparseAttendRequest | Chunk = _parse(data, _ATTEND)
+    return message
+
+
+def parse_attend_response(data: bytes) -> attention_pb2.SparseAttendResponse | Chunk:
+    """Read a SparseAttendResponse; a chunk comes as `Chunk(parts=(out, lse))`. Raises FramingError."""
+    message: attention_pb2.SparseAttendResponse | Chunk = _parse(data, _OUTPUTS)
+    return message
+
+
 def encode_key_chunk(row_offset: int, row_count: int, keys: Buffer, scales: Buffer, crc32c: int) -> bytes:
     """An AppendKeysRequest with a chunk, serialised."""
     return _encode(row_offset, row_count, (keys, scales), crc32c)
@@ -108,6 +129,16 @@ def encode_query_chunk(
 def encode_index_chunk(row_offset: int, row_count: int, indices: Buffer, scores: Buffer, crc32c: int | None) -> bytes:
     """A SearchResponse with a chunk, serialised."""
     return _encode(row_offset, row_count, (indices, scores), crc32c)
+
+
+def encode_attend_chunk(row_offset: int, row_count: int, parts: tuple[Buffer, ...], crc32c: int | None) -> bytes:
+    """A SparseAttendRequest with a chunk of (q, index_q, index_w, indices, positions), serialised."""
+    return _encode(row_offset, row_count, parts, crc32c)
+
+
+def encode_output_chunk(row_offset: int, row_count: int, out: Buffer, lse: Buffer, crc32c: int | None) -> bytes:
+    """A SparseAttendResponse with a chunk, serialised."""
+    return _encode(row_offset, row_count, (out, lse), crc32c)
 
 
 def _parse(data: bytes, layout: _ChunkLayout) -> Any:

@@ -6,13 +6,22 @@
         for part in cache.search(layer=0, q=q, w=w, top_k=512, start_position=0):
             part.indices                                                # [rows, top_k] int32
 
-The protocol is written once, without I/O (`operations`, `upload`, `search`, `retry`); `sync_driver` and `aio_driver`
-interpret it.
+A cache made with a `KvSpec` holds KV rows too, over which `sparse_attend` computes attention.
+
+The protocol is written once, without I/O (`operations`, `upload`, `row_session`, `retry`); `sync_driver` and
+`aio_driver` interpret it.
 """
 
-from streamindex_client.aio_client import AsyncClient, AsyncKeyCache, AsyncSearchStream, connect_async
+from streamindex_client.aio_client import (
+    AsyncAttendStream,
+    AsyncClient,
+    AsyncKeyCache,
+    AsyncSearchStream,
+    connect_async,
+)
+from streamindex_client.attend import AttendPart, AttendSummary
 from streamindex_client.batch import BatchItem, BatchResult
-from streamindex_client.client import Client, KeyCache, SearchStream, connect
+from streamindex_client.client import AttendStream, Client, KeyCache, SearchStream, connect
 from streamindex_client.errors import (
     AuthenticationError,
     CancelledCallError,
@@ -38,13 +47,14 @@ from streamindex_client.errors import (
     UploadConflictError,
     WorkerLostError,
 )
-from streamindex_client.formats import KeyFormat, Priority, ResultOrder, SearchMode
-from streamindex_client.handles import SearchResult
+from streamindex_client.formats import KeyFormat, KvFormat, Priority, ResultOrder, SearchMode
+from streamindex_client.handles import AttendResult, SearchResult
 from streamindex_client.model import (
     Capabilities,
     Implementation,
     KeyCacheInfo,
     KeyCacheSpec,
+    KvSpec,
     Ledger,
     Load,
     UploadState,
@@ -53,9 +63,14 @@ from streamindex_client.options import ClientOptions, RetryPolicy
 from streamindex_client.search import SearchPart, SearchSummary
 
 __all__ = [
+    "AsyncAttendStream",
     "AsyncClient",
     "AsyncKeyCache",
     "AsyncSearchStream",
+    "AttendPart",
+    "AttendResult",
+    "AttendStream",
+    "AttendSummary",
     "AuthenticationError",
     "BatchItem",
     "BatchResult",
@@ -76,6 +91,8 @@ __all__ = [
     "KeyCacheInfo",
     "KeyCacheSpec",
     "KeyFormat",
+    "KvFormat",
+    "KvSpec",
     "Ledger",
     "Load",
     "NonFiniteError",

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
 from streamindex_client import operations
+from streamindex_client.attend import AttendPart
+from streamindex_client.attend_requests import attend_source
 from streamindex_client.batch import BatchItem, BatchResult, build_batch
-from streamindex_client.formats import KeyFormat, Priority, ResultOrder, SearchMode
-from streamindex_client.handles import CacheHandle, Collector, SearchResult, cache_spec
+from streamindex_client.formats import KeyFormat, Priority, ResultOrder, RowKind, SearchMode
+from streamindex_client.handles import (
+    AttendCollector,
+    AttendResult,
+    CacheHandle,
+    Collector,
+    SearchResult,
+    cache_spec,
+)
 from streamindex_client.options import ClientOptions
-from streamindex_client.requests import search_source
+from streamindex_client.requests import chosen_rows, search_source
 from streamindex_client.retry import Environment
+from streamindex_client.search import SearchPart
 from streamindex_client.sync_driver import SyncDriver
 from streamindex_client.target import channel_options, grpc_target
 from streamindex_client.watch import watch_load
@@ -20,11 +30,15 @@ from streamindex_client.watch import watch_load
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
+    from typing import Self
 
-    from streamindex_client.model import Capabilities, KeyCacheInfo, Load, UploadState
-    from streamindex_client.search import SearchPart, SearchSession, SearchSummary
+    from streamindex_client.attend import AttendSession, AttendSummary
+    from streamindex_client.model import Capabilities, KeyCacheInfo, KvSpec, Load, UploadState
+    from streamindex_client.search import SearchSession, SearchSummary
 
-__all__ = ["Client", "KeyCache", "SearchStream", "connect"]
+__all__ = ["AttendStream", "Client", "KeyCache", "SearchStream", "connect"]
+
+_Part = TypeVar("_Part")
 
 
 def connect(
@@ -81,10 +95,13 @@ class Client:
         expected_keys: int = 0,
         idle_ttl_s: int = 0,
         priority: Priority | str = Priority.STANDARD,
+        kv: KvSpec | None = None,
         timeout: float | None = None,
     ) -> KeyCache:
         """Make an empty cache; see `KeyCacheSpec` for the arguments. Raises ResourceExhaustedError, InputError."""
-        spec = cache_spec(heads, head_dim, ratio, key_format, layers, convention, expected_keys, idle_ttl_s, priority)
+        spec = cache_spec(
+            heads, head_dim, ratio, key_format, layers, convention, expected_keys, idle_ttl_s, priority, kv
+        )
         return KeyCache(self, self._driver.run(operations.create_key_cache(self._env, spec, timeout)))
 
     def open_key_cache(self, cache_id: str, *, timeout: float | None = None) -> KeyCache:
@@ -138,21 +155,20 @@ class Client:
         self._driver.run(operations.wait_ready(self._env, timeout))
 
 
-class SearchStream:
-    """The answer of a search, part by part; also a context manager. `summary` is complete after the last part."""
+class _PartStream(Generic[_Part]):
+    """The answer of a call, part by part; also a context manager."""
 
-    def __init__(self, session: SearchSession, parts: Any) -> None:
-        self._session = session
+    def __init__(self, parts: Any) -> None:
         self._parts = parts
 
-    def __iter__(self) -> Iterator[SearchPart]:
+    def __iter__(self) -> Iterator[_Part]:
         return self
 
-    def __next__(self) -> SearchPart:
-        part: SearchPart = next(self._parts)
+    def __next__(self) -> _Part:
+        part: _Part = next(self._parts)
         return part
 
-    def __enter__(self) -> SearchStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -160,14 +176,35 @@ class SearchStream:
     ) -> None:
         self.close()
 
-    @property
-    def summary(self) -> SearchSummary:
-        """What is known of the search so far."""
-        return self._session.summary
-
     def close(self) -> None:
         """Cancel what is not answered yet."""
         self._parts.close()
+
+
+class SearchStream(_PartStream[SearchPart]):
+    """The answer of a search, part by part; also a context manager. `summary` is complete after the last part."""
+
+    def __init__(self, session: SearchSession, parts: Any) -> None:
+        super().__init__(parts)
+        self._session = session
+
+    @property
+    def summary(self) -> SearchSummary:
+        """What is known of the call so far."""
+        return self._session.summary
+
+
+class AttendStream(_PartStream[AttendPart]):
+    """The answer of attention, part by part; also a context manager. `summary` is complete after the last part."""
+
+    def __init__(self, session: AttendSession, parts: Any) -> None:
+        super().__init__(parts)
+        self._session = session
+
+    @property
+    def summary(self) -> AttendSummary:
+        """What is known of the call so far."""
+        return self._session.summary
 
 
 class KeyCache(CacheHandle):
@@ -181,32 +218,38 @@ class KeyCache(CacheHandle):
         self,
         *,
         layer: int,
-        keys: Any,
+        keys: Any = None,
+        kv_rows: Any = None,
+        window_rows: Any = None,
         scales: Any = None,
         first_row: int | None = None,
         progress: Callable[[int, int], object] | None = None,
         resume_upload_id: str | None = None,
         timeout: float | None = None,
     ) -> int:
-        """Write keys [keys, head_dim] in the cache's format; the layer's length afterwards.
+        """Write rows of one kind of a layer, exactly one of `keys`, `kv_rows` and `window_rows`; its length afterwards.
 
-        `scales` [keys] float32 for FP8_E4M3. `first_row` None: at the layer's length. `progress(done_rows,
+        keys [keys, head_dim] in the cache's format, with `scales` [keys] float32 for FP8_E4M3. kv_rows, one for each
+        key, and window_rows, one a token, [rows, key_dim] bf16 (or uint16), or [rows, bytes] uint8 in a packed format,
+        for FP8_D512 with `scales` [rows, 8] uint8. `first_row` None: at the present length. `progress(done_rows,
         total_rows)` is called as the server acknowledges rows. Nothing is visible before all is. A broken connection
-        is resumed; an error carries `metadata["upload_id"]`, which with the same keys as `resume_upload_id` goes on
+        is resumed; an error carries `metadata["upload_id"]`, which with the same rows as `resume_upload_id` goes on
         later. Raises InputError, NonFiniteError, DataLossError, UploadConflictError, ResourceExhaustedError.
         """
+        tensors = {RowKind.KEYS: keys, RowKind.KV: kv_rows, RowKind.WINDOW: window_rows}
+        kind, rows = chosen_rows(self.info.spec, tensors, scales)
         operation = operations.append_keys(
             self._client._env,
             self.info,
             layer=layer,
-            keys=keys,
-            scales=scales,
+            kind=kind,
+            rows=rows,
             first_row=first_row,
             progress=progress,
             resume_upload_id=resume_upload_id,
             timeout_s=timeout,
         )
-        return self._note_length(layer, self._client._driver.run(operation))
+        return self._note_length(layer, self._client._driver.run(operation), kind)
 
     def search(
         self,
@@ -258,15 +301,87 @@ class KeyCache(CacheHandle):
                 collector.add(part)
             return collector.result()
 
-    def truncate(self, keys: int, *, layer: int | None = None, timeout: float | None = None) -> None:
-        """Shorten a layer, or all, to at most `keys`."""
-        client = self._client
-        self._info = client._driver.run(operations.truncate_keys(client._env, self.info, keys, layer, timeout))
+    def sparse_attend(
+        self,
+        *,
+        layer: int,
+        q: Any,
+        index_q: Any = None,
+        index_w: Any = None,
+        top_k: int | None = None,
+        indices: Any = None,
+        start_position: int | None = None,
+        positions: Any = None,
+        window: int = 0,
+        scale: float,
+        sink: Any = None,
+        want_lse: bool = False,
+        priority: Priority | str | None = None,
+        convention: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
+        timeout: float | None = None,
+    ) -> AttendStream:
+        """Attention of every query row over its window and the KV rows of its indices, part by part.
 
-    def fork(self, *, keys: int | None = None, timeout: float | None = None) -> KeyCache:
-        """A new cache that shares this one's rows, of each layer at most `keys`."""
+        q [rows, heads, key_dim] bf16 (or uint16), and `start_position` or `positions` [rows]. The indices are those
+        that a search with index_q [rows, indexer heads, head_dim] and index_w [rows, indexer heads] float32 finds, with
+        `top_k`; or `indices` [rows, entries], of which -1 and what is out of range contribute nothing. `window` tokens
+        up to the query's own, 0 for none. `scale` of the logits; `sink` [heads], a logit that adds to the denominator.
+        `want_lse`: the log-sum-exp comes too. `progress(done_rows, total_rows)`, total 0 when unknown.
+
+        Or q an iterator of chunks, (q, index_q, index_w) with top_k or (q, indices) with `indices` the number of
+        entries, and positions last where there is no start_position; it is held and sent as in `search`.
+
+        Raises InputError at once; FailedPreconditionError (NO_KV_ROWS), NonFiniteError, WorkerLostError (after the
+        retries), DeadlineError while iterating, as well as what the iterator raises.
+        """
+        source = attend_source(
+            self._client._env,
+            self.info,
+            layer=layer,
+            q=q,
+            index_q=index_q,
+            index_w=index_w,
+            top_k=top_k,
+            indices=indices,
+            start_position=start_position,
+            positions=positions,
+            window=window,
+            scale=scale,
+            sink=sink,
+            want_lse=want_lse,
+            priority=priority,
+            convention=convention,
+        )
+        operation = operations.sparse_attend(self._client._env, source.session, timeout, progress)
+        return AttendStream(source.session, self._client._driver.events(operation, source.blocks))
+
+    def sparse_attend_all(self, **arguments: Any) -> AttendResult:
+        """`sparse_attend` with the same arguments, as one result of all rows."""
+        with self.sparse_attend(**arguments) as stream:
+            collector = AttendCollector(stream._session)
+            for part in stream:
+                collector.add(part)
+            return collector.result()
+
+    def truncate(
+        self, keys: int, *, layer: int | None = None, window_rows: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Shorten a layer, or all, to at most `keys` keys and KV rows.
+
+        `window_rows` None: to as many tokens as go with so many keys.
+        """
         client = self._client
-        return KeyCache(client, client._driver.run(operations.fork_key_cache(client._env, self.info, keys, timeout)))
+        operation = operations.truncate_keys(client._env, self.info, keys, layer, window_rows, timeout)
+        self._info = client._driver.run(operation)
+
+    def fork(
+        self, *, keys: int | None = None, window_rows: int | None = None, timeout: float | None = None
+    ) -> KeyCache:
+        """A new cache that shares this one's rows, of each layer as many as `truncate` would leave; None is all."""
+        client = self._client
+        operation = operations.fork_key_cache(client._env, self.info, keys, window_rows, timeout)
+        return KeyCache(client, client._driver.run(operation))
 
     def delete(self, *, timeout: float | None = None) -> None:
         """Drop the cache; searches that run keep the rows they started with."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf import message_factory
-from streamindex.v1 import key_cache_pb2, search_pb2, server_pb2
+from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2, server_pb2
 
 __all__ = [
     "APPEND_KEYS",
@@ -21,6 +21,7 @@ __all__ = [
     "REQUEST_ID",
     "SEARCH",
     "SEARCH_BATCH",
+    "SPARSE_ATTEND",
     "TRUNCATE_KEYS",
     "WATCH_LOAD",
     "Method",
@@ -54,6 +55,7 @@ APPEND_KEYS = _method(key_cache_pb2, "KeyCacheService", "AppendKeys")
 QUERY_UPLOAD = _method(key_cache_pb2, "KeyCacheService", "QueryUpload")
 SEARCH = _method(search_pb2, "SearchService", "Search")
 SEARCH_BATCH = _method(search_pb2, "SearchService", "SearchBatch")
+SPARSE_ATTEND = _method(attention_pb2, "AttentionService", "SparseAttend")
 GET_CAPABILITIES = _method(server_pb2, "ServerService", "GetCapabilities")
 GET_LOAD = _method(server_pb2, "ServerService", "GetLoad")
 WATCH_LOAD = _method(server_pb2, "ServerService", "WatchLoad")

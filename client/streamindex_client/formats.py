@@ -5,11 +5,11 @@ from __future__ import annotations
 from enum import Enum, StrEnum
 from typing import TypeVar
 
-from streamindex.v1 import types_pb2
+from streamindex.v1 import key_cache_pb2, types_pb2
 
 from streamindex_client.errors import InputError
 
-__all__ = ["KeyFormat", "Priority", "ResultOrder", "SearchMode", "member"]
+__all__ = ["KeyFormat", "KvFormat", "Priority", "ResultOrder", "RowKind", "SearchMode", "member"]
 
 
 class KeyFormat(StrEnum):
@@ -54,6 +54,53 @@ _DTYPE_NAMES = {
     KeyFormat.FP32: ("float32",),
     KeyFormat.FP8_E4M3: ("float8_e4m3fn", "uint8"),
 }
+
+
+class KvFormat(StrEnum):
+    """Element format of KV rows and window rows.
+
+    BF16: [rows, key_dim]. FP8_D512: [rows, 576] bytes and, as scales, [rows, 8] bytes. FP8_D576: [rows, 656] bytes.
+    """
+
+    BF16 = "bf16"
+    FP8_D512 = "fp8_d512"
+    FP8_D576 = "fp8_d576"
+
+    @property
+    def row_bytes(self) -> int | None:
+        """Bytes of a packed row, without the scales beside it; None for rows of elements."""
+        return {KvFormat.BF16: None, KvFormat.FP8_D512: 576, KvFormat.FP8_D576: 656}[self]
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales beside a row."""
+        return 8 if self is KvFormat.FP8_D512 else 0
+
+    @property
+    def wire(self) -> types_pb2.KvFormat:
+        """Its number on the wire."""
+        number: types_pb2.KvFormat = types_pb2.KvFormat.Value(f"KV_FORMAT_{self.name}")
+        return number
+
+    @classmethod
+    def from_wire(cls, number: int) -> KvFormat | None:
+        """The format of a number; None for one that this version does not know."""
+        return next((each for each in cls if each.wire == number), None)
+
+
+class RowKind(StrEnum):
+    """Which rows of a layer an upload writes: index keys, KV rows (one for each key), window rows (one a token)."""
+
+    KEYS = "keys"
+    KV = "kv_rows"
+    WINDOW = "window_rows"
+
+    @property
+    def wire(self) -> key_cache_pb2.RowKind:
+        """Its number on the wire."""
+        names = {RowKind.KEYS: "KEYS", RowKind.KV: "KV", RowKind.WINDOW: "WINDOW"}
+        number: key_cache_pb2.RowKind = key_cache_pb2.RowKind.Value(f"ROW_KIND_{names[self]}")
+        return number
 
 
 class ResultOrder(StrEnum):

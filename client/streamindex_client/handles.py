@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamindex_client.formats import KeyFormat, Priority, member
-from streamindex_client.model import KeyCacheInfo, KeyCacheSpec
+from streamindex_client.formats import KeyFormat, Priority, RowKind, member
+from streamindex_client.model import KeyCacheInfo, KeyCacheSpec, KvSpec
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from streamindex_client.attend import AttendPart, AttendSession, AttendSummary
     from streamindex_client.search import SearchPart, SearchSession, SearchSummary
 
-__all__ = ["CacheHandle", "Collector", "SearchResult", "cache_spec"]
+__all__ = ["AttendCollector", "AttendResult", "CacheHandle", "Collector", "SearchResult", "cache_spec"]
 
 
 def cache_spec(
@@ -28,12 +29,13 @@ def cache_spec(
     expected_keys: int,
     idle_ttl_s: int,
     priority: Priority | str,
+    kv: KvSpec | None = None,
 ) -> KeyCacheSpec:
     """The spec of a cache to make. Raises InputError for an unknown format or priority."""
     known_format = member(KeyFormat, "key_format", key_format)
     known_priority = member(Priority, "priority", priority)
     return KeyCacheSpec(
-        heads, head_dim, ratio, known_format, layers, convention, expected_keys, idle_ttl_s, known_priority
+        heads, head_dim, ratio, known_format, layers, convention, expected_keys, idle_ttl_s, known_priority, kv
     )
 
 
@@ -57,14 +59,23 @@ class CacheHandle:
         """Keys of a layer, as last known; this handle's own appends and truncations are counted."""
         return self._info.layer_keys[layer]
 
+    def kv_length(self, layer: int) -> int:
+        """KV rows of a layer, as last known."""
+        return self._info.layer_kv_rows[layer]
+
+    def window_length(self, layer: int) -> int:
+        """Window rows of a layer, as last known."""
+        return self._info.layer_window_rows[layer]
+
     def __repr__(self) -> str:
         """Without the id, which is a secret of its caller."""
         return f"<{type(self).__name__} {self._info.id[:4]}… {self._info.spec}>"
 
-    def _note_length(self, layer: int, keys: int) -> int:
-        lengths = self._info.layer_keys
-        self._info = replace(self._info, layer_keys=(*lengths[:layer], keys, *lengths[layer + 1 :]))
-        return keys
+    def _note_length(self, layer: int, rows: int, kind: RowKind = RowKind.KEYS) -> int:
+        lengths = self._info.lengths(kind)
+        changed = (*lengths[:layer], rows, *lengths[layer + 1 :])
+        self._info = self._info.with_lengths(kind, changed)
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,36 @@ class Collector:
             None if scores is None else _joined(scores, self._session.empty(shape, np.dtype("<f4"))),
             self._session.summary,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class AttendResult:
+    """All answer rows of attention: `out` [rows, heads, value_dim] in q's type, `lse` [rows, heads] float32 or None."""
+
+    out: Any
+    lse: Any
+    summary: AttendSummary
+
+
+class AttendCollector:
+    """Puts the parts of a call of attention together."""
+
+    def __init__(self, session: AttendSession) -> None:
+        self._session = session
+        self._parts: list[AttendPart] = []
+
+    def add(self, part: AttendPart) -> None:
+        """Take the next part."""
+        self._parts.append(part)
+
+    def result(self) -> AttendResult:
+        """All rows, in the kind that the parts have."""
+        parts, session = self._parts, self._session
+        empty = session.outputs(np.empty((0, session.heads, session.value_dim), "<u2"))
+        lse = None
+        if session.header.want_lse:
+            lse = _joined([part.lse for part in parts], session.empty((0, session.heads), np.dtype("<f4")))
+        return AttendResult(_joined([part.out for part in parts], empty), lse, session.summary)
 
 
 def _joined(pieces: list[Any], empty: Any) -> Any:

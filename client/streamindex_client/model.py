@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from streamindex.v1 import key_cache_pb2
 
 from streamindex_client.errors import ProtocolError
-from streamindex_client.formats import KeyFormat, Priority, member
+from streamindex_client.formats import KeyFormat, KvFormat, Priority, RowKind, member
 from streamindex_client.tensors import unsigned
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "Implementation",
     "KeyCacheInfo",
     "KeyCacheSpec",
+    "KvSpec",
     "Ledger",
     "Load",
     "UploadState",
@@ -28,11 +29,45 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
+class KvSpec:
+    """KV rows and window rows of a cache: `key_dim` elements of a key, of which the first `value_dim` are the value,
+    shared by `heads` query heads of attention."""
+
+    kv_format: KvFormat | str
+    key_dim: int
+    value_dim: int
+    heads: int
+
+    def to_wire(self) -> key_cache_pb2.KvSpec:
+        """As a message. Raises InputError naming an argument that is no number of its kind or no valid name."""
+        return key_cache_pb2.KvSpec(
+            kv_format=self.format.wire,
+            key_dim=unsigned("kv.key_dim", self.key_dim, 32, 1),
+            value_dim=unsigned("kv.value_dim", self.value_dim, 32, 1),
+            heads=unsigned("kv.heads", self.heads, 32, 1),
+        )
+
+    @property
+    def format(self) -> KvFormat:
+        """The format, by whatever it was named. Raises InputError."""
+        return member(KvFormat, "kv.kv_format", self.kv_format)
+
+    @classmethod
+    def from_wire(cls, spec: key_cache_pb2.KvSpec) -> KvSpec:
+        """From a message. Raises ProtocolError for a format that this version does not know."""
+        kv_format = KvFormat.from_wire(spec.kv_format)
+        if kv_format is None:
+            raise ProtocolError(f"the cache has KV format {spec.kv_format}, which this version does not know")
+        return cls(kv_format, spec.key_dim, spec.value_dim, spec.heads)
+
+
+@dataclass(frozen=True, slots=True)
 class KeyCacheSpec:
     """What a cache is; fixed for its life.
 
     `heads` of the queries, `head_dim` elements of a key, `ratio` tokens a key, `expected_keys` a layer (0: unknown),
-    `idle_ttl_s` (0: the server's default). Limits are the server's: see `Capabilities.limits`.
+    `idle_ttl_s` (0: the server's default), `kv` None where it holds index keys alone. Limits are the server's: see
+    `Capabilities.limits`.
     """
 
     heads: int
@@ -44,6 +79,7 @@ class KeyCacheSpec:
     expected_keys: int = 0
     idle_ttl_s: int = 0
     priority: Priority = Priority.STANDARD
+    kv: KvSpec | None = None
 
     def to_wire(self) -> key_cache_pb2.KeyCacheSpec:
         """As a message. Raises InputError naming an argument that is no number of its kind or no valid name."""
@@ -57,6 +93,7 @@ class KeyCacheSpec:
             expected_keys=unsigned("expected_keys", self.expected_keys, 64),
             idle_ttl_s=unsigned("idle_ttl_s", self.idle_ttl_s, 32),
             priority=member(Priority, "priority", self.priority).wire,
+            kv=None if self.kv is None else self.kv.to_wire(),
         )
 
     @classmethod
@@ -75,12 +112,13 @@ class KeyCacheSpec:
             spec.expected_keys,
             spec.idle_ttl_s,
             Priority.from_wire(spec.priority),
+            KvSpec.from_wire(spec.kv) if spec.HasField("kv") else None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class KeyCacheInfo:
-    """A cache's state when the server last told it."""
+    """A cache's state when the server last told it. The last two are empty where it holds index keys alone."""
 
     id: str
     spec: KeyCacheSpec
@@ -88,13 +126,40 @@ class KeyCacheInfo:
     host_bytes: int
     resident_bytes: int
     spilled_bytes: int = 0
+    layer_kv_rows: tuple[int, ...] = ()
+    layer_window_rows: tuple[int, ...] = ()
+
+    def lengths(self, kind: RowKind) -> tuple[int, ...]:
+        """Rows of one kind, layer by layer."""
+        return {
+            RowKind.KEYS: self.layer_keys,
+            RowKind.KV: self.layer_kv_rows,
+            RowKind.WINDOW: self.layer_window_rows,
+        }[kind]
+
+    def with_lengths(self, kind: RowKind, lengths: tuple[int, ...]) -> KeyCacheInfo:
+        """The same with other lengths of one kind."""
+        if kind is RowKind.KEYS:
+            return replace(self, layer_keys=lengths)
+        if kind is RowKind.KV:
+            return replace(self, layer_kv_rows=lengths)
+        return replace(self, layer_window_rows=lengths)
 
     @classmethod
     def from_wire(cls, cache: key_cache_pb2.KeyCache) -> KeyCacheInfo:
         """From a message. Raises ProtocolError."""
         spec = KeyCacheSpec.from_wire(cache.spec)
         lengths = (*cache.layer_keys, *(0 for _ in range(spec.layers - len(cache.layer_keys))))
-        return cls(cache.id, spec, lengths, cache.host_bytes, cache.resident_bytes, cache.spilled_bytes)
+        return cls(
+            cache.id,
+            spec,
+            lengths,
+            cache.host_bytes,
+            cache.resident_bytes,
+            cache.spilled_bytes,
+            tuple(cache.layer_kv_rows),
+            tuple(cache.layer_window_rows),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +189,8 @@ class Capabilities:
     implementations: tuple[Implementation, ...]
     key_formats: tuple[KeyFormat, ...]
     limits: dict[str, int] = field(default_factory=dict)
+    attention_implementation: str = ""
+    kv_formats: tuple[KvFormat, ...] = ()
 
     @classmethod
     def from_wire(cls, answer: server_pb2.GetCapabilitiesResponse) -> Capabilities:
@@ -138,6 +205,8 @@ class Capabilities:
             ),
             _formats(answer.key_formats),
             {name: getattr(answer.limits, name) for name in answer.limits.DESCRIPTOR.fields_by_name},
+            answer.attention_implementation,
+            tuple(known for number in answer.kv_formats if (known := KvFormat.from_wire(number)) is not None),
         )
 
 

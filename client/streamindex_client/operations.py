@@ -11,16 +11,20 @@ from streamindex_client import contract
 from streamindex_client.effects import Call, Close, Emit, Notify, Open, Operation, Read, Sleep
 from streamindex_client.errors import DeadlineError, NotFoundError, StreamIndexError, UnavailableError
 from streamindex_client.model import Capabilities, KeyCacheInfo, KeyCacheSpec, Load, UploadState
-from streamindex_client.requests import check_layer, key_rows, upload_start
+from streamindex_client.requests import check_layer, upload_start
 from streamindex_client.tensors import unsigned
 from streamindex_client.upload import UploadSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from streamindex_client.attend import AttendSession
     from streamindex_client.batch import BatchRequest, BatchResult
+    from streamindex_client.formats import RowKind
     from streamindex_client.retry import Deadline, Environment
+    from streamindex_client.row_session import RowSession
     from streamindex_client.search import SearchSession
+    from streamindex_client.upload import KeyRows
 
 __all__ = [
     "append_keys",
@@ -34,6 +38,7 @@ __all__ = [
     "query_upload",
     "search",
     "search_batch",
+    "sparse_attend",
     "truncate_keys",
     "wait_ready",
 ]
@@ -102,23 +107,32 @@ def delete_key_cache(env: Environment, cache_id: str, timeout_s: float | None) -
 
 
 def truncate_keys(
-    env: Environment, info: KeyCacheInfo, keys: int, layer: int | None, timeout_s: float | None
+    env: Environment,
+    info: KeyCacheInfo,
+    keys: int,
+    layer: int | None,
+    window_rows: int | None,
+    timeout_s: float | None,
 ) -> Operation[KeyCacheInfo]:
     """Shorten a layer, or all."""
     request = key_cache_pb2.TruncateKeysRequest(key_cache_id=info.id, keys=unsigned("keys", keys, 64))
     if layer is not None:
         request.layer = check_layer(layer, info.spec)
+    if window_rows is not None:
+        request.window_rows = unsigned("window_rows", window_rows, 64)
     answer = yield from unary(env, contract.TRUNCATE_KEYS, request, env.deadline(timeout_s))
     return KeyCacheInfo.from_wire(answer.key_cache)
 
 
 def fork_key_cache(
-    env: Environment, info: KeyCacheInfo, keys: int | None, timeout_s: float | None
+    env: Environment, info: KeyCacheInfo, keys: int | None, window_rows: int | None, timeout_s: float | None
 ) -> Operation[KeyCacheInfo]:
     """Make a cache that shares rows. Not idempotent: tried again only where the server offers it."""
     request = key_cache_pb2.ForkKeyCacheRequest(key_cache_id=info.id)
     if keys is not None:
         request.keys = unsigned("keys", keys, 64)
+    if window_rows is not None:
+        request.window_rows = unsigned("window_rows", window_rows, 64)
     answer = yield from unary(env, contract.FORK_KEY_CACHE, request, env.deadline(timeout_s), idempotent=False)
     return KeyCacheInfo.from_wire(answer.key_cache)
 
@@ -170,16 +184,39 @@ def search_batch(env: Environment, batch: BatchRequest, timeout_s: float | None)
 
 def search(env: Environment, session: SearchSession, timeout_s: float | None) -> Operation[None]:
     """Emits the parts of the answer; a broken stream is followed by one for the rows not answered."""
+    return _rows(env, contract.SEARCH, session, timeout_s, None)
+
+
+def sparse_attend(
+    env: Environment,
+    session: AttendSession,
+    timeout_s: float | None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Operation[None]:
+    """The same of attention; `progress` is told the rows answered, and those that there are, 0 when unknown."""
+    return _rows(env, contract.SPARSE_ATTEND, session, timeout_s, progress)
+
+
+def _rows(
+    env: Environment,
+    method: contract.Method,
+    session: RowSession,
+    timeout_s: float | None,
+    progress: Callable[[int, int], object] | None,
+) -> Operation[None]:
+    total = session.header.row_count
     deadline = env.deadline(timeout_s)
     retrier = env.retrier(deadline)
     while True:
         try:
             session.begin()
-            yield Open(contract.SEARCH, session, deadline.remaining_s())
+            yield Open(method, session, deadline.remaining_s())
             while not session.done:
                 part = session.receive((yield Read()))
                 if part is not None:
                     retrier.progress()
+                    if progress is not None:
+                        yield Notify(progress, session.answered_rows, total)
                     yield Emit(part)
         except StreamIndexError as error:
             yield Close()
@@ -196,24 +233,24 @@ def append_keys(
     info: KeyCacheInfo,
     *,
     layer: int,
-    keys: Any,
-    scales: Any,
+    kind: RowKind,
+    rows: KeyRows,
     first_row: int | None,
     progress: Callable[[int, int], object] | None,
     resume_upload_id: str | None,
     timeout_s: float | None,
 ) -> Operation[int]:
-    """Write rows; the layer's length afterwards. A broken stream is resumed at the rows that the server holds."""
-    rows = key_rows(info.spec, keys, scales)
+    """Write rows of one kind; its length in the layer afterwards. A broken stream is resumed at the rows that the
+    server holds."""
     check_layer(layer, info.spec)
     deadline = env.deadline(timeout_s)
     if not rows.count or (first_row is None and not resume_upload_id):
         request = key_cache_pb2.GetKeyCacheRequest(key_cache_id=info.id)
         answer = yield from unary(env, contract.GET_KEY_CACHE, request, deadline)
-        first_row = KeyCacheInfo.from_wire(answer.key_cache).layer_keys[layer]
+        first_row = KeyCacheInfo.from_wire(answer.key_cache).lengths(kind)[layer]
         if not rows.count:
             return first_row
-    start = upload_start(info, layer, first_row or 0, rows.count)
+    start = upload_start(info, layer, first_row or 0, rows.count, kind)
     session = UploadSession(start, rows, env.options.chunk_bytes, resume_upload_id or "")
     try:
         yield from _upload(env, session, deadline, progress)
@@ -224,7 +261,7 @@ def append_keys(
     if session.layer_keys is None:  # the commit was seen by QueryUpload, which does not tell the length
         request = key_cache_pb2.GetKeyCacheRequest(key_cache_id=info.id)
         answer = yield from unary(env, contract.GET_KEY_CACHE, request, deadline)
-        return KeyCacheInfo.from_wire(answer.key_cache).layer_keys[layer]
+        return KeyCacheInfo.from_wire(answer.key_cache).lengths(kind)[layer]
     return session.layer_keys
 
 

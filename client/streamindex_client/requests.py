@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from streamindex.v1 import key_cache_pb2, search_pb2
 
 from streamindex_client.errors import InputError
-from streamindex_client.formats import Priority, ResultOrder, SearchMode, member
+from streamindex_client.formats import Priority, ResultOrder, RowKind, SearchMode, member
 from streamindex_client.search import QueryBlock, SearchSession
 from streamindex_client.tensors import float_rows, is_tensor, maker_like, position_rows, unsigned
 from streamindex_client.upload import KeyRows
@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from streamindex_client.model import KeyCacheInfo, KeyCacheSpec
     from streamindex_client.retry import Environment
 
-__all__ = ["SearchSource", "check_layer", "key_rows", "query_block", "search_source", "upload_start"]
+__all__ = [
+    "SearchSource",
+    "check_iterator",
+    "check_layer",
+    "chosen_rows",
+    "key_rows",
+    "kv_rows",
+    "place_rows",
+    "query_block",
+    "search_source",
+    "upload_start",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,32 @@ def key_rows(spec: KeyCacheSpec, keys: Any, scales: Any) -> KeyRows:
     if scales is None:
         return KeyRows(rows)
     return KeyRows(rows, float_rows("scales", scales, (rows.count,), ("float32",), "keys"))
+
+
+def kv_rows(spec: KeyCacheSpec, kind: RowKind, rows: Any, scales: Any) -> KeyRows:
+    """KV rows or window rows: [rows, key_dim] bf16, or [rows, bytes] uint8 of a packed format, and for FP8_D512 scales
+    [rows, 8] uint8."""
+    if spec.kv is None:
+        raise InputError(kind.value, "the cache holds index keys alone")
+    kv_format = spec.kv.format
+    width, names = kv_format.row_bytes or spec.kv.key_dim, ("uint8",) if kv_format.row_bytes else ("bfloat16", "uint16")
+    found = float_rows(kind.value, rows, (None, width), names, "rows bytes" if kv_format.row_bytes else "rows key_dim")
+    if bool(kv_format.scale_bytes) != (scales is not None):
+        raise InputError("scales", f"are {'required' if scales is None else 'not used'} with {kv_format.value}")
+    if scales is None:
+        return KeyRows(found)
+    return KeyRows(found, float_rows("scales", scales, (found.count, kv_format.scale_bytes), ("uint8",), "rows bytes"))
+
+
+def chosen_rows(spec: KeyCacheSpec, tensors: dict[RowKind, Any], scales: Any) -> tuple[RowKind, KeyRows]:
+    """What an append writes: the one of these that is not None."""
+    given = [kind for kind, tensor in tensors.items() if tensor is not None]
+    if len(given) != 1:
+        names = ", ".join(kind.value for kind in tensors)
+        raise InputError(given[1].value if given else "keys", f"give exactly one of {names}")
+    kind = given[0]
+    tensor = tensors[kind]
+    return kind, key_rows(spec, tensor, scales) if kind is RowKind.KEYS else kv_rows(spec, kind, tensor, scales)
 
 
 def query_block(spec: KeyCacheSpec, q: Any, w: Any, positions: Any) -> QueryBlock:
@@ -86,15 +123,8 @@ def search_source(
     )
     if priority is not None:
         header.priority = member(Priority, "priority", priority).wire
-    if start_position is not None:
-        header.start_position = unsigned("start_position", start_position, 63)
-    else:
-        header.explicit_positions = True
-    if start_position is not None and positions is not None:
-        raise InputError("positions", "give start_position or positions, not both")
+    place_rows(header, q, start_position, positions)
     if is_tensor(q):
-        if start_position is None and positions is None:
-            raise InputError("start_position", "give start_position, or positions, one for each row of q")
         block = query_block(spec, q, w, positions)
         header.row_count = block.q.count
         session = SearchSession(header, env.options, lambda checked: checked)
@@ -103,10 +133,27 @@ def search_source(
         return SearchSource(session, None)
     if w is not None or positions is not None:
         raise InputError("w" if w is not None else "positions", "comes inside the chunks when q is an iterator of them")
-    if not hasattr(q, "__iter__") and not hasattr(q, "__aiter__"):
-        raise InputError("q", f"got {type(q).__name__}, expected a tensor or an iterator of (q, w[, positions]) chunks")
+    check_iterator(q, "(q, w[, positions])")
     explicit = start_position is None
     return SearchSource(SearchSession(header, env.options, lambda chunk: _chunk(spec, chunk, explicit)), q)
+
+
+def place_rows(header: Any, q: Any, start_position: int | None, positions: Any) -> None:
+    """Where the rows of a call stand."""
+    if start_position is not None:
+        header.start_position = unsigned("start_position", start_position, 63)
+    else:
+        header.explicit_positions = True
+    if start_position is not None and positions is not None:
+        raise InputError("positions", "give start_position or positions, not both")
+    if is_tensor(q) and start_position is None and positions is None:
+        raise InputError("start_position", "give start_position, or positions, one for each row of q")
+
+
+def check_iterator(q: Any, wanted: str) -> None:
+    """That it can be iterated, asynchronously or not."""
+    if not hasattr(q, "__iter__") and not hasattr(q, "__aiter__"):
+        raise InputError("q", f"got {type(q).__name__}, expected a tensor or an iterator of {wanted} chunks")
 
 
 def _chunk(spec: KeyCacheSpec, chunk: Any, explicit: bool) -> QueryBlock:
@@ -116,11 +163,14 @@ def _chunk(spec: KeyCacheSpec, chunk: Any, explicit: bool) -> QueryBlock:
     return query_block(spec, chunk[0], chunk[1], chunk[2] if explicit else None)
 
 
-def upload_start(info: KeyCacheInfo, layer: int, first_row: int, rows: int) -> key_cache_pb2.AppendKeysHeader.Start:
+def upload_start(
+    info: KeyCacheInfo, layer: int, first_row: int, rows: int, kind: RowKind = RowKind.KEYS
+) -> key_cache_pb2.AppendKeysHeader.Start:
     """The header of a new upload."""
     return key_cache_pb2.AppendKeysHeader.Start(
         key_cache_id=info.id,
         layer=check_layer(layer, info.spec),
         first_row=unsigned("first_row", first_row, 64),
         row_count=rows,
+        row_kind=kind.wire,
     )

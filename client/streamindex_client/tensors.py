@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["Rows", "float_rows", "is_tensor", "maker_like", "position_rows", "unsigned"]
+__all__ = [
+    "Rows",
+    "bf16_maker_like",
+    "float_rows",
+    "index_rows",
+    "is_tensor",
+    "maker_like",
+    "position_rows",
+    "unsigned",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,34 @@ def maker_like(value: Any) -> Callable[[npt.NDArray[Any]], Any]:
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 
     return make
+
+
+def bf16_maker_like(value: Any) -> Callable[[npt.NDArray[Any]], Any]:
+    """How to hand out the bits of bf16, as uint16, to a caller who passed `value`, of bf16 or of its bits: in its own
+    element type."""
+    if not _is_torch(value):
+        dtype = value.dtype if isinstance(value, np.ndarray) else np.asarray(value).dtype
+        return lambda array: array.view(dtype)
+    make, dtype = maker_like(value), value.dtype
+    # torch knows int16 in every version, and reads it as any type of the same width
+    return lambda array: make(array.view("<i2")).view(dtype)
+
+
+def index_rows(argument: str, value: Any, count: int, width: int | None) -> Rows:
+    """Indices [count, width] of any integer type as int32 rows. Raises InputError for another shape, or for one that
+    int32 does not hold."""
+    if _is_torch(value):
+        value = value.detach().cpu().numpy()
+    array: npt.NDArray[Any] = np.asarray(value)
+    if array.ndim != 2 or len(array) != count or (width is not None and array.shape[1] != width):
+        wanted = "any" if width is None else str(width)
+        raise InputError(argument, f"has shape {list(array.shape)}, expected [rows, entries] = [{count}, {wanted}]")
+    if array.dtype.kind not in "iu":
+        raise InputError(argument, f"has dtype {array.dtype.name}, expected an integer type")
+    bounds = np.iinfo(np.int32)
+    if array.size and (int(array.min()) < bounds.min or int(array.max()) > bounds.max):
+        raise InputError(argument, "holds a number that int32 does not")
+    return Rows(np.ascontiguousarray(array, np.int32), count, 4 * array.shape[1])
 
 
 def _unchanged(array: npt.NDArray[Any]) -> Any:

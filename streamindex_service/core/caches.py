@@ -1,4 +1,4 @@
-"""Key caches: what callers hold, as pages of host memory.
+"""All key caches: made, found, changed and dropped, and the host memory that their pages take.
 
 A page is immutable once it is visible: a commit puts new pages in the place of old ones (copy on write), so whoever
 holds a snapshot of a layer keeps reading what it started with, a fork shares pages by counting references, and a copy
@@ -11,16 +11,19 @@ import contextlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from streamindex_service.core.accounts import NO_QUOTA, Account, Accounts, Quota
+from streamindex_service.core.accounts import NO_QUOTA, Accounts, Quota
+from streamindex_service.core.layers import KeyCache, Layer, Page, Snapshot
 from streamindex_service.core.pages import PagePool, PageSlot
-from streamindex_service.core.sizes import PAGE_KEYS, KeyFormat, page_bytes, pages_of
+from streamindex_service.core.sizes import PAGE_KEYS, pages_of
+from streamindex_service.core.specs import CacheSpec, RowKind
 from streamindex_service.errors import (
     CacheNotFoundError,
     HostMemoryError,
     InvalidArgumentError,
     LayerChangedError,
+    NoKvRowsError,
     TooManyError,
 )
 
@@ -40,183 +43,6 @@ class Watermarks:
 
 
 NO_WATERMARKS = Watermarks()
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSpec:
-    """What a cache is; fixed for its life."""
-
-    heads: int
-    head_dim: int
-    ratio: int
-    key_format: KeyFormat
-    layers: int
-    convention: str
-    expected_keys: int
-    idle_ttl_s: float
-    priority: int
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page of this cache's keys."""
-        return page_bytes(self.key_format, self.head_dim)
-
-
-@dataclass(slots=True, eq=False)
-class Layer:
-    """One layer: a length and its pages. `version` changes with everything that changes what a search would see.
-
-    `resident_pages` is how many of its pages are on the device, `spilled_pages` how many are on disk and not in host
-    memory. `cache_id` names the cache that it belongs to. `snapshot_pages` are the pages as all snapshots share them,
-    so that what is known of them need not be found out anew for each search: None until the next snapshot.
-    """
-
-    cache_id: str = ""
-
-    length_keys: int = 0
-    pages: list[Page] = field(default_factory=list)
-    version: int = 1
-    resident_pages: int = 0
-    spilled_pages: int = 0
-    snapshot_pages: tuple[Page, ...] | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Page:
-    """256 keys in host memory, or spilled to disk, and where they lie on the device, if they do.
-
-    `layer` and `forks` are the layers that show it; searches that only hold it are counted in `references`, copies from
-    host memory to the device that have not ended in `copies`. Exactly one of `host` and `spilled` is a place;
-    `crc32c` is of the bytes on disk.
-    """
-
-    host: PageSlot | None
-    page_bytes: int
-    account: Account
-    layer: Layer | None
-    references: int = 1
-    device: PageSlot | None = None
-    pins: int = 0  # searches that use the device copy now
-    forks: dict[Layer, None] | None = None
-    spilled: PageSlot | None = None
-    crc32c: int = 0
-    copies: int = 0
-
-    @property
-    def in_host(self) -> PageSlot:
-        """Its place in host memory, where whoever uses it has seen to it that it has one."""
-        assert self.host is not None, "a page in use is on disk"
-        return self.host
-
-    @property
-    def idle(self) -> bool:
-        """Whether layers show it and nobody uses it."""
-        return self.references == self.shown > 0 and not self.pins and not self.copies
-
-    @property
-    def shown(self) -> int:
-        """Layers that show it."""
-        return (self.layer is not None) + len(self.forks or ())
-
-    def spill(self, slot: PageSlot, checksum: int) -> PageSlot:
-        """It is on disk from now on; gives its place in host memory, to be freed."""
-        freed, self.host = self.in_host, None
-        self.spilled, self.crc32c = slot, checksum
-        self._count_spilled(1)
-        return freed
-
-    def restore(self, slot: PageSlot) -> PageSlot:
-        """It is in host memory again; gives its place on disk, to be freed."""
-        assert self.spilled is not None, "a page is brought back that was never spilled"
-        freed, self.spilled = self.spilled, None
-        self.host = slot
-        self._count_spilled(-1)
-        return freed
-
-    def place(self, slot: PageSlot) -> None:
-        """It is on the device now."""
-        assert self.device is None, "a page has two places"
-        self.device = slot
-        self._count(1)
-
-    def displace(self) -> None:
-        """It is not any more."""
-        self.device = None
-        self._count(-1)
-
-    def show_in(self, layer: Layer) -> None:
-        """One more layer has it."""
-        if self.layer is None:
-            self.layer = layer
-        else:
-            self.forks = self.forks or {}
-            self.forks[layer] = None
-        layer.resident_pages += self.device is not None
-        layer.spilled_pages += self.spilled is not None
-
-    def hide_from(self, layer: Layer) -> None:
-        """A layer has it no more."""
-        if self.layer is layer:
-            self.layer = None
-        else:
-            assert self.forks is not None, "a page is not in this layer"
-            del self.forks[layer]
-        layer.resident_pages -= self.device is not None
-        layer.spilled_pages -= self.spilled is not None
-
-    def layers(self) -> Iterator[Layer]:
-        """The layers that show it."""
-        if self.layer is not None:
-            yield self.layer
-        yield from self.forks or ()
-
-    def _count(self, pages: int) -> None:
-        for layer in self.layers():
-            layer.resident_pages += pages
-
-    def _count_spilled(self, pages: int) -> None:
-        for layer in self.layers():
-            layer.spilled_pages += pages
-
-
-@dataclass(slots=True, eq=False)
-class Snapshot:
-    """A layer as it was at one moment; holds references on its pages until it is released."""
-
-    spec: CacheSpec
-    length_keys: int
-    pages: tuple[Page, ...]
-    version: int
-
-
-@dataclass(slots=True, eq=False)
-class KeyCache:
-    """A cache and its layers."""
-
-    cache_id: str
-    owner: str
-    spec: CacheSpec
-    layers: list[Layer]
-    created: int  # order of creation
-    used_at: float
-    record_bytes: int  # of the host, beside the pages
-    busy: int = 0  # calls that name it now: it does not expire under them
-    deleted: bool = False
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of its pages in host memory, shared ones counted in full."""
-        return sum(len(layer.pages) - layer.spilled_pages for layer in self.layers) * self.spec.page_bytes
-
-    @property
-    def spilled_bytes(self) -> int:
-        """Bytes of its pages that are on disk, shared ones counted in full."""
-        return sum(layer.spilled_pages for layer in self.layers) * self.spec.page_bytes
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of its pages that are on the device."""
-        return sum(layer.resident_pages for layer in self.layers) * self.spec.page_bytes
 
 
 class CacheStore:
@@ -266,7 +92,9 @@ class CacheStore:
                 f"the server holds {self._max_caches} key caches, as many as it may",
                 metadata={"key_caches": len(self._caches), "limit": self._max_caches},
             )
-        record_bytes = CACHE_RECORD_BYTES + spec.layers * LAYER_RECORD_BYTES + shared_pages * FORKED_PAGE_BYTES
+        record_bytes = (
+            CACHE_RECORD_BYTES + len(spec.kinds) * spec.layers * LAYER_RECORD_BYTES + shared_pages * FORKED_PAGE_BYTES
+        )
         self.require_room(spec.page_bytes, record_bytes, self.watermarks.critical)
         account = self.accounts.of(owner)
         account.open_cache()
@@ -278,8 +106,11 @@ class CacheStore:
         self._created += 1
         now = self._clock()
         cache_id = self._new_id()
-        layers = [Layer(cache_id) for _ in range(spec.layers)]
-        cache = KeyCache(cache_id, owner, spec, layers, self._created, now, record_bytes)
+        layers, kv_layers, window_layers = (
+            [Layer(cache_id, spec.form(kind).page_bytes) for _ in range(spec.layers) if kind in spec.kinds]
+            for kind in RowKind
+        )
+        cache = KeyCache(cache_id, owner, spec, layers, kv_layers, window_layers, self._created, now, record_bytes)
         self._caches[cache_id] = cache
         self.by_use[cache] = None
         self._owned.setdefault(owner, {})[cache.cache_id] = cache
@@ -323,7 +154,7 @@ class CacheStore:
         if not owned:
             del self._owned[cache.owner]
         cache.deleted = True
-        for layer in cache.layers:
+        for layer in cache.all_layers:
             self._let_go(layer, 0, len(layer.pages))
             layer.length_keys = 0
         self.host.ledger.release(cache.record_bytes)
@@ -335,42 +166,62 @@ class CacheStore:
         """Every cache that was idle for its time to live."""
         return [cache for cache in self._caches.values() if self._expired(cache)]
 
-    def truncate(self, cache: KeyCache, keys: int, layer_index: int | None) -> None:
-        """Shorten one layer, or all. Raises InvalidArgumentError for a layer that does not exist."""
-        layers = cache.layers if layer_index is None else [self.layer(cache, layer_index)]
-        for layer in layers:
-            if keys < layer.length_keys:
-                self._let_go(layer, pages_of(keys), len(layer.pages))
-                layer.length_keys = keys
-                layer.version += 1
+    def truncate(self, cache: KeyCache, keys: int, layer_index: int | None, window_rows: int | None = None) -> None:
+        """Shorten one layer, or all: index keys and KV rows to `keys`, window rows to `window_rows`, by default to all
+        that may go with so many keys. Raises InvalidArgumentError for a layer that does not exist."""
+        if layer_index is not None:
+            self.layer(cache, layer_index)
+        for kind in cache.spec.kinds:
+            layers = cache.of_kind(kind)
+            length = self._length_of(cache, kind, keys, window_rows)
+            for layer in layers if layer_index is None else [layers[layer_index]]:
+                if length < layer.length_keys:
+                    self._let_go(layer, pages_of(length), len(layer.pages))
+                    layer.length_keys = length
+                    layer.version += 1
 
-    def fork(self, cache: KeyCache, keys: int | None) -> KeyCache:
-        """Make a cache that shares this one's pages. Raises TooManyError, HostMemoryError."""
-        lengths = [layer.length_keys if keys is None else min(keys, layer.length_keys) for layer in cache.layers]
+    def fork(self, cache: KeyCache, keys: int | None, window_rows: int | None = None) -> KeyCache:
+        """Make a cache that shares this one's pages, up to the lengths that `truncate` would leave; None is all.
+
+        Raises TooManyError, HostMemoryError.
+        """
+        most = {
+            kind: self._length_of(cache, kind, keys, window_rows)
+            for kind in cache.spec.kinds
+            if keys is not None or (kind is RowKind.WINDOW and window_rows is not None)
+        }
+        lengths = {
+            kind: [min(layer.length_keys, most.get(kind, layer.length_keys)) for layer in cache.of_kind(kind)]
+            for kind in cache.spec.kinds
+        }
         with self.kept(cache):
-            twin = self.create(cache.owner, cache.spec, sum(map(pages_of, lengths)))
-        for source, target, length in zip(cache.layers, twin.layers, lengths, strict=True):
-            target.length_keys = length
-            target.pages = source.pages[: pages_of(length)]
-            for page in target.pages:
-                page.references += 1
-                page.show_in(target)
+            twin = self.create(cache.owner, cache.spec, sum(pages_of(n) for each in lengths.values() for n in each))
+        for kind in cache.spec.kinds:
+            for source, target, length in zip(cache.of_kind(kind), twin.of_kind(kind), lengths[kind], strict=True):
+                target.length_keys = length
+                target.pages = source.pages[: pages_of(length)]
+                for page in target.pages:
+                    page.references += 1
+                    page.show_in(target)
         return twin
 
-    def layer(self, cache: KeyCache, index: int) -> Layer:
-        """A layer by number. Raises InvalidArgumentError."""
+    def layer(self, cache: KeyCache, index: int, kind: RowKind = RowKind.KEYS) -> Layer:
+        """Rows of one kind, of a layer by number. Raises InvalidArgumentError; NoKvRowsError when the cache has none
+        of that kind."""
         if not 0 <= index < len(cache.layers):
             raise InvalidArgumentError(f"layer must be below {len(cache.layers)}", field="layer")
-        return cache.layers[index]
+        if kind not in cache.spec.kinds:
+            raise NoKvRowsError("the cache holds index keys alone")
+        return cache.of_kind(kind)[index]
 
-    def snapshot(self, cache: KeyCache, layer_index: int) -> Snapshot:
-        """Hold a layer as it is now; `release_snapshot` lets it go. Raises InvalidArgumentError."""
-        layer = self.layer(cache, layer_index)
-        assert not layer.spilled_pages, "a search begins on keys that are not in host memory"
+    def snapshot(self, cache: KeyCache, layer_index: int, kind: RowKind = RowKind.KEYS) -> Snapshot:
+        """Hold rows as they are now; `release_snapshot` lets them go. Raises InvalidArgumentError, NoKvRowsError."""
+        layer = self.layer(cache, layer_index, kind)
+        assert not layer.spilled_pages, "a search begins on rows that are not in host memory"
         if layer.snapshot_pages is None:
             layer.snapshot_pages = tuple(layer.pages)
         self.hold(layer.snapshot_pages)
-        return Snapshot(cache.spec, layer.length_keys, layer.snapshot_pages, layer.version)
+        return Snapshot(cache.spec, layer.length_keys, layer.snapshot_pages, layer.version, kind)
 
     def release_snapshot(self, snapshot: Snapshot) -> None:
         """Let go of a snapshot."""
@@ -396,7 +247,7 @@ class CacheStore:
             )
         first_page = first_row // PAGE_KEYS
         account = self.accounts.of(cache.owner)
-        pages = [Page(slot, cache.spec.page_bytes, account, layer) for slot in staged]
+        pages = [Page(slot, layer.page_bytes, account, layer) for slot in staged]
         self._let_go(layer, first_page, first_page + len(pages))
         layer.pages[first_page:first_page] = pages
         layer.snapshot_pages = None
@@ -441,6 +292,14 @@ class CacheStore:
                 "budget_bytes": ledger.limit_bytes,
             },
         )
+
+    @staticmethod
+    def _length_of(cache: KeyCache, kind: RowKind, keys: int | None, window_rows: int | None) -> int:
+        """The length of rows of one kind that goes with so many keys, of which window rows may be told apart."""
+        if kind is RowKind.WINDOW and window_rows is not None:
+            return window_rows
+        assert keys is not None
+        return cache.spec.window_rows_of(keys) if kind is RowKind.WINDOW else keys
 
     def _expired(self, cache: KeyCache) -> bool:
         return cache.busy == 0 and self._clock() - cache.used_at >= cache.spec.idle_ttl_s

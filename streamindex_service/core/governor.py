@@ -21,8 +21,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from streamindex_service.core.caches import Page, Snapshot
 from streamindex_service.core.estimates import DeviceSpeed
+from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.meter import Meter
 from streamindex_service.core.residency import Residency
@@ -57,7 +57,8 @@ class GovernorLimits:
 class Need:
     """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory.
 
-    estimate_bytes: of device memory, what it would use if it had all that it can use.
+    estimate_bytes: of device memory, what it would use if it had all that it can use. speed: what its operation has
+    shown; None: what searches have.
     """
 
     pages: Sequence[Page]
@@ -66,6 +67,7 @@ class Need:
     flop: int
     size_bytes: int = 0
     estimate_bytes: int = 0
+    speed: DeviceSpeed | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +80,7 @@ class OpenSearch:
     turns: int = 0
     grants: int = 0
     used: dict[int, Sequence[Page]] = field(default_factory=dict)  # what its turns had pinned, by identity
-    page_set: PageSet | None = None  # that it came for last
+    page_sets: dict[DeviceSpeed | None, PageSet] = field(default_factory=dict)  # that each operation came for last
 
 
 @dataclass(slots=True, eq=False)
@@ -223,8 +225,8 @@ class Governor:
         assert not search.grants, "a search ends and the device still works for it"
         for pages in search.used.values():
             self.residency.let_go(pages)
-        if search.page_set is not None:
-            self.working_set.go(search.page_set, to_another=False)
+        for page_set in search.page_sets.values():
+            self.working_set.go(page_set, to_another=False)
         self._open.remove(search)
 
     def request(
@@ -238,11 +240,11 @@ class Governor:
     ) -> SearchTurn:
         """Queue a turn. Exactly one of `granted` and `refused` is called, perhaps at once, unless it is cancelled."""
         promotion_s = self.speed.promotion_s(self.residency.missing_bytes(need.pages))
-        page_set = self._page_set(search, need.pages)
+        page_set = self._page_set(search, need)
         turn = SearchTurn(
             search.caller,
             search.band,
-            self.speed.seconds(need.flop) + promotion_s,
+            self._speed_of(need).seconds(need.flop) + promotion_s,
             need.size_bytes,
             self._clock(),
             promotion_s,
@@ -263,8 +265,13 @@ class Governor:
         """A turn that still waits has become larger."""
         assert turn.waiting
         turn.need = need
-        cost_s = self.speed.seconds(need.flop) + turn.promotion_s
+        cost_s = self._speed_of(need).seconds(need.flop) + turn.promotion_s
         self.scheduler.reprice(turn, cost_s, need.size_bytes, turn.promotion_s)
+
+    def let_go(self, search: OpenSearch, pages: Sequence[Page]) -> None:
+        """The search has no more use for these pages, but for turns that have them now."""
+        if self.residency.let_go(pages):
+            search.used.pop(id(pages), None)
 
     def cancel(self, turn: SearchTurn) -> None:
         """A turn waits no longer; nobody is told."""
@@ -288,7 +295,7 @@ class Governor:
         if not self._grants:
             self._idle_since = self._clock()
         if device_s is not None:
-            self.speed.observe(turn.need.flop, device_s)
+            self._speed_of(turn.need).observe(turn.need.flop, device_s)
             self.meter.tile_done(grant.waited_s, device_s, turn.band)
             self.meter.memory.add(peak_bytes, min(turn.need.estimate_bytes, grant.workspace_bytes))
         if self._resume_when_idle and not self._grants:
@@ -371,16 +378,19 @@ class Governor:
             return True
         return len(before) < self.limits.max_device_turns and sum(before) + turn.cost_s <= self.limits.ahead_s
 
-    def _page_set(self, search: OpenSearch, pages: Sequence[Page]) -> PageSet | None:
-        """What a turn for these pages is for; the search has left what it was for before."""
+    def _page_set(self, search: OpenSearch, need: Need) -> PageSet | None:
+        """What a turn is for; the search has left what the same operation was for before."""
+        pages = need.pages
         size_bytes = pages[0].page_bytes * len(pages) if pages else 0
         page_set = self.working_set.ask(pages, search.band, self.speed.promotion_s(size_bytes), self._clock())
-        if page_set is not search.page_set:
-            if search.page_set is not None:
-                self.working_set.go(search.page_set, to_another=True)
+        before = search.page_sets.pop(need.speed, None)
+        if page_set is not before:
+            if before is not None:
+                self.working_set.go(before, to_another=True)
             if page_set is not None:
                 self.working_set.come(page_set)
-            search.page_set = page_set
+        if page_set is not None:
+            search.page_sets[need.speed] = page_set
         return page_set
 
     def _page_set_is_done(self, turn: SearchTurn) -> None:
@@ -484,6 +494,9 @@ class Governor:
         self._grants.add(grant)
         self._in_flight_s += turn.cost_s
         return grant
+
+    def _speed_of(self, need: Need) -> DeviceSpeed:
+        return need.speed or self.speed
 
     def _leave_queue(self, turn: SearchTurn) -> None:
         self.scheduler.remove(turn)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from streamindex_service.core.caches import Page
+from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 
@@ -83,10 +83,11 @@ class Residency:
         if not pinned.tiles:
             self._idle[id(pages)] = pinned
 
-    def let_go(self, pages: Sequence[Page]) -> None:
-        """No tile will come for them any more: the search is over."""
+    def let_go(self, pages: Sequence[Page]) -> bool:
+        """No tile will come for them any more; False: there is one that uses them."""
         if id(pages) in self._idle:
             self._let_go(self._idle[id(pages)])
+        return id(pages) not in self._pinned
 
     def evict_all(self) -> None:
         """Drop every page that is not pinned, kept or not."""

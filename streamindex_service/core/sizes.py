@@ -7,6 +7,7 @@ Declared sizes come from callers and may be anything up to 2^64 - 1. Every produ
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 from streamindex_service.errors import InvalidArgumentError
 
@@ -18,6 +19,8 @@ GATE_BYTES = 4
 POSITION_BYTES = 8
 INDEX_BYTES = 4
 SCORE_BYTES = 4
+LSE_BYTES = 4
+BF16_BYTES = 2
 
 
 class KeyFormat(enum.IntEnum):
@@ -44,6 +47,51 @@ class KeyFormat(enum.IntEnum):
         return self is KeyFormat.FP8_E4M3
 
 
+class KvFormat(enum.IntEnum):
+    """Formats of KV rows, with the numbers of `streamindex.v1.KvFormat`."""
+
+    BF16 = 1
+    FP8_D512 = 2
+    FP8_D576 = 3
+
+    @classmethod
+    def of(cls, number: int) -> KvFormat | None:
+        """The format with this number, if there is one."""
+        return next((member for member in cls if member == number), None)
+
+    @property
+    def key_dim(self) -> int | None:
+        """Elements of a key of a packed format; None where the cache says how many."""
+        return {KvFormat.BF16: None, KvFormat.FP8_D512: 512, KvFormat.FP8_D576: 576}[self]
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """How rows of one kind lie in a page: 256 rows, then, where there are any, the scales of these rows."""
+
+    row_bytes: int
+    scale_bytes: int = 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return PAGE_KEYS * (self.row_bytes + self.scale_bytes)
+
+    @classmethod
+    def of_keys(cls, key_format: KeyFormat, head_dim: int) -> RowForm:
+        """Index keys."""
+        return cls(key_row_bytes(key_format, head_dim), SCALE_BYTES if key_format.has_scales else 0)
+
+    @classmethod
+    def of_kv(cls, kv_format: KvFormat, key_dim: int) -> RowForm:
+        """KV rows and window rows."""
+        return {
+            KvFormat.BF16: cls(BF16_BYTES * key_dim),
+            KvFormat.FP8_D512: cls(576, 8),
+            KvFormat.FP8_D576: cls(656),
+        }[kv_format]
+
+
 def product(field: str, *factors: int) -> int:
     """Multiply sizes. Raises InvalidArgumentError naming `field` when the product passes 2^63 - 1."""
     result = 1
@@ -57,11 +105,6 @@ def product(field: str, *factors: int) -> int:
 def key_row_bytes(key_format: KeyFormat, head_dim: int) -> int:
     """Bytes of one key row, its scale apart."""
     return key_format.element_bytes * head_dim
-
-
-def page_bytes(key_format: KeyFormat, head_dim: int) -> int:
-    """Bytes of a page: 256 key rows, then, where the format has them, 256 float32 scales."""
-    return PAGE_KEYS * (key_row_bytes(key_format, head_dim) + (SCALE_BYTES if key_format.has_scales else 0))
 
 
 def pages_of(keys: int) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from streamindex_service.core.caches import CacheStore, KeyCache, Page
+from streamindex_service.core.caches import CacheStore
+from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.errors import ExceedsBudgetError
 
@@ -140,5 +141,5 @@ class Spill:
 
 
 def _pages(cache: KeyCache) -> Iterator[Page]:
-    for layer in cache.layers:
+    for layer in cache.all_layers:
         yield from layer.pages

@@ -10,9 +10,11 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from streamindex_service.core.caches import CacheStore, KeyCache, Layer
+from streamindex_service.core.caches import CacheStore
+from streamindex_service.core.layers import KeyCache, Layer
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.core.sizes import PAGE_KEYS
+from streamindex_service.core.specs import RowKind
 from streamindex_service.errors import (
     InvalidArgumentError,
     OffsetGapError,
@@ -26,7 +28,7 @@ _RECLAIM_S = 1.0  # between two looks for what has expired, when memory is short
 
 @dataclass(slots=True, eq=False)
 class Upload:
-    """Rows [first_row, first_row + row_count) of a layer, of which `rows_held` have arrived.
+    """Rows [first_row, first_row + row_count) of one kind of a layer, of which `rows_held` have arrived.
 
     `keys_crc32c` and `scales_crc32c` are running checksums of the rows held.
     """
@@ -38,6 +40,7 @@ class Upload:
     first_row: int
     row_count: int
     touched_at: float
+    kind: RowKind = RowKind.KEYS
     rows_held: int = 0
     keys_crc32c: int = 0
     scales_crc32c: int = 0
@@ -98,20 +101,31 @@ class UploadTable:
         """Uploads that hold rows or may."""
         return len(self._uploads) - len(self._committed)
 
-    def start(self, cache: KeyCache, layer_index: int, first_row: int, row_count: int, max_layer_keys: int) -> Upload:
-        """Open an upload. Raises InvalidArgumentError, OffsetGapError, TooManyError, HostMemoryError."""
-        layer = self._store.layer(cache, layer_index)
+    def start(
+        self,
+        cache: KeyCache,
+        layer_index: int,
+        first_row: int,
+        row_count: int,
+        max_layer_keys: int,
+        kind: RowKind = RowKind.KEYS,
+    ) -> Upload:
+        """Open an upload of rows of one kind.
+
+        Raises InvalidArgumentError, NoKvRowsError, OffsetGapError, TooManyError, HostMemoryError.
+        """
+        layer = self._store.layer(cache, layer_index, kind)
         if row_count < 1:
             raise InvalidArgumentError("row_count must be at least 1", field="header.start.row_count")
         if first_row + row_count > max_layer_keys:
             raise InvalidArgumentError(
-                f"a layer may have {max_layer_keys} keys",
+                f"a layer may have {max_layer_keys} rows of a kind",
                 field="header.start.row_count",
                 metadata={"limit": max_layer_keys},
             )
         if first_row > layer.length_keys:
             raise OffsetGapError(
-                f"the layer has {layer.length_keys} keys; rows are written at or before its end",
+                f"the layer has {layer.length_keys} such rows; rows are written at or before its end",
                 field="header.start.first_row",
                 metadata={"expected_row_offset": layer.length_keys},
             )
@@ -120,8 +134,8 @@ class UploadTable:
                 f"{self._max_uploads} uploads are open, as many as may be", metadata={"limit": self._max_uploads}
             )
         with self._store.kept(cache):
-            self._store.require_room(cache.spec.page_bytes, cache.spec.page_bytes, self._store.watermarks.high)
-        upload = Upload(self._new_id(), cache.owner, cache, layer, first_row, row_count, self._clock())
+            self._store.require_room(layer.page_bytes, layer.page_bytes, self._store.watermarks.high)
+        upload = Upload(self._new_id(), cache.owner, cache, layer, first_row, row_count, self._clock(), kind)
         self._uploads[upload.upload_id] = upload
         return upload
 
@@ -155,7 +169,7 @@ class UploadTable:
         """
         critical = self._store.watermarks.critical
         last_page, _ = upload.place(rows - 1)
-        page_bytes = upload.cache.spec.page_bytes
+        page_bytes = upload.layer.page_bytes
         while (missing := last_page + 1 - len(upload.staged)) > 0:
             account = self._store.accounts.of(upload.owner)
             most = min(account.room(page_bytes, missing), self._store.pages_below(critical, page_bytes))
@@ -204,7 +218,7 @@ class UploadTable:
         for slot in upload.staged:
             self._store.host.free(slot)
         account = self._store.accounts.of(upload.owner)
-        account.take(-len(upload.staged) * upload.cache.spec.page_bytes)
+        account.take(-len(upload.staged) * upload.layer.page_bytes)
         self._store.accounts.forget_if_empty(account)
         upload.staged = []
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamindex_service.core.caches import Page, Snapshot
+from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.sizes import PAGE_KEYS
 
 # A window takes so much of what is left beside the smallest workspace: the next can come while this one is searched,

@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamindex_service.core.caches import Page
+from streamindex_service.core.layers import Page
 from streamindex_service.core.scheduler import Band
 
 

@@ -10,24 +10,18 @@ from typing import TYPE_CHECKING
 
 import streamindex_client
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
-from streamindex_client.errors import StreamIndexError
 from torch import Tensor
 
-from streamindex_service.config import WorkerSettings
 from streamindex_service.demo.interrupt import interrupt_closes
-from streamindex_service.demo.options import DemoError, DemoOptions
+from streamindex_service.demo.options import DemoOptions
 from streamindex_service.demo.passages import best_passages, excerpt
+from streamindex_service.demo.pipeline import run_pipeline
 from streamindex_service.demo.progress import progress
+from streamindex_service.demo.start import check_choices, show_rows, with_service
 from streamindex_service.demo.verify import Verification, Verifier
 from streamindex_service.demo.workload import Workload, load_workload
-from streamindex_service.ops.formats import KeyFormat
-from streamindex_service.ops.implementations import UnsupportedImplementationError
-from streamindex_service.ops.topk.api import find_implementation
-from streamindex_service.testing.service import RunningService, ServiceStartError
 
 if TYPE_CHECKING:
     from streamindex_client import KeyCache
@@ -60,48 +54,22 @@ class Figures:
 
 def run(options: DemoOptions) -> int:
     """Run the demo and print its findings; gives the number of wrong rows. Raises DemoError."""
-    _check_choices(options)
+    if options.pipeline:
+        return run_pipeline(options)
+    check_choices(options)
     console = Console(soft_wrap=True)
     workload = load_workload(options)
     source = workload.text.source if workload.text else f"random numbers, seed {options.seed}"
     console.print(f"Data: {source}", highlight=False)
-    settings = {
-        "worker": {"device": options.device, "implementation": options.implementation},
-        "log": {"level": "warning"},
-    }
-    console.print("Starting the service …", highlight=False)
-    try:
-        with RunningService(settings) as service:
-            try:
-                figures, verification, indices = _measure(console, service.address, options, workload)
-            except StreamIndexError as error:
-                raise DemoError(f"{error}\n{service.log_tail()}".rstrip()) from error
-    except ServiceStartError as error:
-        raise DemoError(str(error)) from error
+    figures, verification, indices = with_service(
+        console, options, lambda address: _measure(console, address, options, workload)
+    )
     if workload.text is not None:
         _show_passages(console, workload, indices)
     _show_figures(console, figures, verification, repeats=workload.repeats)
     if options.as_json:
         console.print(json.dumps(asdict(figures)), markup=False, highlight=False)
     return figures.wrong_rows
-
-
-def _check_choices(options: DemoOptions) -> None:
-    """Refuse at once what the service's worker could never start with."""
-    try:
-        WorkerSettings(device=options.device)
-    except ValidationError as error:
-        raise DemoError(f"device {options.device!r} is none of auto, cpu, cuda:N") from error
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    on_gpu = options.device.startswith("cuda") or (options.device == "auto" and gpus > 0)
-    if options.device.startswith("cuda:") and int(options.device[5:]) >= gpus:
-        message = f"device {options.device} is not there: torch sees {gpus} GPUs"
-        raise DemoError(f"{message}; `streamindex doctor` tells more")
-    if options.implementation:
-        try:
-            find_implementation(options.implementation, "cuda" if on_gpu else "cpu", KeyFormat(options.key_format))
-        except UnsupportedImplementationError as error:
-            raise DemoError(str(error)) from error
 
 
 def _measure(
@@ -205,11 +173,4 @@ def _show_figures(console: Console, figures: Figures, verification: Verification
         "device memory": f"{figures.peak_device_bytes / mib:,.1f} MiB at most, budget "
         f"{figures.budget_bytes / mib:,.0f} MiB",
     }
-    if not console.is_terminal:
-        for name, value in rows.items():
-            console.print(f"{name}: {value}", highlight=False)
-        return
-    table = Table(box=None, show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
+    show_rows(console, rows)

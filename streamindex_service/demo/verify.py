@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamindex_service.demo.workload import Workload
 from streamindex_service.ops.paged_keys import PagedKeys
-from streamindex_service.ops.topk.check import check_topk
+from streamindex_service.ops.topk.check import CheckReport, Verdict, check_topk
 
 TIME_LIMIT_S = 60.0
 _CHUNK_ROWS = 64
@@ -56,6 +56,12 @@ class Verifier:
             told(100 * (first + len(part)) // len(chosen))
         return Verification(len(chosen), wrong, str(self._device), time.monotonic() - start)
 
+    def wrong(self, rows: Tensor, indices: Tensor) -> Tensor:
+        """Which of these rows' answers are wrong: [len(rows)] bool on the CPU. Checks all, however long it takes."""
+        parts = range(0, len(rows), _CHUNK_ROWS)
+        found = [self._report(rows[a : a + _CHUNK_ROWS], indices[a : a + _CHUNK_ROWS]).verdicts for a in parts]
+        return torch.cat(found) != Verdict.RIGHT
+
     def _choose(self, rows: Tensor, indices: Tensor, time_limit_s: float) -> Tensor:
         everything = torch.arange(len(rows))
         if len(rows) <= _CHUNK_ROWS:
@@ -76,8 +82,11 @@ class Verifier:
         return visible.clamp(1, max(1, self._keys.length))
 
     def _wrong_rows(self, rows: Tensor, indices: Tensor) -> int:
+        return self._report(rows, indices).wrong_rows
+
+    def _report(self, rows: Tensor, indices: Tensor) -> CheckReport:
         q, w, positions = self._workload.select(rows)
-        report = check_topk(
+        return check_topk(
             indices.to(self._device),
             q.to(self._device),
             w.to(self._device),
@@ -86,7 +95,6 @@ class Verifier:
             ratio=self._workload.ratio,
             top_k=self._top_k,
         )
-        return report.wrong_rows
 
 
 def _spread(count: int, chosen: int) -> Tensor:

@@ -82,7 +82,7 @@ class Workload:
 
 def load_workload(options: DemoOptions) -> Workload:
     """The keys and queries that the options ask for."""
-    return _synthetic(options) if options.synthetic else _real(options)
+    return _synthetic(options) if options.synthetic or options.pipeline else _real(options)
 
 
 def quantise_keys(k: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,9 +148,9 @@ def _synthetic(options: DemoOptions) -> Workload:
             torch.randn((count, heads, head_dim), generator=generator), gates, key_format
         )
     # spread evenly over the whole sequence, so that short and long rows both occur
-    tokens = keys * options.ratio
+    tokens = keys * options.tokens_per_key
     positions = (torch.arange(1, rows + 1) * tokens // rows - 1).clamp(min=0)
-    return Workload(k, scales, q, w, positions, options.ratio, key_format)
+    return Workload(k, scales, q, w, positions, options.tokens_per_key, key_format)
 
 
 def _parts(rows: int, row_elements: int) -> Iterator[slice]:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from streamindex_service.core.caches import Page, Snapshot
 from streamindex_service.core.governor import Governor
+from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.pages import PageSlot
+from streamindex_service.core.specs import RowKind
 from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
 from streamindex_service.frontend.host_memory import Block, HostExtents, SharedSegment
 from streamindex_service.ipc.link import PAGES_PER_MESSAGE
@@ -21,7 +22,6 @@ _MAX_SUSPECTS = 1024
 # Of views that no search uses: a page is some KiB in the worker, a view a page table on the device.
 _MOST_IDLE_PAGES = 16_384
 _MOST_IDLE_VIEWS = 1024
-_SCORE_ORDER = 1  # streamindex.v1.ResultOrder: parts are merged in this order
 _SUSPICION_S = 3600.0  # a request is tried again after so long
 
 
@@ -45,48 +45,6 @@ class View:
     users: int = 1
     tiles: int = 0
     stale: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TileSpec:
-    """What all tiles of a search have in common."""
-
-    heads: int
-    ratio: int
-    top_k: int
-    order: int
-
-
-@dataclass(frozen=True, slots=True)
-class TilePlace:
-    """Where a tile's tensors lie in its block: byte offsets. `scores` is None when none are wanted."""
-
-    rows: int
-    q: int
-    w: int
-    positions: int
-    indices: int
-    scores: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class TilePart:
-    """Which of a layer's keys a tile is searched against. `is_last`: the answer is complete then."""
-
-    first_key: int = 0
-    is_last: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class TileDue:
-    """Which of the tiles that the worker has goes first, and how long it may take."""
-
-    band: int = 0
-    estimated_s: float = 0.0
-
-
-WHOLE = TilePart()
-AT_ONCE = TileDue()
 
 
 class DeviceWorker:
@@ -246,13 +204,15 @@ class DeviceWorker:
         places: tuple[PageSlot | None, ...],
         length_keys: int,
     ) -> asyncio.Future[pb.FromWorker]:
+        kv = snapshot.spec.kv if snapshot.kind is not RowKind.KEYS else None
         count = max(1, -(-len(places) // PAGES_PER_MESSAGE))
         for part in range(count):
             some = places[part * PAGES_PER_MESSAGE : (part + 1) * PAGES_PER_MESSAGE]
             message = pb.DefineView(
                 view_id=view_id,
-                key_format=int(snapshot.spec.key_format),
-                head_dim=snapshot.spec.head_dim,
+                key_format=int(snapshot.spec.key_format) if kv is None else 0,
+                kv_format=0 if kv is None else int(kv.kv_format),
+                head_dim=snapshot.spec.head_dim if kv is None else kv.key_dim,
                 length_keys=length_keys,
                 extent_ids=[slot.extent_id for slot in some if slot is not None],
                 extent_offsets=[slot.offset_bytes for slot in some if slot is not None],
@@ -278,51 +238,22 @@ class DeviceWorker:
             view.worker.send(pb.ToWorker(drop_view=pb.DropView(view_id=view.view_id)))
 
     def submit(
-        self,
-        view: View,
-        spec: TileSpec,
-        block: Block,
-        place: TilePlace,
-        request_key: str,
-        workspace_bytes: int,
-        part: TilePart = WHOLE,
-        due: TileDue = AT_ONCE,
+        self, views: Sequence[View], block: Block, request_key: str, message: Callable[[int], pb.ToWorker]
     ) -> tuple[int, asyncio.Future[pb.FromWorker]]:
-        """Have a tile computed; the future is done when the answers are in the block.
+        """Have a tile computed that reads these views; the future is done when the answers are in the block.
 
-        It raises WorkerLostError, DeviceMemoryError, CancelledTileError or InternalError.
+        `message` makes the tile's message from its number. The future raises WorkerLostError, DeviceMemoryError,
+        CancelledTileError or InternalError.
         """
-        worker = view.worker
+        worker = views[0].worker
         self._map(worker, block.shared)
         tile_id = worker.next_id()
-
-        def span(offset: int) -> pb.Span:
-            return pb.Span(segment_id=block.shared.segment_id, offset_bytes=block.offset_bytes + offset)
-
-        message = pb.SearchTile(
-            tile_id=tile_id,
-            view_id=view.view_id,
-            rows=place.rows,
-            heads=spec.heads,
-            ratio=spec.ratio,
-            top_k=spec.top_k,
-            order=spec.order if part.is_last else _SCORE_ORDER,
-            workspace_bytes=workspace_bytes,
-            q=span(place.q),
-            w=span(place.w),
-            positions=span(place.positions),
-            indices=span(place.indices),
-            scores=None if place.scores is None else span(place.scores),
-            first_key=part.first_key,
-            merge=part.first_key > 0,
-            band=due.band,
-            estimated_us=int(1e6 * due.estimated_s),
-        )
         if worker.alive:  # a search may not have learnt yet that its worker is gone
             self._outstanding[tile_id] = request_key
-        future = worker.request(pb.ToWorker(search_tile=message), tile_id)
-        view.tiles += 1
-        future.add_done_callback(lambda done: self._tile_done(tile_id, view, done))
+        future = worker.request(message(tile_id), tile_id)
+        for view in views:
+            view.tiles += 1
+        future.add_done_callback(lambda done: self._tile_done(tile_id, views, done))
         return tile_id, future
 
     def cancel(self, view: View, tile_ids: list[int]) -> None:
@@ -380,10 +311,11 @@ class DeviceWorker:
             self._watch(loaded)
             loaded.add_done_callback(partial(_copied, pages))
 
-    def _tile_done(self, tile_id: int, view: View, future: asyncio.Future[pb.FromWorker]) -> None:
-        view.tiles -= 1
-        if view.stale:
-            self._retire(view)
+    def _tile_done(self, tile_id: int, views: Sequence[View], future: asyncio.Future[pb.FromWorker]) -> None:
+        for view in views:
+            view.tiles -= 1
+            if view.stale:
+                self._retire(view)
         # A tile that died with its worker stays listed until `on_down` has looked at the list.
         if future.cancelled() or not isinstance(future.exception(), WorkerLostError):
             self._outstanding.pop(tile_id, None)
@@ -417,10 +349,11 @@ def _copied(pages: Iterable[Page], _: asyncio.Future[pb.FromWorker] | None = Non
         page.copies -= 1
 
 
-def tile_error(view: View, error: ServiceError) -> ServiceError:
-    """The cause of a tile's failure: if its view could not be made for lack of memory, that."""
-    if view.defined.done() and not view.defined.cancelled():
-        cause = view.defined.exception()
-        if isinstance(cause, ServiceError):
-            return cause
+def tile_error(views: Sequence[View], error: ServiceError) -> ServiceError:
+    """The cause of a tile's failure: if one of its views could not be made for lack of memory, that."""
+    for view in views:
+        if view.defined.done() and not view.defined.cancelled():
+            cause = view.defined.exception()
+            if isinstance(cause, ServiceError):
+                return cause
     return error

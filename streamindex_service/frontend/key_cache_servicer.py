@@ -8,7 +8,7 @@ from typing import Any
 from streamindex.framing import Chunk
 from streamindex.v1 import key_cache_pb2 as pb
 
-from streamindex_service.core.caches import KeyCache
+from streamindex_service.core.layers import KeyCache
 from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
@@ -31,7 +31,7 @@ class KeyCacheServicer:
         """CreateKeyCache."""
         service = self._service
         most_bytes = int(service.caches.watermarks.critical * service.host.limit_bytes)
-        spec = requests.cache_spec(request.spec, service.settings, service.formats, most_bytes)
+        spec = requests.cache_spec(request.spec, service.settings, service.formats, service.kv_formats, most_bytes)
         owner = self._identify(context)
         cache = await service.room.make(lambda: service.caches.create(owner, spec))
         return pb.CreateKeyCacheResponse(key_cache=to_key_cache(cache))
@@ -62,13 +62,17 @@ class KeyCacheServicer:
         """TruncateKeys."""
         cache = self._find(context, request.key_cache_id)
         layer = request.layer if request.HasField("layer") else None
-        self._service.caches.truncate(cache, request.keys, layer)
+        window_rows = request.window_rows if request.HasField("window_rows") else None
+        self._service.caches.truncate(cache, request.keys, layer, window_rows)
         return pb.TruncateKeysResponse(key_cache=to_key_cache(cache))
 
     async def fork(self, request: pb.ForkKeyCacheRequest, context: Any) -> pb.ForkKeyCacheResponse:
         """ForkKeyCache."""
         caches, keys = self._service.caches, request.keys if request.HasField("keys") else None
-        twin = await self._service.room.make(lambda: caches.fork(self._find(context, request.key_cache_id), keys))
+        window_rows = request.window_rows if request.HasField("window_rows") else None
+        twin = await self._service.room.make(
+            lambda: caches.fork(self._find(context, request.key_cache_id), keys, window_rows)
+        )
         return pb.ForkKeyCacheResponse(key_cache=to_key_cache(twin))
 
     async def query_upload(self, request: pb.QueryUploadRequest, context: Any) -> pb.QueryUploadResponse:
@@ -111,8 +115,9 @@ class KeyCacheServicer:
         elif header.WhichOneof("kind") == "start":
             start = header.start
             cache = self._service.caches.get(owner, start.key_cache_id)
+            kind = requests.row_kind(start.row_kind)
             most = self._service.settings.limits.max_layer_keys
-            upload = uploads.start(cache, start.layer, start.first_row, start.row_count, most)
+            upload = uploads.start(cache, start.layer, start.first_row, start.row_count, most, kind)
         else:
             raise InvalidArgumentError("header needs start or resume_upload_id", field="header.start")
         uploads.attach(upload)
@@ -124,7 +129,15 @@ class KeyCacheServicer:
 
 def to_key_cache(cache: KeyCache) -> pb.KeyCache:
     """A cache's state, as callers see it."""
-    spec = cache.spec
+    spec, kv = cache.spec, cache.spec.kv
+    kv_spec = None
+    if kv is not None:
+        kv_spec = pb.KvSpec(
+            kv_format=int(kv.kv_format),  # type: ignore[arg-type]
+            key_dim=kv.key_dim,
+            value_dim=kv.value_dim,
+            heads=kv.heads,
+        )
     return pb.KeyCache(
         id=cache.cache_id,
         spec=pb.KeyCacheSpec(
@@ -137,8 +150,11 @@ def to_key_cache(cache: KeyCache) -> pb.KeyCache:
             expected_keys=spec.expected_keys,
             idle_ttl_s=int(spec.idle_ttl_s),
             priority=spec.priority,  # type: ignore[arg-type]
+            kv=kv_spec,
         ),
         layer_keys=[layer.length_keys for layer in cache.layers],
+        layer_kv_rows=[layer.length_keys for layer in cache.kv_layers],
+        layer_window_rows=[layer.length_keys for layer in cache.window_layers],
         host_bytes=cache.host_bytes,
         resident_bytes=cache.resident_bytes,
         spilled_bytes=cache.spilled_bytes,

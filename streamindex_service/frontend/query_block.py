@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from streamindex.framing import Chunk
 
-from streamindex_service.core.caches import CacheSpec
 from streamindex_service.core.sizes import (
     GATE_BYTES,
     INDEX_BYTES,
@@ -18,22 +17,26 @@ from streamindex_service.core.sizes import (
     align,
     query_row_bytes,
 )
+from streamindex_service.core.specs import CacheSpec
 from streamindex_service.errors import InvalidArgumentError
 from streamindex_service.frontend import tensors
-from streamindex_service.frontend.device import TilePlace
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.tensors import RowRange
+from streamindex_service.frontend.tiles import TilePlace
 
 Q, W, POSITIONS, INDICES, SCORES = range(5)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Where the tensors of `rows` query rows lie in a block: byte offsets of q, w, positions, indices, scores."""
+    """Where the tensors of `rows` query rows lie in a block: byte offsets of each, and bytes of one of its rows.
+
+    Of a search they are q, w, positions, indices, scores.
+    """
 
     rows: int
-    offsets: tuple[int, int, int, int, int]
-    row_bytes: tuple[int, int, int, int, int]
+    offsets: tuple[int, ...]
+    row_bytes: tuple[int, ...]
 
     @classmethod
     def of(cls, spec: CacheSpec, top_k: int, want_scores: bool, block_bytes: int) -> BlockLayout:
@@ -45,19 +48,33 @@ class BlockLayout:
             top_k * INDEX_BYTES,
             top_k * SCORE_BYTES if want_scores else 0,
         )
+        layout = cls.packed(row_bytes, block_bytes)
+        assert layout.rows >= 1
+        return layout
+
+    @classmethod
+    def packed(cls, row_bytes: tuple[int, ...], block_bytes: int) -> BlockLayout:
+        """As many rows of tensors as a block holds; perhaps none."""
         # Every tensor starts on a multiple of 256 bytes, as wide loads want it.
-        rows = (block_bytes - 256 * len(row_bytes)) // sum(row_bytes)
-        assert rows >= 1
+        rows = max(0, (block_bytes - 256 * len(row_bytes)) // sum(row_bytes))
         offsets, offset = [], 0
         for size in row_bytes:
             offsets.append(offset)
             offset = align(offset + rows * size)
         assert offset <= block_bytes
-        return cls(rows, (offsets[0], offsets[1], offsets[2], offsets[3], offsets[4]), row_bytes)
+        return cls(rows, tuple(offsets), row_bytes)
+
+    def only(self, which: tuple[int, ...]) -> BlockLayout:
+        """The same rows, of these tensors alone, in this order."""
+        return BlockLayout(self.rows, tuple(self.offsets[i] for i in which), tuple(self.row_bytes[i] for i in which))
+
+    def at(self, index: int, first: int) -> int:
+        """Byte offset of a row of one tensor."""
+        return self.offsets[index] + first * self.row_bytes[index]
 
     def place(self, first: int, rows: int, want_scores: bool) -> TilePlace:
         """Where the worker finds the tensors of rows [first, first + rows)."""
-        at = [offset + first * size for offset, size in zip(self.offsets, self.row_bytes, strict=True)]
+        at = [self.at(index, first) for index in range(len(self.offsets))]
         return TilePlace(rows, at[Q], at[W], at[POSITIONS], at[INDICES], at[SCORES] if want_scores else None)
 
     def part(self, block: Block, index: int, first: int, count: int) -> tensors.Bytes:
@@ -88,7 +105,16 @@ def fill_rows(
     tensors.copy_rows(chunk, [RowRange(first, count, (q, w, positions_bytes))], row_bytes)
     tensors.check_finite(q, spec.key_format, spec.heads * spec.head_dim, "q", row_offset)
     tensors.check_finite(w, KeyFormat.FP32, spec.heads, "w", row_offset)
+    fill_positions(positions_bytes, start_position, row_offset)
+
+
+def fill_positions(positions_bytes: tensors.Bytes, start_position: int | None, row_offset: int) -> None:
+    """Count the positions of rows from `row_offset` on, or check those that came, where start_position is None.
+
+    Raises InvalidArgumentError.
+    """
     positions = positions_bytes.view(np.int64)
+    count = len(positions)
     if start_position is not None:
         start = start_position + row_offset
         if start + count - 1 > MAX_POSITION:

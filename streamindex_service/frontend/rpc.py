@@ -53,6 +53,14 @@ async def read_message(context: Any) -> Any:
     return message
 
 
+async def read_header(context: Any) -> Any:
+    """The header that a stream of rows begins with. Raises MalformedMessageError for anything else."""
+    message = await read_message(context)
+    if message is None or isinstance(message, framing.Chunk) or message.WhichOneof("message") != "header":
+        raise MalformedMessageError("the first message must be a header", field="header")
+    return message.header
+
+
 def raise_malformed(message: Malformed) -> NoReturn:
     """Always raises MalformedMessageError."""
     raise MalformedMessageError("the message is not of the expected type") from message.error

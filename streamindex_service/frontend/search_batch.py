@@ -9,9 +9,10 @@ import numpy as np
 from streamindex.framing import Chunk
 from streamindex.v1 import search_pb2 as pb
 
-from streamindex_service.core.caches import CacheSpec, KeyCache
+from streamindex_service.core.layers import KeyCache
 from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import MAX_POSITION, SCALE_BYTES, KeyFormat, answer_row_bytes, key_row_bytes
+from streamindex_service.core.specs import CacheSpec
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch, admit
@@ -131,7 +132,7 @@ class BatchSearch:
         try:
             cache = self._service.caches.get(self._owner, item.key_cache_id)
             async with await self._admit(cache, item.layer) as admitted:
-                search = _ItemSearch(item, admitted)
+                search = _ItemSearch(item, admitted, self._parameters.want_scores)
                 admitted.users.append(search)
                 result.indices, result.scores = await search.run()
         except ServiceError as error:
@@ -144,10 +145,12 @@ class BatchSearch:
 class _ItemSearch:
     """One item, in as many tiles as it takes; nearly always one."""
 
-    def __init__(self, item: pb.SearchBatchItem, admitted: AdmittedSearch) -> None:
+    def __init__(self, item: pb.SearchBatchItem, admitted: AdmittedSearch, scored: bool) -> None:
         self._item = item
         self._admitted = admitted
-        self._layout = admitted.layout
+        self._tiles = admitted.tiles
+        self._layout = admitted.tiles.layout
+        self._scored = scored
         self._running: TileRun | None = None
         self._block: Block | None = None
         self._ended = asyncio.Event()
@@ -163,17 +166,17 @@ class _ItemSearch:
         first = 0
         while first < item.row_count:
             left = item.positions[first : first + self._layout.rows]
-            count = min(len(left), self._admitted.tile_rows(self._admitted.keys_seen(max(left))))
+            count = min(len(left), self._tiles.tile_rows(self._tiles.keys_seen(max(left))))
             fill_rows(self._layout, cache, chunk, first, count, block, 0, first, None)
-            keys = self._admitted.keys_seen(max(left[:count]))
+            keys = self._tiles.keys_seen(max(left[:count]))
             # A step of many callers' sequences: no single one is to blame for a worker's death.
             self._ended.clear()
-            self._running = run = TileRun(self._admitted, block, 0, count, keys, ended=lambda _: self._ended.set())
+            self._running = run = TileRun(self._tiles, block, 0, count, keys, ended=lambda _: self._ended.set())
             run.start()
             await self._ended.wait()
             run.done.result()
             indices.append(self._layout.part(block, INDICES, 0, count).tobytes())
-            scores.append(self._layout.part(block, SCORES, 0, count * self._admitted.want_scores).tobytes())
+            scores.append(self._layout.part(block, SCORES, 0, count * self._scored).tobytes())
             first += count
         return b"".join(indices), b"".join(scores)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-from streamindex.framing import Chunk
 from streamindex.v1 import search_pb2 as pb
 
-from streamindex_service.errors import MalformedMessageError, ServiceError
+from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.admission import admit
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import MessageWriter, read_message, to_message
+from streamindex_service.frontend.rpc import MessageWriter, read_header, to_message
 from streamindex_service.frontend.search_batch import BatchSearch
 from streamindex_service.frontend.search_stream import SearchStream
 from streamindex_service.frontend.service import Service
@@ -30,11 +28,11 @@ class SearchServicer:
         writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
         try:
             self._service.admit()
-            header = await self._header(context)
+            header: pb.SearchHeader = await read_header(context)
             owner = self._identify(context)
             cache = self._service.caches.get(owner, header.key_cache_id)
             parameters = requests.search_parameters(header, cache.spec, self._service.settings)
-            key = f"{owner}/{parameters.request_key or hashlib.sha256(header.SerializeToString()).hexdigest()}"
+            key = requests.blame_key(owner, parameters.request_key, header)
             self._service.device.refuse_poison(key)
             opened = await admit(
                 self._service,
@@ -55,7 +53,8 @@ class SearchServicer:
                 stream = SearchStream(self._service, admitted, parameters, key, context, writer)
                 admitted.users.append(stream)
                 done = await stream.run()
-            await writer.write(pb.SearchResponse(done=done))
+            ended = pb.SearchDone(row_count=done.rows, device_us=done.device_us, queued_ms=done.queued_ms)
+            await writer.write(pb.SearchResponse(done=ended))
         except ServiceError as error:
             await writer.refuse(pb.SearchResponse(refused=to_message(error)))
             raise
@@ -63,10 +62,3 @@ class SearchServicer:
     async def search_batch(self, request: pb.SearchBatchRequest, context: Any) -> pb.SearchBatchResponse:
         """SearchBatch."""
         return await BatchSearch(self._service, self._identify(context), request, context.time_remaining()).run()
-
-    async def _header(self, context: Any) -> pb.SearchHeader:
-        message = await read_message(context)
-        if message is None or isinstance(message, Chunk) or message.WhichOneof("message") != "header":
-            raise MalformedMessageError("the first message must be a header", field="header")
-        header: pb.SearchHeader = message.header
-        return header

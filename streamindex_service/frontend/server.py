@@ -24,6 +24,7 @@ from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2, server_pb2
 from streamindex_service.config import Settings
 from streamindex_service.errors import DrainingError
 from streamindex_service.frontend.allocator import keep_message_buffers
+from streamindex_service.frontend.attention_servicer import AttentionServicer
 from streamindex_service.frontend.identity import Identify, anonymous
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
 from streamindex_service.frontend.rpc import CallInterceptor, generic_handler
@@ -176,6 +177,7 @@ class Server:
         )
         caches = KeyCacheServicer(self.service, self._identify)
         searches = SearchServicer(self.service, self._identify)
+        attention = AttentionServicer(self.service, self._identify)
         status = ServerServicer(self.service, self._identify)
         handlers = (
             generic_handler(
@@ -197,7 +199,11 @@ class Server:
                 {"Search": searches.search, "SearchBatch": searches.search_batch},
                 {"Search": framing.parse_search_request},
             ),
-            generic_handler(attention_pb2.DESCRIPTOR.services_by_name["AttentionService"], {}, {}),
+            generic_handler(
+                attention_pb2.DESCRIPTOR.services_by_name["AttentionService"],
+                {"SparseAttend": attention.sparse_attend},
+                {"SparseAttend": framing.parse_attend_request},
+            ),
             generic_handler(
                 server_pb2.DESCRIPTOR.services_by_name["ServerService"],
                 {

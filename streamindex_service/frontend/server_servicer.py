@@ -51,8 +51,12 @@ class ServerServicer:
                 max_chunk_bytes=int(limits.max_chunk_bytes),
                 max_batch_items=limits.max_batch_items,
                 max_batch_rows=limits.max_batch_rows,
+                max_attention_heads=requests.MAX_ATTENTION_HEADS,
+                max_window=requests.MAX_WINDOW,
             ),
             search_modes=[types_pb2.SEARCH_MODE_EXACT],
+            attention_implementation=worker.attention.implementation,
+            kv_formats=sorted(int(f) for f in self._service.kv_formats),  # type: ignore[misc]
         )
 
     async def get_load(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:

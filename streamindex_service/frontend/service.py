@@ -12,13 +12,15 @@ from typing import Any
 
 from streamindex_service.config import Settings
 from streamindex_service.core.accounts import Quota
-from streamindex_service.core.caches import CacheStore, KeyCache, Page, Watermarks
+from streamindex_service.core.caches import CacheStore, Watermarks
+from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.governor import Governor, GovernorLimits
+from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import QueueLimits
-from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.core.sizes import KeyFormat, KvFormat
 from streamindex_service.core.spares import SpareLimits
 from streamindex_service.core.uploads import UploadTable
 from streamindex_service.core.working_set import WorkingSetLimits
@@ -70,6 +72,7 @@ class Service:
             watermarks=Watermarks(memory.host_high_watermark, memory.host_critical_watermark),
         )
         residency = Residency(self.hbm, device_pool, self.device.load)
+        self.attention_speed = DeviceSpeed()
         self.governor = Governor(residency, clock, _governor_limits(settings), wake=self._wake_governor)
         self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
         self.ingress_budget = IngressBudget(self.ingress)
@@ -122,6 +125,11 @@ class Service:
         ready = self.require_worker_info()
         chosen = next(i for i in ready.implementations if i.name == ready.implementation)
         return frozenset(KeyFormat(number) for number in chosen.key_formats)
+
+    @property
+    def kv_formats(self) -> frozenset[KvFormat]:
+        """Formats of KV rows that attention takes here. Raises NotReadyError before the first worker is ready."""
+        return frozenset(KvFormat(number) for number in self.require_worker_info().attention.kv_formats)
 
     def require_worker_info(self) -> pb.Ready:
         """What the worker is. Raises NotReadyError before the first one is ready."""

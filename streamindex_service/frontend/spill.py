@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from streamindex_service.core.caches import CacheStore, KeyCache, Page
+from streamindex_service.core.caches import CacheStore
+from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.spill import MOVE_BYTES, Move, Spill

@@ -7,7 +7,8 @@ from typing import Any
 
 from streamindex.framing import Chunk
 
-from streamindex_service.core.caches import Page, blank_rows, edges
+from streamindex_service.core.caches import blank_rows, edges
+from streamindex_service.core.layers import Page
 from streamindex_service.core.sizes import PAGE_KEYS
 from streamindex_service.core.uploads import Upload
 from streamindex_service.frontend.service import Service
@@ -41,7 +42,7 @@ def _pieces(upload: Upload, chunk: Chunk, row_bytes: RowBytes) -> Iterator[tuple
     """A chunk's bytes and where they go: (extent, byte within it, bytes)."""
     keys, scales = chunk.parts
     key_bytes, scale_bytes = row_bytes
-    page_bytes = upload.cache.spec.page_bytes
+    page_bytes = upload.layer.page_bytes
     run = None  # pages without scales that lie one after the other take one piece
     for page, row, first, count in page_ranges(upload, chunk.row_offset, chunk.row_count):
         extent, offset = upload.staged[page]

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from streamindex_service.core.governor import Grant, SearchTurn
 from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
-from streamindex_service.frontend.admission import AdmittedSearch
-from streamindex_service.frontend.device import TileDue, tile_error
+from streamindex_service.frontend.device import tile_error
 from streamindex_service.frontend.host_memory import Block
+from streamindex_service.frontend.tiles import Submitted, TileOperation, TilePiece
 from streamindex_service.ipc.supervisor import CancelledTileError
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
@@ -29,7 +29,7 @@ class TileRun:
 
     def __init__(
         self,
-        admitted: AdmittedSearch,
+        operation: TileOperation,
         block: Block,
         first: int,
         rows: int,
@@ -43,20 +43,20 @@ class TileRun:
         self.queued_s = 0.0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(_seen)
-        self._admitted = admitted
+        self._operation = operation
         self._block = block
         self._keys = keys
         self._blame_key = blame_key
         self._ended = ended
         self._pieces: TilePieces | None = None  # from the first grant on
-        self._window = 0  # of the layer, that the present piece is searched against
+        self._step = 0  # of those that the present piece takes
         self._cancelled = False
         self._turn: SearchTurn | None = None
         self._on_device: Callable[[], None] | None = None  # cancels what is there
 
     def start(self) -> None:
         """Ask for the first turn."""
-        self._request(self.rows)
+        self._request(self.first, self.rows)
 
     @property
     def waiting(self) -> bool:
@@ -69,81 +69,67 @@ class TileRun:
         assert self._turn is not None
         self.rows += rows
         self._keys = max(self._keys, keys)
-        self._admitted.grow(self._turn, self.rows, self._keys)
+        self._operation.grow(self._turn, self._piece(self.first, self.rows))
 
     def cancel(self) -> None:
         """Do not go on. What the device has begun still ends."""
         self._cancelled = True
         if self._turn is not None and self._turn.waiting:
-            self._admitted.service.governor.cancel(self._turn)
+            self._operation.service.governor.cancel(self._turn)
             self._fail(WorkerLostError("the tile was cancelled"))
         elif self._on_device is not None:
             self._on_device()
 
-    def _request(self, rows: int) -> None:
+    def _piece(self, first: int, rows: int) -> TilePiece:
+        return TilePiece(self._block, first, rows, self._keys, self._step)
+
+    def _request(self, first: int, rows: int) -> None:
         pieces = self._pieces
         alone, smallest = (pieces.alone, pieces.smallest) if pieces is not None else (False, False)
-        turn = self._admitted.request(
-            self._window, rows, self._keys, self._granted, self._fail, alone=alone, smallest=smallest
+        turn = self._operation.request(
+            self._piece(first, rows), self._granted, self._fail, alone=alone, smallest=smallest
         )
         self._turn = turn  # it may have been granted already
 
     def _granted(self, grant: Grant) -> None:
-        admitted = self._admitted
+        service = self._operation.service
         self.queued_s += grant.waited_s
         if self._pieces is None:
-            retries = admitted.service.settings.worker.memory_retries
-            self._pieces = TilePieces(self.first, self.rows, retries)
+            self._pieces = TilePieces(self.first, self.rows, service.settings.worker.memory_retries)
         assert self._pieces.current is not None
-        first, rows = self._pieces.current
-        device = admitted.service.device
         try:
-            view = admitted.view(self._window)
-            tile_id, future = device.submit(
-                view,
-                admitted.spec,
-                self._block,
-                admitted.place(first, rows),
-                self._blame_key,
-                admitted.workspace_bytes(grant, rows),
-                admitted.part(self._window, self._keys),
-                TileDue(grant.turn.band, grant.turn.cost_s),
-            )
+            submitted = self._operation.submit(self._piece(*self._pieces.current), grant, self._blame_key)
         except Exception as error:
             # Whoever happened to let this turn run must not fail with it, and what it was granted must come back.
-            admitted.service.governor.finish(grant)
+            service.governor.finish(grant)
             self._fail(error if isinstance(error, ServiceError) else InternalError(repr(error)))
             return
-        self._on_device = lambda: device.cancel(view, [tile_id])
-        future.add_done_callback(lambda done: self._ran(grant, done, lambda error: tile_error(view, error)))
+        self._on_device = lambda: service.device.cancel(submitted.views[0], [submitted.tile_id])
+        submitted.future.add_done_callback(lambda done: self._ran(grant, submitted))
 
-    def _ran(
-        self,
-        grant: Grant,
-        future: asyncio.Future[pb.FromWorker],
-        cause: Callable[[ServiceError], ServiceError],
-    ) -> None:
+    def _ran(self, grant: Grant, submitted: Submitted) -> None:
         self._on_device = None
-        admitted, error = self._admitted, future.exception()
+        future = submitted.future
+        error = future.exception()
         tile_done = pb.TileDone() if error else future.result().tile_done
-        device_us, governor = tile_done.device_us, admitted.service.governor
+        device_us, governor = tile_done.device_us, self._operation.service.governor
         governor.finish(grant, None if error else device_us / 1e6, tile_done.peak_bytes)
         assert self._pieces is not None
         if error is None:
-            self._window += 1
-            if self._window == admitted.windows_seen(self._keys):
+            self._step += 1
+            if self._step == self._operation.steps(self._keys):
                 self._pieces.computed()
-                self._window = 0
+                self._step = 0
             self.device_us += device_us
             self._next()
         elif isinstance(error, CancelledTileError):
             self._fail(WorkerLostError("the tile was cancelled"))
         elif isinstance(error, ServiceError):
-            error = cause(error)
+            error = tile_error(submitted.views, error)
             short = isinstance(error, DeviceMemoryError)
             governor.meter.memory.failures += short
             if short and self._pieces.no_memory():
-                self._window = 0
+                self._step = 0
                 self._next()
             elif short:
                 self._fail(self._no_memory(grant, error))
@@ -154,7 +140,7 @@ class TileRun:
 
     def _no_memory(self, grant: Grant, error: ServiceError) -> DeviceMemoryError:
         """The last of the wants of memory, with the figures: what the smallest piece was to take, and of what."""
-        service = self._admitted.service
+        service = self._operation.service
         page_bytes = sum(page.page_bytes for page in grant.turn.need.pages)
         figures: dict[str, int | str] = {
             "needed_bytes": page_bytes + grant.workspace_bytes,
@@ -171,7 +157,7 @@ class TileRun:
         elif self._cancelled:
             self._fail(WorkerLostError("the tile was cancelled"))
         else:
-            self._request(self._pieces.current[1])
+            self._request(*self._pieces.current)
 
     def _fail(self, error: BaseException) -> None:
         self._turn = None

@@ -11,7 +11,6 @@ from streamindex.checksum import combine, crc32c
 from streamindex.framing import Chunk
 from streamindex.v1 import key_cache_pb2 as pb
 
-from streamindex_service.core.sizes import SCALE_BYTES, KeyFormat, key_row_bytes
 from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import (
     DigestError,
@@ -22,6 +21,7 @@ from streamindex_service.errors import (
 )
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.ingest import IngestLane
+from streamindex_service.frontend.row_checks import row_check
 from streamindex_service.frontend.rpc import MessageWriter, read_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.staging import commit_upload, page_ranges, page_rows, write_rows
@@ -44,13 +44,9 @@ class UploadStream:
         self._upload = upload
         self._context = context
         self._writer = writer
-        spec = upload.cache.spec
-        self._format = spec.key_format
-        self._row_elements = spec.head_dim
-        self._row_bytes = (
-            key_row_bytes(spec.key_format, spec.head_dim),
-            SCALE_BYTES if spec.key_format.has_scales else 0,
-        )
+        self._checks = row_check(upload.cache.spec, upload.kind)
+        form = upload.cache.spec.form(upload.kind)
+        self._row_bytes = (form.row_bytes, form.scale_bytes)
         self._rows_taken = upload.rows_held
         self._reading: asyncio.Task[Any] | None = None
         self._heard_at = service.clock()
@@ -182,7 +178,7 @@ class UploadStream:
     def _store(self, arrived: Sequence[_Arrived]) -> list[Callable[[], None]]:
         """Check and write chunks. What is found wrong after the write was never counted, and is written over."""
         chunks = [chunk for chunk, _ in arrived]
-        if self._format.has_scales:
+        if not self._checks.together:
             self._check_chunks(chunks)
             write_rows(self._service, self._upload, chunks, self._row_bytes)
         else:
@@ -190,15 +186,15 @@ class UploadStream:
             # lets go of the interpreter lock has to wait for it afterwards, and makes the loop wait.
             row = chunks[0].row_offset
             for stretch in write_rows(self._service, self._upload, chunks, self._row_bytes):
-                tensors.check_finite(stretch, self._format, self._row_elements, "keys", row)
+                self._checks.rows(stretch, row)
                 row += len(stretch) // self._row_bytes[0]
         return [partial(self._count, each) for each in arrived]
 
     def _check_chunks(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             keys, scales = chunk.parts
-            tensors.check_finite(keys, self._format, self._row_elements, "keys", chunk.row_offset)
-            tensors.check_finite(scales, KeyFormat.FP32, 1, "scales", chunk.row_offset)
+            self._checks.rows(keys, chunk.row_offset)
+            self._checks.scales(scales, chunk.row_offset)
 
     def _count(self, arrived: _Arrived) -> None:
         upload, chunk = self._upload, arrived.chunk
@@ -224,7 +220,7 @@ class UploadStream:
 
     def _check_digest(self, finish: pb.AppendKeysFinish) -> None:
         wanted = [("keys_crc32c", self._upload.keys_crc32c)]
-        if self._format.has_scales:
+        if self._row_bytes[1]:
             wanted.append(("scales_crc32c", self._upload.scales_crc32c))
         for name, held in wanted:
             if not finish.HasField(name):

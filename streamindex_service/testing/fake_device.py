@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from streamindex_service.core.caches import Page
+from streamindex_service.core.layers import Page
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.testing.virtual_time import VirtualTime
 

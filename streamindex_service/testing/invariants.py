@@ -6,8 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
-from streamindex_service.core.caches import Page
 from streamindex_service.core.governor import SearchTurn
+from streamindex_service.core.layers import Page
 from streamindex_service.core.scheduler import Band, Turn
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
 
@@ -98,7 +98,7 @@ class Watch:
     def _count_pages(self) -> None:
         pages: set[Page] = set()
         for cache in self.service.caches._caches.values():
-            for layer in cache.layers:
+            for layer in cache.all_layers:
                 resident = len([page for page in layer.pages if page.device is not None])
                 require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
                 spilled = len([page for page in layer.pages if page.spilled is not None])

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streamindex_service.core.caches import CacheStore, KeyCache, Page
+from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.governor import Governor, GovernorLimits, Grant, Need, OpenSearch, SearchTurn
+from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency

@@ -17,10 +17,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from streamindex_service.core.caches import CacheSpec, KeyCache
 from streamindex_service.core.governor import GovernorLimits
+from streamindex_service.core.layers import KeyCache
 from streamindex_service.core.scheduler import Band, QueueLimits
 from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.core.specs import CacheSpec
 from streamindex_service.errors import ServiceError
 from streamindex_service.testing.invariants import Watch, require
 from streamindex_service.testing.simulated_service import PAGE_BYTES, SimulatedSearch, SimulatedService, Sizes

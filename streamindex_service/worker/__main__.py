@@ -14,6 +14,8 @@ import torch
 
 from streamindex_service.ipc import link
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops.cached_attention import ATTENTION_TERMS
+from streamindex_service.ops.sparse_attention import IMPLEMENTATIONS as ATTENTION
 from streamindex_service.ops.topk import IMPLEMENTATIONS
 from streamindex_service.telemetry import logs
 from streamindex_service.worker import canary
@@ -21,6 +23,7 @@ from streamindex_service.worker.commands import Command, Commands
 from streamindex_service.worker.device import (
     Device,
     UnusableDeviceError,
+    choose_attention,
     choose_implementation,
     default_budget_bytes,
     probe,
@@ -28,7 +31,7 @@ from streamindex_service.worker.device import (
     supported,
 )
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
-from streamindex_service.worker.key_store import FORMATS, MissingMemoryError
+from streamindex_service.worker.key_store import FORMATS, KV_FORMATS, MissingMemoryError
 
 
 class Worker:
@@ -53,7 +56,8 @@ class Worker:
         while (taken := self._commands.take()) is not None:
             command, cancelled = taken
             if cancelled:
-                tile_id = command.message.search_tile.tile_id
+                assert command.tile is not None, "only tiles are cancelled"
+                tile_id = command.tile.tile_id
                 self._send(pb.FromWorker(failed=pb.Failed(id=tile_id, kind=pb.FAILURE_KIND_CANCELLED)))
             else:
                 self._execute(command.message, command.fd)
@@ -64,6 +68,7 @@ class Worker:
             torch.set_num_threads(configure.cpu_threads)
         device = probe(configure.device)
         self._implementation = choose_implementation(configure.implementation, device)
+        self._attention = choose_attention(device)
         self._budget_bytes = configure.device_budget_bytes or default_budget_bytes(device)
         if device.is_cuda:
             torch.cuda.set_device(device.torch_device)
@@ -72,7 +77,7 @@ class Worker:
             fraction = min(1.0, self._budget_bytes / device.total_bytes)
             torch.cuda.set_per_process_memory_fraction(fraction, device.torch_device)
         self._commands = Commands(configure.issue_ahead_us / 1e6)
-        self._executor = Executor(device, self._implementation, self._send, self._commands.finished)
+        self._executor = Executor(device, self._implementation, self._attention, self._send, self._commands.finished)
         canary.run(device, self._implementation)
         if device.is_cuda:
             torch.cuda.empty_cache()
@@ -82,12 +87,22 @@ class Worker:
     def _announce(self, device: Device) -> None:
         kind = device.torch_device.type
         numbers = {key_format: number for number, key_format in FORMATS.items()}
+        attention = pb.AttentionSupport(
+            implementation=self._attention,
+            kv_formats=[
+                number
+                for number, kv_format in KV_FORMATS.items()
+                if ATTENTION[self._attention].supports(device.torch_device, kv_format)
+            ],
+            terms=pb.AttentionTerms(**asdict(ATTENTION_TERMS[self._attention])),
+        )
         ready = pb.Ready(
             device_name=device.name,
             device_type=kind,
             device_bytes=device.total_bytes,
             device_budget_bytes=reservable_bytes(device, self._budget_bytes),
             implementation=self._implementation,
+            attention=attention,
             workspace=pb.WorkspaceTerms(**asdict(IMPLEMENTATIONS[self._implementation].terms(kind))),
             implementations=[
                 pb.ImplementationSupport(
@@ -147,6 +162,8 @@ class Worker:
         executor = self._executor
         if kind == "search_tile":
             executor.search_tile(message.search_tile)
+        elif kind == "attend_tile":
+            executor.attend_tile(message.attend_tile)
         elif kind == "load_pages":
             executor.load_pages(message.load_pages)
         elif kind == "define_view":

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from streamindex_service.ops.formats import KeyFormat
+from streamindex_service.ops.sparse_attention import IMPLEMENTATIONS as ATTENTION
 from streamindex_service.ops.topk import IMPLEMENTATIONS
 
 # Of a GPU's budget: small tensors take whole segments of the allocator, of each stream its own.
 UNTRACKED_BYTES = 32 << 20
-# Of the device's default implementation; first that is supported wins.
-_DEFAULTS = {"cuda": ("triton", "chunked"), "cpu": ("chunked",)}
+# The default implementations; first that is supported wins.
+_DEFAULTS = {"cuda": ("triton", "chunked"), "cpu": ("chunked",)}  # of topk and of attention alike
 
 
 class UnusableDeviceError(RuntimeError):
@@ -70,6 +71,12 @@ def choose_implementation(wanted: str, device: Device) -> str:
             )
         return wanted
     return next(name for name in _DEFAULTS[device.torch_device.type] if names.get(name))
+
+
+def choose_attention(device: Device) -> str:
+    """The device's implementation of attention."""
+    names = _DEFAULTS[device.torch_device.type]
+    return next(name for name in names if ATTENTION[name].runs_on(device.torch_device))
 
 
 def supported(device: Device) -> dict[str, list[KeyFormat]]:

@@ -1,7 +1,8 @@
 """Runs the frontend's commands on the device, in the order in which it is given them.
 
-On a GPU three streams overlap: rows of the next tile are copied in while the present one is computed and the answers
-of the last one are copied out. Commands are issued by one thread; another waits for the device and reports, so that
+On a GPU streams overlap: rows of the next tile are copied in while the present one is computed and the answers
+of the last one are copied out. Attention has a stream of its own: the indices of the next rows are found while the
+present ones attend. Commands are issued by one thread; another waits for the device and reports, so that
 neither a copy nor a message ever holds up the issuing. On a CPU the same code runs without streams.
 """
 
@@ -11,14 +12,17 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops.paged_keys import PagedKeys
+from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.topk import Order, TopkResult, topk
+from streamindex_service.worker.attention import AttendTensors, attend, kv_of
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
 from streamindex_service.worker.memory import DeviceMemory, MemoryWatch
@@ -47,6 +51,7 @@ class Executor:
         self,
         device: Device,
         implementation: str,
+        attention: str,
         send: Callable[[pb.FromWorker], None],
         finished: Callable[[int], None] = lambda work_id: None,
     ) -> None:
@@ -54,18 +59,26 @@ class Executor:
         self.store = KeyStore(device)
         self._device = device
         self._implementation = implementation
+        self._attention = attention
         self._memory = MemoryWatch(device)
         self._send = send
         self._finished = finished
+        # Attention has a queue and a reporter of its own: it says nothing of when other work is done.
         self._issued: queue.Queue[_Issued | None] = queue.Queue()
+        self._attending: queue.Queue[_Issued | None] = queue.Queue()
         self._running: dict[int, float] = {}  # work id -> when it started
         self._lock = threading.Lock()
         if device.is_cuda:
             self._copy_in = _stream(device)
             self._compute = _stream(device)
+            self._attend = _stream(device)
             self._copy_out = _stream(device)
-        self._reporter = threading.Thread(target=self._report, name="reporter", daemon=True)
-        self._reporter.start()
+        self._reporters = [
+            threading.Thread(target=self._report, args=(issued,), name="reporter", daemon=True)
+            for issued in (self._issued, self._attending)
+        ]
+        for reporter in self._reporters:
+            reporter.start()
 
     def oldest_running_ms(self) -> int:
         """How long the oldest unfinished work has been running."""
@@ -88,8 +101,9 @@ class Executor:
 
     def finish(self) -> None:
         """Wait until everything issued is reported."""
-        self._issued.put(None)
-        self._reporter.join()
+        for issued, reporter in zip((self._issued, self._attending), self._reporters, strict=True):
+            issued.put(None)
+            reporter.join()
 
     def unmap_segment(self, segment_id: int) -> None:
         """Let go of a segment, once no copy reads it any more."""
@@ -134,23 +148,40 @@ class Executor:
 
     def search_tile(self, message: pb.SearchTile) -> None:
         """Search some rows; the answers are in the message's spans when TileDone is sent."""
-
-        def reply(seconds: float) -> pb.FromWorker:
-            done = pb.TileDone(tile_id=message.tile_id, device_us=int(1e6 * seconds), peak_bytes=work.peak_bytes)
-            return pb.FromWorker(tile_done=done)
-
-        work = self._begin(message.tile_id, reply)
-        try:
+        with self._tile(message.tile_id, self._issued) as work:
             keys = self.store.view(message.view_id)
             if self._device.is_cuda:
                 with self._memory.peak_of(work):
                     self._search_on_gpu(message, keys, work)
             else:
                 self._search_on_cpu(message, keys)
+
+    def attend_tile(self, message: pb.AttendTile) -> None:
+        """Attention of some rows; the answers are in the message's spans when TileDone is sent."""
+        with self._tile(message.tile_id, self._attending) as work:
+            rows = kv_of(message, self.store)
+            host = AttendTensors.of(message, rows[0].key_dim, self.segments)
+            if self._device.is_cuda:
+                with self._memory.peak_of(work):
+                    self._attend_on_gpu(message, rows, host, work)
+            else:
+                attend(message, rows, host.q, host.indices, host.positions, self._attention, host.out, host.lse)
+
+    @contextmanager
+    def _tile(self, tile_id: int, issued: queue.Queue[_Issued | None]) -> Iterator[_Issued]:
+        """The device is given a tile within; it is reported when it is done, and what was issued before it."""
+
+        def reply(seconds: float) -> pb.FromWorker:
+            done = pb.TileDone(tile_id=tile_id, device_us=int(1e6 * seconds), peak_bytes=work.peak_bytes)
+            return pb.FromWorker(tile_done=done)
+
+        work = self._begin(tile_id, reply)
+        try:
+            yield work
         except BaseException:
             self._end(work)
             raise
-        self._issued.put(work)
+        issued.put(work)
 
     def _begin(self, work_id: int, reply: Callable[[float], pb.FromWorker]) -> _Issued:
         started = time.monotonic()
@@ -239,17 +270,42 @@ class Executor:
                 answer = merge(best, found, sees, message.first_key, _ORDERS[message.order])
             computed = _event(timing=True)
             computed.record()
+        hosts = (indices_host, scores_host)
+        pairs = ((h, t) for h, t in zip(hosts, answer, strict=True) if h is not None and t is not None)
+        self._copy_answers(pairs, computed, work)
+
+    def _attend_on_gpu(
+        self, message: pb.AttendTile, rows: tuple[PagedKvRows, PagedKvRows], host: AttendTensors, work: _Issued
+    ) -> None:
+        device = self._device.torch_device
+        with torch.cuda.stream(self._copy_in):
+            q = host.q.to(device, non_blocking=True)
+            indices = host.indices.to(device, non_blocking=True)
+        self._attend.wait_stream(self._copy_in)
+        with torch.cuda.stream(self._attend):
+            for tensor in (q, indices):
+                tensor.record_stream(self._attend)
+            work.start_event = _event(timing=True)
+            work.start_event.record()
+            result = attend(message, rows, q, indices, host.positions, self._attention)
+            computed = _event(timing=True)
+            computed.record()
+        self._copy_answers(host.answers(result), computed, work)
+
+    def _copy_answers(
+        self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], computed: torch.cuda.Event, work: _Issued
+    ) -> None:
+        """Copy (where to, what) to host memory once it is computed; the work is done then."""
         self._copy_out.wait_event(computed)
         with torch.cuda.stream(self._copy_out):
-            for host, tensor in zip((indices_host, scores_host), answer, strict=True):
-                if host is not None and tensor is not None:
-                    tensor.record_stream(self._copy_out)
-                    host.copy_(tensor, non_blocking=True)
+            for host, tensor in pairs:
+                tensor.record_stream(self._copy_out)
+                host.copy_(tensor, non_blocking=True)
             work.end_event = _event(timing=True)
             work.end_event.record()
 
-    def _report(self) -> None:
-        while (work := self._issued.get()) is not None:
+    def _report(self, issued: queue.Queue[_Issued | None]) -> None:
+        while (work := issued.get()) is not None:
             try:
                 seconds = self._wait(work)
             except Exception as error:  # asynchronous CUDA errors surface here

@@ -1,4 +1,4 @@
-"""Pages of keys on the device.
+"""Pages of keys and KV rows on the device.
 
 The frontend decides what lies where; here are the extents (device allocations that pages are cut from), the segments
 (host memory that pages come from) and the views (the pages of a layer, in order, as an operation takes them).
@@ -17,11 +17,18 @@ import torch
 from streamindex_service.ipc.segments import Segment
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops.formats import KeyFormat
+from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.paged_keys import PAGE_KEYS, PagedKeys
+from streamindex_service.ops.paged_kv_rows import PagedKvRows, row_sizes
 from streamindex_service.worker.device import Device
 
 # streamindex.v1.KeyFormat -> the operations' formats
 FORMATS = {1: KeyFormat.BF16, 2: KeyFormat.FP16, 3: KeyFormat.FP32, 4: KeyFormat.FP8_E4M3}
+# streamindex.v1.KvFormat -> likewise
+KV_FORMATS = {1: KvFormat.BF16, 2: KvFormat.FP8_D512, 3: KvFormat.FP8_D576}
+
+
+_SCALE_BYTES = 4
 
 
 class MissingMemoryError(Exception):
@@ -88,6 +95,7 @@ class KeyStore:
         self._device = device
         self._extents: dict[int, torch.Tensor] = {}  # [bytes] uint8
         self._views: dict[int, PagedKeys] = {}
+        self._kv_views: dict[int, PagedKvRows] = {}
         self._partial: dict[int, list[torch.Tensor]] = {}
 
     def allocate(self, extent_id: int, extent_bytes: int) -> None:
@@ -107,9 +115,7 @@ class KeyStore:
 
     def define_view(self, message: pb.DefineView) -> None:
         """Add pages to a view; the last message makes it usable. Raises MissingMemoryError for a missing extent."""
-        key_format = FORMATS[message.key_format]
-        values_bytes = PAGE_KEYS * message.head_dim * key_format.torch_dtype.itemsize
-        page_bytes = values_bytes + (4 * PAGE_KEYS if key_format.has_scales else 0)
+        page_bytes = PAGE_KEYS * sum(_row_sizes(message))
         pages = self._partial.setdefault(message.view_id, [])
         pages += [
             self.page(extent_id, offset, page_bytes)
@@ -118,11 +124,13 @@ class KeyStore:
         if not message.complete:
             return
         del self._partial[message.view_id]
-        values = tuple(p[:values_bytes].view(key_format.torch_dtype).view(PAGE_KEYS, message.head_dim) for p in pages)
-        scales = tuple(p[values_bytes:].view(torch.float32) for p in pages) if key_format.has_scales else None
-        self._views[message.view_id] = PagedKeys(
-            format=key_format, head_dim=message.head_dim, length=message.length_keys, pages=values, scale_pages=scales
-        )
+        if message.kv_format:
+            kv_format = KV_FORMATS[message.kv_format]
+            self._kv_views[message.view_id] = PagedKvRows(
+                kv_format, message.head_dim, message.length_keys, tuple(pages)
+            )
+        else:
+            self._views[message.view_id] = _paged_keys(message, pages)
 
     def view(self, view_id: int) -> PagedKeys:
         """A view. Raises MissingMemoryError."""
@@ -130,10 +138,35 @@ class KeyStore:
             raise MissingMemoryError(f"view {view_id}")
         return self._views[view_id]
 
+    def kv_view(self, view_id: int) -> PagedKvRows:
+        """A view of KV rows. Raises MissingMemoryError."""
+        if view_id not in self._kv_views:
+            raise MissingMemoryError(f"view {view_id}")
+        return self._kv_views[view_id]
+
     def drop_view(self, view_id: int) -> None:
         """Forget a view. One that could not be made is not there."""
         self._views.pop(view_id, None)
+        self._kv_views.pop(view_id, None)
         self._partial.pop(view_id, None)
+
+
+def _row_sizes(message: pb.DefineView) -> tuple[int, int]:
+    """Bytes of a row of the view's pages, and of the scales beside it."""
+    if message.kv_format:
+        return row_sizes(KV_FORMATS[message.kv_format], message.head_dim)
+    key_format = FORMATS[message.key_format]
+    return message.head_dim * key_format.element_bytes, _SCALE_BYTES * key_format.has_scales
+
+
+def _paged_keys(message: pb.DefineView, pages: list[torch.Tensor]) -> PagedKeys:
+    key_format = FORMATS[message.key_format]
+    end = PAGE_KEYS * _row_sizes(message)[0]
+    values = tuple(page[:end].view(key_format.torch_dtype).view(PAGE_KEYS, message.head_dim) for page in pages)
+    scales = tuple(page[end:].view(torch.float32) for page in pages) if key_format.has_scales else None
+    return PagedKeys(
+        format=key_format, head_dim=message.head_dim, length=message.length_keys, pages=values, scale_pages=scales
+    )
 
 
 def _read_only_tensor(segment: Segment) -> torch.Tensor:

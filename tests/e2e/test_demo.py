@@ -28,6 +28,13 @@ FIELDS = {
     "peak_device_bytes": int,
     "budget_bytes": int,
 }
+PIPELINE_FIELDS = {name: kind for name, kind in FIELDS.items() if name != "search_rows_per_s"} | {
+    "attention_implementation": str,
+    "tokens": int,
+    "window": int,
+    "largest_error": float,
+    "rows_per_s": float,
+}
 
 
 @contextmanager
@@ -46,14 +53,14 @@ def started(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]
             process.kill()
 
 
-def demo(directory: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+def demo(directory: Path, *arguments: str, fields: dict[str, type] = FIELDS) -> tuple[dict[str, Any], str]:
     """Run it to its end; the JSON object of its last line, and all that it printed."""
     with started(directory, *arguments, "--json") as process:
         shown, errors = process.communicate(timeout=110)
     assert process.returncode == 0, errors
     assert not list(directory.iterdir())
     figures: dict[str, Any] = json.loads(shown.splitlines()[-1])
-    assert {name: type(value) for name, value in figures.items()} == FIELDS
+    assert {name: type(value) for name, value in figures.items()} == fields
     return figures, shown
 
 
@@ -73,6 +80,18 @@ def test_synthetic_data_of_every_format(tmp_path: Path, shape: str) -> None:
     assert (figures["wrong_rows"], figures["checked_rows"]) == (0, 77)
     assert figures["device"] == "cpu"
     assert 0 < figures["peak_device_bytes"] <= figures["budget_bytes"]
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "fp8_d512", "fp8_d576"])
+def test_the_pipeline(tmp_path: Path, kv_format: str) -> None:
+    heads = ["--heads", "4", "--head-dim", "32", "--attention-heads", "4"]
+    sizes = ["--keys", "333", "--queries", "21", "--top-k", "40", "--window", "50", *heads]
+    figures, shown = demo(tmp_path, "--pipeline", "--kv-format", kv_format, *sizes, fields=PIPELINE_FIELDS)
+    assert (figures["keys"], figures["tokens"], figures["queries"]) == (333, 1332, 21)
+    assert (figures["wrong_rows"], figures["checked_rows"]) == (0, 21)
+    assert 0 < figures["largest_error"] < 1
+    assert 0 < figures["peak_device_bytes"] <= figures["budget_bytes"]
+    assert "wrong rows: 0" in shown
 
 
 def test_real_data(tmp_path: Path) -> None:

@@ -93,3 +93,27 @@ def test_an_excerpt_is_one_short_line_of_whole_words() -> None:
     text = "first second\nthird   fourth " + "x " * 500
     assert excerpt(text, 6, 12, before=3, after=8) == "… second third …"
     assert len(excerpt(text, 0, len(text))) < 260
+
+
+def test_the_pipeline_s_check_finds_what_is_wrong():
+    from rich.console import Console
+
+    from streamindex_service.demo import pipeline
+
+    options = DemoOptions(pipeline=True, keys=50, queries=9, heads=2, head_dim=16, attention_heads=2, window=5, top_k=4)
+    data = pipeline._make(options)
+    rows, indices = torch.arange(9), torch.arange(36, dtype=torch.int32).view(9, 4)
+    keys = torch.cat([data.kv.data, data.window.data]).double()
+    recent = data.index.positions[:, None] - 4 + torch.arange(5) + 50
+    gathered = keys[torch.cat([recent, indices], dim=1)]
+    logits = data.scale * torch.einsum("thd,tjd->thj", data.q.double(), gathered)
+    sink = data.sink.double()[None, :, None].expand(9, 2, 1)
+    weights = torch.softmax(torch.cat([logits, sink], dim=2), dim=2)[:, :, :-1]
+    out = torch.einsum("thj,tjd->thd", weights, gathered).to(torch.bfloat16)
+    console = Console(quiet=True)
+    assert not pipeline._check(console, data, rows, indices, out)[0].any()
+    out[3, 1, 500] += 0.5
+    out[7] = torch.nan
+    wrong, largest = pipeline._check(console, data, rows, indices, out)
+    assert torch.nonzero(wrong).flatten().tolist() == [3, 7]
+    assert largest > 1

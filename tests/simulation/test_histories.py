@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from streamindex_service.core.caches import CacheStore, Page
+from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.governor import Governor
+from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Scheduler, _BandQueue, _Choice

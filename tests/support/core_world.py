@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamindex_service.core.caches import CacheSpec, CacheStore, Page, Snapshot
+from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.governor import Governor, GovernorLimits, Grant, Need, OpenSearch, SearchTurn
+from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band, QueueLimits
 from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.core.specs import CacheSpec
 from streamindex_service.core.uploads import Upload, UploadTable
 from streamindex_service.errors import ServiceError
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
-from streamindex_service.core.sizes import MAX_BYTES, KeyFormat, page_bytes, pages_of, product
+from streamindex_service.core.sizes import MAX_BYTES, KeyFormat, KvFormat, RowForm, pages_of, product
 from streamindex_service.errors import InvalidArgumentError
 
 
@@ -56,8 +56,11 @@ def test_products_that_pass_63_bits_are_refused(factors):
 
 
 def test_sizes():
-    assert page_bytes(KeyFormat.BF16, 128) == 65_536
-    assert page_bytes(KeyFormat.FP8_E4M3, 128) == 256 * (128 + 4)
+    assert RowForm.of_keys(KeyFormat.BF16, 128).page_bytes == 65_536
+    assert RowForm.of_keys(KeyFormat.FP8_E4M3, 128).page_bytes == 256 * (128 + 4)
+    assert RowForm.of_kv(KvFormat.BF16, 512).page_bytes == 256 * 1024
+    assert RowForm.of_kv(KvFormat.FP8_D512, 512).page_bytes == 256 * 584
+    assert RowForm.of_kv(KvFormat.FP8_D576, 576).page_bytes == 256 * 656
     assert [pages_of(keys) for keys in (0, 1, 256, 257)] == [0, 1, 1, 2]
 
 

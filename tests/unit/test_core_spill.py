@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamindex_service.core.caches import Page
+from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.spill import Spill

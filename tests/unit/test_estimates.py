@@ -9,7 +9,7 @@ import pytest
 
 from streamindex_service.core.estimates import DeviceSpeed, TopkWork
 from streamindex_service.core.sizes import KeyFormat
-from streamindex_service.frontend.admission import workspace_terms
+from streamindex_service.frontend.index_tiles import workspace_terms
 from streamindex_service.ipc.v1 import worker_pb2
 from streamindex_service.ops.topk import IMPLEMENTATIONS
 from streamindex_service.ops.topk.plan import Shape, plan_chunked, plan_triton

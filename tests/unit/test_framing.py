@@ -9,17 +9,25 @@ from google.protobuf import message as protobuf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from streamindex import framing
-from streamindex.v1 import key_cache_pb2, search_pb2
+from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2
 
 KINDS = {
     "keys": (key_cache_pb2.AppendKeysRequest, framing.parse_append_keys_request, ("keys", "scales")),
     "queries": (search_pb2.SearchRequest, framing.parse_search_request, ("q", "w", "positions")),
     "indices": (search_pb2.SearchResponse, framing.parse_search_response, ("indices", "scores")),
+    "attend": (
+        attention_pb2.SparseAttendRequest,
+        framing.parse_attend_request,
+        ("q", "index_q", "index_w", "indices", "positions"),
+    ),
+    "outputs": (attention_pb2.SparseAttendResponse, framing.parse_attend_response, ("out", "lse")),
 }
 ENCODERS = {
     "keys": framing.encode_key_chunk,
     "queries": framing.encode_query_chunk,
     "indices": framing.encode_index_chunk,
+    "attend": lambda offset, count, *rest: framing.encode_attend_chunk(offset, count, rest[:-1], rest[-1]),
+    "outputs": framing.encode_output_chunk,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 payloads = st.binary(max_size=300)
@@ -83,7 +91,7 @@ def parsed(kind: str, data: bytes):
 
 
 @kinds
-@given(offset=u64, count=u32, parts=st.lists(payloads, min_size=3, max_size=3), crc=u32)
+@given(offset=u64, count=u32, parts=st.lists(payloads, min_size=5, max_size=5), crc=u32)
 def test_what_we_write_protobuf_reads(kind, offset, count, parts, crc):
     names = KINDS[kind][2]
     data = ENCODERS[kind](offset, count, *parts[: len(names)], crc)
@@ -92,7 +100,7 @@ def test_what_we_write_protobuf_reads(kind, offset, count, parts, crc):
 
 
 @kinds
-@given(offset=u64, count=u32, parts=st.lists(payloads, min_size=3, max_size=3), crc=st.none() | u32)
+@given(offset=u64, count=u32, parts=st.lists(payloads, min_size=5, max_size=5), crc=st.none() | u32)
 def test_what_protobuf_writes_we_read(kind, offset, count, parts, crc):
     cls, _, names = KINDS[kind]
     message = cls()

@@ -7,17 +7,20 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from streamindex_service.core.accounts import NO_QUOTA, Account
-from streamindex_service.core.caches import Page
+from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PageSlot
+from streamindex_service.core.specs import RowKind
 from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
 from streamindex_service.frontend import device as frontend_device
-from streamindex_service.frontend.device import DeviceWorker, TilePlace, TileSpec, View
+from streamindex_service.frontend.device import DeviceWorker, View
 from streamindex_service.frontend.host_memory import Block, HostExtents, SharedSegment
+from streamindex_service.frontend.tiles import TileDue, TilePart, TilePlace, TileSpec, search_tile
 from streamindex_service.ipc import supervisor as module
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
 
@@ -51,6 +54,11 @@ while True:
         elif what == 4:
             time.sleep(1000)
 """
+
+
+def tile_message(view, block, rows, tile_id):
+    place = TilePlace(rows, 0, 0, 0, 0, None)
+    return search_tile(tile_id, view, TileSpec(1, 1, 1, 0), block, place, 1, TilePart(), TileDue())
 
 
 class Events:
@@ -126,8 +134,7 @@ async def stand_in(tmp_path, monkeypatch):
     def tile(what, key="request"):
         link = running.link
         view = View(link.next_id(), link, asyncio.get_running_loop().create_future(), (), (), frozenset(), 0, False)
-        place = TilePlace(what, 0, 0, 0, 0, None)
-        return device.submit(view, TileSpec(1, 1, 1, 0), block, place, key, 1)[1]
+        return device.submit((view,), block, key, partial(tile_message, view, block, what))[1]
 
     yield running, device, events, tile
     await running.stop(grace_s=2.0)
@@ -214,8 +221,8 @@ async def test_who_has_not_learnt_that_the_worker_is_gone_is_not_accused_of_the_
         # a search that still has the old worker's view sends another tile
         view = View(1, dead, asyncio.get_running_loop().create_future(), (), (), frozenset(), 0, False)
         segment = SharedSegment.create(4096, writable_by_worker=True)
-        place = TilePlace(1, 0, 0, 0, 0, None)
-        _, late = device.submit(view, TileSpec(1, 1, 1, 0), Block(segment, 0, segment.data), place, "late", 1)
+        block = Block(segment, 0, segment.data)
+        _, late = device.submit((view,), block, "late", partial(tile_message, view, block, 1))
         with pytest.raises(WorkerLostError):
             await late
         segment.segment.close()
@@ -270,6 +277,8 @@ ACCOUNT = Account("owner", NO_QUOTA)
 
 class Snapshot:
     pages = ()
+
+    kind = RowKind.KEYS
 
     class spec:  # noqa: N801
         key_format, head_dim = 1, 16

@@ -19,6 +19,11 @@ def tile(tile_id, band=STANDARD, estimated_s=0.004):
     return Command(pb.ToWorker(search_tile=message))
 
 
+def attend(tile_id, band=STANDARD, estimated_s=0.004):
+    message = pb.AttendTile(tile_id=tile_id, band=band, estimated_us=int(1e6 * estimated_s))
+    return Command(pb.ToWorker(attend_tile=message))
+
+
 def load(operation_id):
     return Command(pb.ToWorker(load_pages=pb.LoadPages(operation_id=operation_id)))
 
@@ -43,8 +48,7 @@ def commands(clock, monkeypatch):
 
 def take(commands):
     command, cancelled = commands.take()
-    kind = command.message.WhichOneof("message")
-    number = command.message.search_tile.tile_id if kind == "search_tile" else command.message.load_pages.operation_id
+    number = command.message.load_pages.operation_id if command.tile is None else command.tile.tile_id
     return -number if cancelled else number
 
 
@@ -56,6 +60,26 @@ def test_of_the_tiles_that_wait_those_of_the_highest_band_go_first(commands):
         taken.append(take(commands))
         commands.finished(taken[-1])
     assert taken == [4, 5, 2, 1, 3]
+
+
+def test_attention_and_searches_do_not_wait_for_each_other(commands, clock):
+    start_s = clock.now_s
+    for command in (attend(1, estimated_s=0.5), attend(2), tile(3), tile(4, INTERACTIVE), attend(5, INTERACTIVE)):
+        commands.put(command)
+    assert [take(commands) for _ in range(2)] == [4, 5]  # the highest band first, the first that came
+    assert clock.now_s == start_s
+    commands.finished(4)
+    assert take(commands) == 3  # though the device still has attention
+    assert clock.now_s == start_s
+    commands.cancel([2])
+    commands.finished(5)
+    assert take(commands) == 1
+    assert clock.now_s == start_s
+    assert take(commands) == -2
+    commands.finished(1)
+    commands.finished(3)
+    commands.close()
+    assert commands.take() is None
 
 
 def test_what_is_no_tile_goes_at_once_and_in_order(commands):

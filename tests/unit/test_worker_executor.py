@@ -25,7 +25,7 @@ def finished():
 
 @pytest.fixture
 def executor(sent, finished):
-    made = Executor(Device(torch.device("cpu"), "cpu", 1 << 30), "chunked", sent.put, finished.append)
+    made = Executor(Device(torch.device("cpu"), "cpu", 1 << 30), "chunked", "chunked", sent.put, finished.append)
     yield made
     made.finish()
 

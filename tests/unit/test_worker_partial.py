@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamindex_service.core.accounts import NO_QUOTA, Account
-from streamindex_service.core.caches import Page, Snapshot
+from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.core.windows import windows_of
 from streamindex_service.ops.paged_keys import PagedKeys

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AttentionServiceStub(object):
-    """Attention on the indices found. Reserved: every call answers UNIMPLEMENTED in this version.
+    """Attention over the rows of a key cache that was made with a KV format.
     """
 
     def __init__(self, channel):
@@ -48,18 +48,33 @@ class AttentionServiceStub(object):
 
 
 class AttentionServiceServicer(object):
-    """Attention on the indices found. Reserved: every call answers UNIMPLEMENTED in this version.
+    """Attention over the rows of a key cache that was made with a KV format.
     """
 
     def SparseAttend(self, request_iterator, context):
-        """Sparse attention over a cache's rows: queries in, attention outputs out.
+        """Sparse attention: queries in, attention outputs out, in row order, as soon as they are computed and while later
+        queries still arrive. The caller half-closes after its last chunk.
+
+        o[t, h] = sum over j of softmax_j( scale · q[t, h] · kv[j] ⊕ sink[h] ) · kv[j, :value_dim]
+
+        where j runs over the window of the query at position p, the window rows [p - window + 1, p] as far as they exist,
+        and over the KV rows that its indices name: the top_k index keys that a Search with index_q and index_w would find,
+        or those that the caller gives. An index of -1, or at or beyond the KV rows of the layer, contributes nothing; one
+        that comes twice counts twice. The sink adds to the denominator alone. A row with nothing to attend is 0.
+
+        The call sees the layer as it was when it was accepted. FAILED_PRECONDITION/NO_KV_ROWS when the cache holds index keys
+        alone, when the layer has fewer KV rows than the index keys that are searched, or fewer window rows than the window
+        of a query needs (metadata with the rows needed and held); answers before that row stay valid. UNAVAILABLE/WORKER_LOST
+        (with RetryInfo) when the device process died: rows answered stay valid, ask again for the rest.
+        DEADLINE_EXCEEDED/SLOW_CONSUMER when answers are not read for 30 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Attend(self, request_iterator, context):
-        """Exact attention under a memory budget, over tensors that the caller streams.
+        """Exact attention under a memory budget, over tensors that the caller streams. Reserved: answers UNIMPLEMENTED in this
+        version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +102,7 @@ def add_AttentionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AttentionService(object):
-    """Attention on the indices found. Reserved: every call answers UNIMPLEMENTED in this version.
+    """Attention over the rows of a key cache that was made with a KV format.
     """
 
     @staticmethod

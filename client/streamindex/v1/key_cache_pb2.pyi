@@ -1,5 +1,6 @@
 from streamindex.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -7,8 +8,19 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class RowKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROW_KIND_UNSPECIFIED: _ClassVar[RowKind]
+    ROW_KIND_KEYS: _ClassVar[RowKind]
+    ROW_KIND_KV: _ClassVar[RowKind]
+    ROW_KIND_WINDOW: _ClassVar[RowKind]
+ROW_KIND_UNSPECIFIED: RowKind
+ROW_KIND_KEYS: RowKind
+ROW_KIND_KV: RowKind
+ROW_KIND_WINDOW: RowKind
+
 class KeyCacheSpec(_message.Message):
-    __slots__ = ("heads", "head_dim", "ratio", "key_format", "layers", "convention", "expected_keys", "idle_ttl_s", "priority")
+    __slots__ = ("heads", "head_dim", "ratio", "key_format", "layers", "convention", "expected_keys", "idle_ttl_s", "priority", "kv")
     HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     RATIO_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +30,7 @@ class KeyCacheSpec(_message.Message):
     EXPECTED_KEYS_FIELD_NUMBER: _ClassVar[int]
     IDLE_TTL_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     heads: int
     head_dim: int
     ratio: int
@@ -27,23 +40,40 @@ class KeyCacheSpec(_message.Message):
     expected_keys: int
     idle_ttl_s: int
     priority: _types_pb2.Priority
-    def __init__(self, heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., ratio: _Optional[int] = ..., key_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., layers: _Optional[int] = ..., convention: _Optional[str] = ..., expected_keys: _Optional[int] = ..., idle_ttl_s: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
+    kv: KvSpec
+    def __init__(self, heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., ratio: _Optional[int] = ..., key_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., layers: _Optional[int] = ..., convention: _Optional[str] = ..., expected_keys: _Optional[int] = ..., idle_ttl_s: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., kv: _Optional[_Union[KvSpec, _Mapping]] = ...) -> None: ...
+
+class KvSpec(_message.Message):
+    __slots__ = ("kv_format", "key_dim", "value_dim", "heads")
+    KV_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    KEY_DIM_FIELD_NUMBER: _ClassVar[int]
+    VALUE_DIM_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    kv_format: _types_pb2.KvFormat
+    key_dim: int
+    value_dim: int
+    heads: int
+    def __init__(self, kv_format: _Optional[_Union[_types_pb2.KvFormat, str]] = ..., key_dim: _Optional[int] = ..., value_dim: _Optional[int] = ..., heads: _Optional[int] = ...) -> None: ...
 
 class KeyCache(_message.Message):
-    __slots__ = ("id", "spec", "layer_keys", "host_bytes", "resident_bytes", "spilled_bytes")
+    __slots__ = ("id", "spec", "layer_keys", "host_bytes", "resident_bytes", "spilled_bytes", "layer_kv_rows", "layer_window_rows")
     ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     LAYER_KEYS_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SPILLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_KV_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
     id: str
     spec: KeyCacheSpec
     layer_keys: _containers.RepeatedScalarFieldContainer[int]
     host_bytes: int
     resident_bytes: int
     spilled_bytes: int
-    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[KeyCacheSpec, _Mapping]] = ..., layer_keys: _Optional[_Iterable[int]] = ..., host_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., spilled_bytes: _Optional[int] = ...) -> None: ...
+    layer_kv_rows: _containers.RepeatedScalarFieldContainer[int]
+    layer_window_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[KeyCacheSpec, _Mapping]] = ..., layer_keys: _Optional[_Iterable[int]] = ..., host_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., spilled_bytes: _Optional[int] = ..., layer_kv_rows: _Optional[_Iterable[int]] = ..., layer_window_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CreateKeyCacheRequest(_message.Message):
     __slots__ = ("spec",)
@@ -96,14 +126,16 @@ class DeleteKeyCacheResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class TruncateKeysRequest(_message.Message):
-    __slots__ = ("key_cache_id", "layer", "keys")
+    __slots__ = ("key_cache_id", "layer", "keys", "window_rows")
     KEY_CACHE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
     key_cache_id: str
     layer: int
     keys: int
-    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., keys: _Optional[int] = ...) -> None: ...
+    window_rows: int
+    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., keys: _Optional[int] = ..., window_rows: _Optional[int] = ...) -> None: ...
 
 class TruncateKeysResponse(_message.Message):
     __slots__ = ("key_cache",)
@@ -112,12 +144,14 @@ class TruncateKeysResponse(_message.Message):
     def __init__(self, key_cache: _Optional[_Union[KeyCache, _Mapping]] = ...) -> None: ...
 
 class ForkKeyCacheRequest(_message.Message):
-    __slots__ = ("key_cache_id", "keys")
+    __slots__ = ("key_cache_id", "keys", "window_rows")
     KEY_CACHE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
     key_cache_id: str
     keys: int
-    def __init__(self, key_cache_id: _Optional[str] = ..., keys: _Optional[int] = ...) -> None: ...
+    window_rows: int
+    def __init__(self, key_cache_id: _Optional[str] = ..., keys: _Optional[int] = ..., window_rows: _Optional[int] = ...) -> None: ...
 
 class ForkKeyCacheResponse(_message.Message):
     __slots__ = ("key_cache",)
@@ -138,16 +172,18 @@ class AppendKeysRequest(_message.Message):
 class AppendKeysHeader(_message.Message):
     __slots__ = ("start", "resume_upload_id")
     class Start(_message.Message):
-        __slots__ = ("key_cache_id", "layer", "first_row", "row_count")
+        __slots__ = ("key_cache_id", "layer", "first_row", "row_count", "row_kind")
         KEY_CACHE_ID_FIELD_NUMBER: _ClassVar[int]
         LAYER_FIELD_NUMBER: _ClassVar[int]
         FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
         ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
+        ROW_KIND_FIELD_NUMBER: _ClassVar[int]
         key_cache_id: str
         layer: int
         first_row: int
         row_count: int
-        def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., first_row: _Optional[int] = ..., row_count: _Optional[int] = ...) -> None: ...
+        row_kind: RowKind
+        def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., first_row: _Optional[int] = ..., row_count: _Optional[int] = ..., row_kind: _Optional[_Union[RowKind, str]] = ...) -> None: ...
     START_FIELD_NUMBER: _ClassVar[int]
     RESUME_UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     start: AppendKeysHeader.Start

@@ -28,7 +28,10 @@ if _version_not_supported:
 class KeyCacheServiceStub(object):
     """Key caches: made by the server, bound to the caller that made them, filled by streams of key rows.
 
-    A cache has layers; a layer has a length and rows of keys. A key beyond a layer's length is invisible. An id
+    A cache has layers; a layer has a length and rows of keys. A cache that was made with a KV format has two more lengths
+    a layer, each with rows of its own: KV rows, of which row s belongs to index key s (a compressed entry, or the token
+    itself where the ratio is 1), and window rows, of which row t is token t as it is, uncompressed. What is said of keys
+    holds for all three, budgets, quotas and times to live too. A row beyond its length is invisible. An id
     that is unknown, expired, deleted or another caller's answers NOT_FOUND/CACHE_NOT_FOUND, with one text for all.
     """
 
@@ -83,7 +86,10 @@ class KeyCacheServiceStub(object):
 class KeyCacheServiceServicer(object):
     """Key caches: made by the server, bound to the caller that made them, filled by streams of key rows.
 
-    A cache has layers; a layer has a length and rows of keys. A key beyond a layer's length is invisible. An id
+    A cache has layers; a layer has a length and rows of keys. A cache that was made with a KV format has two more lengths
+    a layer, each with rows of its own: KV rows, of which row s belongs to index key s (a compressed entry, or the token
+    itself where the ratio is 1), and window rows, of which row t is token t as it is, uncompressed. What is said of keys
+    holds for all three, budgets, quotas and times to live too. A row beyond its length is invisible. An id
     that is unknown, expired, deleted or another caller's answers NOT_FOUND/CACHE_NOT_FOUND, with one text for all.
     """
 
@@ -117,7 +123,8 @@ class KeyCacheServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def TruncateKeys(self, request, context):
-        """Shortens a layer, or all layers. Metadata only. A length at or beyond the present one changes nothing.
+        """Shortens a layer, or all layers: keys, KV rows and window rows. Metadata only. A length at or beyond the present one
+        changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,7 +138,8 @@ class KeyCacheServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AppendKeys(self, request_iterator, context):
-        """Writes rows at an index of one layer. The caller sends a header, chunks and a finish; the server answers with
+        """Writes rows of one kind at an index of one layer. FAILED_PRECONDITION/NO_KV_ROWS for KV or window rows of a cache that
+        holds index keys alone. The caller sends a header, chunks and a finish; the server answers with
         `accepted`, then acknowledges rows as it holds them, then `committed`. Nothing becomes visible before
         `committed`: the end of the stream alone never commits. After a disconnect the rows acknowledged are kept for the
         upload's time to live; a new AppendKeys whose header is a `resume` goes on from there. Refusals come in-band
@@ -205,7 +213,10 @@ def add_KeyCacheServiceServicer_to_server(servicer, server):
 class KeyCacheService(object):
     """Key caches: made by the server, bound to the caller that made them, filled by streams of key rows.
 
-    A cache has layers; a layer has a length and rows of keys. A key beyond a layer's length is invisible. An id
+    A cache has layers; a layer has a length and rows of keys. A cache that was made with a KV format has two more lengths
+    a layer, each with rows of its own: KV rows, of which row s belongs to index key s (a compressed entry, or the token
+    itself where the ratio is 1), and window rows, of which row t is token t as it is, uncompressed. What is said of keys
+    holds for all three, budgets, quotas and times to live too. A row beyond its length is invisible. An id
     that is unknown, expired, deleted or another caller's answers NOT_FOUND/CACHE_NOT_FOUND, with one text for all.
     """
 

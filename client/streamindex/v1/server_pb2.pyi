@@ -12,7 +12,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("service_version", "device", "implementation", "implementations", "key_formats", "limits", "search_modes")
+    __slots__ = ("service_version", "device", "implementation", "implementations", "key_formats", "limits", "search_modes", "attention_implementation", "kv_formats")
     SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,8 @@ class GetCapabilitiesResponse(_message.Message):
     KEY_FORMATS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SEARCH_MODES_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+    KV_FORMATS_FIELD_NUMBER: _ClassVar[int]
     service_version: str
     device: str
     implementation: str
@@ -27,7 +29,9 @@ class GetCapabilitiesResponse(_message.Message):
     key_formats: _containers.RepeatedScalarFieldContainer[_types_pb2.KeyFormat]
     limits: Limits
     search_modes: _containers.RepeatedScalarFieldContainer[_types_pb2.SearchMode]
-    def __init__(self, service_version: _Optional[str] = ..., device: _Optional[str] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[Implementation, _Mapping]]] = ..., key_formats: _Optional[_Iterable[_Union[_types_pb2.KeyFormat, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., search_modes: _Optional[_Iterable[_Union[_types_pb2.SearchMode, str]]] = ...) -> None: ...
+    attention_implementation: str
+    kv_formats: _containers.RepeatedScalarFieldContainer[_types_pb2.KvFormat]
+    def __init__(self, service_version: _Optional[str] = ..., device: _Optional[str] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[Implementation, _Mapping]]] = ..., key_formats: _Optional[_Iterable[_Union[_types_pb2.KeyFormat, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., search_modes: _Optional[_Iterable[_Union[_types_pb2.SearchMode, str]]] = ..., attention_implementation: _Optional[str] = ..., kv_formats: _Optional[_Iterable[_Union[_types_pb2.KvFormat, str]]] = ...) -> None: ...
 
 class Implementation(_message.Message):
     __slots__ = ("name", "key_formats", "repeatable")
@@ -40,7 +44,7 @@ class Implementation(_message.Message):
     def __init__(self, name: _Optional[str] = ..., key_formats: _Optional[_Iterable[_Union[_types_pb2.KeyFormat, str]]] = ..., repeatable: bool = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_heads", "max_head_dim", "max_top_k", "max_layers", "max_layer_keys", "max_chunk_bytes", "max_batch_items", "max_batch_rows")
+    __slots__ = ("max_heads", "max_head_dim", "max_top_k", "max_layers", "max_layer_keys", "max_chunk_bytes", "max_batch_items", "max_batch_rows", "max_attention_heads", "max_window")
     MAX_HEADS_FIELD_NUMBER: _ClassVar[int]
     MAX_HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     MAX_TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +53,8 @@ class Limits(_message.Message):
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_ITEMS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ATTENTION_HEADS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WINDOW_FIELD_NUMBER: _ClassVar[int]
     max_heads: int
     max_head_dim: int
     max_top_k: int
@@ -57,7 +63,9 @@ class Limits(_message.Message):
     max_chunk_bytes: int
     max_batch_items: int
     max_batch_rows: int
-    def __init__(self, max_heads: _Optional[int] = ..., max_head_dim: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_layers: _Optional[int] = ..., max_layer_keys: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_batch_rows: _Optional[int] = ...) -> None: ...
+    max_attention_heads: int
+    max_window: int
+    def __init__(self, max_heads: _Optional[int] = ..., max_head_dim: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_layers: _Optional[int] = ..., max_layer_keys: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_batch_rows: _Optional[int] = ..., max_attention_heads: _Optional[int] = ..., max_window: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astreamindex/v1/types.proto\x12\x0estreamindex.v1\"\xdd\x01\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x35\n\x08metadata\x18\x05 \x03(\x0b\x32#.streamindex.v1.Error.MetadataEntry\x12\x1b\n\x0eretry_after_ms\x18\x06 \x01(\rH\x00\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_retry_after_ms*\x7f\n\tKeyFormat\x12\x1a\n\x16KEY_FORMAT_UNSPECIFIED\x10\x00\x12\x13\n\x0fKEY_FORMAT_BF16\x10\x01\x12\x13\n\x0fKEY_FORMAT_FP16\x10\x02\x12\x13\n\x0fKEY_FORMAT_FP32\x10\x03\x12\x17\n\x13KEY_FORMAT_FP8_E4M3\x10\x04*[\n\x0bResultOrder\x12\x1c\n\x18RESULT_ORDER_UNSPECIFIED\x10\x00\x12\x16\n\x12RESULT_ORDER_SCORE\x10\x01\x12\x16\n\x12RESULT_ORDER_INDEX\x10\x02*@\n\nSearchMode\x12\x1b\n\x17SEARCH_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11SEARCH_MODE_EXACT\x10\x01*i\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x15\n\x11PRIORITY_STANDARD\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astreamindex/v1/types.proto\x12\x0estreamindex.v1\"\xdd\x01\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x35\n\x08metadata\x18\x05 \x03(\x0b\x32#.streamindex.v1.Error.MetadataEntry\x12\x1b\n\x0eretry_after_ms\x18\x06 \x01(\rH\x00\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_retry_after_ms*\x7f\n\tKeyFormat\x12\x1a\n\x16KEY_FORMAT_UNSPECIFIED\x10\x00\x12\x13\n\x0fKEY_FORMAT_BF16\x10\x01\x12\x13\n\x0fKEY_FORMAT_FP16\x10\x02\x12\x13\n\x0fKEY_FORMAT_FP32\x10\x03\x12\x17\n\x13KEY_FORMAT_FP8_E4M3\x10\x04*i\n\x08KvFormat\x12\x19\n\x15KV_FORMAT_UNSPECIFIED\x10\x00\x12\x12\n\x0eKV_FORMAT_BF16\x10\x01\x12\x16\n\x12KV_FORMAT_FP8_D512\x10\x02\x12\x16\n\x12KV_FORMAT_FP8_D576\x10\x03*[\n\x0bResultOrder\x12\x1c\n\x18RESULT_ORDER_UNSPECIFIED\x10\x00\x12\x16\n\x12RESULT_ORDER_SCORE\x10\x01\x12\x16\n\x12RESULT_ORDER_INDEX\x10\x02*@\n\nSearchMode\x12\x1b\n\x17SEARCH_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11SEARCH_MODE_EXACT\x10\x01*i\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x15\n\x11PRIORITY_STANDARD\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,12 +35,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ERROR_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_KEYFORMAT']._serialized_start=270
   _globals['_KEYFORMAT']._serialized_end=397
-  _globals['_RESULTORDER']._serialized_start=399
-  _globals['_RESULTORDER']._serialized_end=490
-  _globals['_SEARCHMODE']._serialized_start=492
-  _globals['_SEARCHMODE']._serialized_end=556
-  _globals['_PRIORITY']._serialized_start=558
-  _globals['_PRIORITY']._serialized_end=663
+  _globals['_KVFORMAT']._serialized_start=399
+  _globals['_KVFORMAT']._serialized_end=504
+  _globals['_RESULTORDER']._serialized_start=506
+  _globals['_RESULTORDER']._serialized_end=597
+  _globals['_SEARCHMODE']._serialized_start=599
+  _globals['_SEARCHMODE']._serialized_end=663
+  _globals['_PRIORITY']._serialized_start=665
+  _globals['_PRIORITY']._serialized_end=770
   _globals['_ERROR']._serialized_start=47
   _globals['_ERROR']._serialized_end=268
   _globals['_ERROR_METADATAENTRY']._serialized_start=202

@@ -15,6 +15,13 @@ class KeyFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KEY_FORMAT_FP32: _ClassVar[KeyFormat]
     KEY_FORMAT_FP8_E4M3: _ClassVar[KeyFormat]
 
+class KvFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KV_FORMAT_UNSPECIFIED: _ClassVar[KvFormat]
+    KV_FORMAT_BF16: _ClassVar[KvFormat]
+    KV_FORMAT_FP8_D512: _ClassVar[KvFormat]
+    KV_FORMAT_FP8_D576: _ClassVar[KvFormat]
+
 class ResultOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     RESULT_ORDER_UNSPECIFIED: _ClassVar[ResultOrder]
@@ -37,6 +44,10 @@ KEY_FORMAT_BF16: KeyFormat
 KEY_FORMAT_FP16: KeyFormat
 KEY_FORMAT_FP32: KeyFormat
 KEY_FORMAT_FP8_E4M3: KeyFormat
+KV_FORMAT_UNSPECIFIED: KvFormat
+KV_FORMAT_BF16: KvFormat
+KV_FORMAT_FP8_D512: KvFormat
+KV_FORMAT_FP8_D576: KvFormat
 RESULT_ORDER_UNSPECIFIED: ResultOrder
 RESULT_ORDER_SCORE: ResultOrder
 RESULT_ORDER_INDEX: ResultOrder

@@ -23,7 +23,7 @@ FAILURE_KIND_INTERNAL: FailureKind
 FAILURE_KIND_UNUSABLE: FailureKind
 
 class ToWorker(_message.Message):
-    __slots__ = ("configure", "map_segment", "unmap_segment", "allocate_extent", "free_extent", "load_pages", "define_view", "drop_view", "search_tile", "cancel_tiles", "ping", "shutdown")
+    __slots__ = ("configure", "map_segment", "unmap_segment", "allocate_extent", "free_extent", "load_pages", "define_view", "drop_view", "search_tile", "cancel_tiles", "ping", "shutdown", "attend_tile")
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     MAP_SEGMENT_FIELD_NUMBER: _ClassVar[int]
     UNMAP_SEGMENT_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class ToWorker(_message.Message):
     CANCEL_TILES_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
+    ATTEND_TILE_FIELD_NUMBER: _ClassVar[int]
     configure: Configure
     map_segment: MapSegment
     unmap_segment: UnmapSegment
@@ -48,7 +49,8 @@ class ToWorker(_message.Message):
     cancel_tiles: CancelTiles
     ping: Ping
     shutdown: Shutdown
-    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., map_segment: _Optional[_Union[MapSegment, _Mapping]] = ..., unmap_segment: _Optional[_Union[UnmapSegment, _Mapping]] = ..., allocate_extent: _Optional[_Union[AllocateExtent, _Mapping]] = ..., free_extent: _Optional[_Union[FreeExtent, _Mapping]] = ..., load_pages: _Optional[_Union[LoadPages, _Mapping]] = ..., define_view: _Optional[_Union[DefineView, _Mapping]] = ..., drop_view: _Optional[_Union[DropView, _Mapping]] = ..., search_tile: _Optional[_Union[SearchTile, _Mapping]] = ..., cancel_tiles: _Optional[_Union[CancelTiles, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ...) -> None: ...
+    attend_tile: AttendTile
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., map_segment: _Optional[_Union[MapSegment, _Mapping]] = ..., unmap_segment: _Optional[_Union[UnmapSegment, _Mapping]] = ..., allocate_extent: _Optional[_Union[AllocateExtent, _Mapping]] = ..., free_extent: _Optional[_Union[FreeExtent, _Mapping]] = ..., load_pages: _Optional[_Union[LoadPages, _Mapping]] = ..., define_view: _Optional[_Union[DefineView, _Mapping]] = ..., drop_view: _Optional[_Union[DropView, _Mapping]] = ..., search_tile: _Optional[_Union[SearchTile, _Mapping]] = ..., cancel_tiles: _Optional[_Union[CancelTiles, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., attend_tile: _Optional[_Union[AttendTile, _Mapping]] = ...) -> None: ...
 
 class FromWorker(_message.Message):
     __slots__ = ("ready", "operation_done", "tile_done", "failed", "pong")
@@ -129,7 +131,7 @@ class LoadPages(_message.Message):
     def __init__(self, operation_id: _Optional[int] = ..., page_bytes: _Optional[int] = ..., segment_ids: _Optional[_Iterable[int]] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., extent_ids: _Optional[_Iterable[int]] = ..., extent_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DefineView(_message.Message):
-    __slots__ = ("view_id", "key_format", "head_dim", "length_keys", "extent_ids", "extent_offsets", "complete")
+    __slots__ = ("view_id", "key_format", "head_dim", "length_keys", "extent_ids", "extent_offsets", "complete", "kv_format")
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
     KEY_FORMAT_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +139,7 @@ class DefineView(_message.Message):
     EXTENT_IDS_FIELD_NUMBER: _ClassVar[int]
     EXTENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    KV_FORMAT_FIELD_NUMBER: _ClassVar[int]
     view_id: int
     key_format: int
     head_dim: int
@@ -144,7 +147,8 @@ class DefineView(_message.Message):
     extent_ids: _containers.RepeatedScalarFieldContainer[int]
     extent_offsets: _containers.RepeatedScalarFieldContainer[int]
     complete: bool
-    def __init__(self, view_id: _Optional[int] = ..., key_format: _Optional[int] = ..., head_dim: _Optional[int] = ..., length_keys: _Optional[int] = ..., extent_ids: _Optional[_Iterable[int]] = ..., extent_offsets: _Optional[_Iterable[int]] = ..., complete: bool = ...) -> None: ...
+    kv_format: int
+    def __init__(self, view_id: _Optional[int] = ..., key_format: _Optional[int] = ..., head_dim: _Optional[int] = ..., length_keys: _Optional[int] = ..., extent_ids: _Optional[_Iterable[int]] = ..., extent_offsets: _Optional[_Iterable[int]] = ..., complete: bool = ..., kv_format: _Optional[int] = ...) -> None: ...
 
 class DropView(_message.Message):
     __slots__ = ("view_id",)
@@ -198,6 +202,48 @@ class SearchTile(_message.Message):
     estimated_us: int
     def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
 
+class AttendTile(_message.Message):
+    __slots__ = ("tile_id", "view_id", "window_view_id", "first_window_row", "window", "rows", "heads", "width", "value_dim", "scale", "sink", "workspace_bytes", "q", "positions", "indices", "out", "lse", "band", "estimated_us")
+    TILE_ID_FIELD_NUMBER: _ClassVar[int]
+    VIEW_ID_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_VIEW_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_WINDOW_ROW_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    VALUE_DIM_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    SINK_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    Q_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    OUT_FIELD_NUMBER: _ClassVar[int]
+    LSE_FIELD_NUMBER: _ClassVar[int]
+    BAND_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
+    tile_id: int
+    view_id: int
+    window_view_id: int
+    first_window_row: int
+    window: int
+    rows: int
+    heads: int
+    width: int
+    value_dim: int
+    scale: float
+    sink: _containers.RepeatedScalarFieldContainer[float]
+    workspace_bytes: int
+    q: Span
+    positions: Span
+    indices: Span
+    out: Span
+    lse: Span
+    band: int
+    estimated_us: int
+    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., window_view_id: _Optional[int] = ..., first_window_row: _Optional[int] = ..., window: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., value_dim: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., out: _Optional[_Union[Span, _Mapping]] = ..., lse: _Optional[_Union[Span, _Mapping]] = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
+
 class CancelTiles(_message.Message):
     __slots__ = ("tile_ids",)
     TILE_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -215,7 +261,7 @@ class Shutdown(_message.Message):
     def __init__(self) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("device_name", "device_type", "device_bytes", "implementation", "implementations", "device_budget_bytes", "workspace")
+    __slots__ = ("device_name", "device_type", "device_bytes", "implementation", "implementations", "device_budget_bytes", "workspace", "attention")
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +269,7 @@ class Ready(_message.Message):
     IMPLEMENTATIONS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     WORKSPACE_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     device_name: str
     device_type: str
     device_bytes: int
@@ -230,7 +277,36 @@ class Ready(_message.Message):
     implementations: _containers.RepeatedCompositeFieldContainer[ImplementationSupport]
     device_budget_bytes: int
     workspace: WorkspaceTerms
-    def __init__(self, device_name: _Optional[str] = ..., device_type: _Optional[str] = ..., device_bytes: _Optional[int] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[ImplementationSupport, _Mapping]]] = ..., device_budget_bytes: _Optional[int] = ..., workspace: _Optional[_Union[WorkspaceTerms, _Mapping]] = ...) -> None: ...
+    attention: AttentionSupport
+    def __init__(self, device_name: _Optional[str] = ..., device_type: _Optional[str] = ..., device_bytes: _Optional[int] = ..., implementation: _Optional[str] = ..., implementations: _Optional[_Iterable[_Union[ImplementationSupport, _Mapping]]] = ..., device_budget_bytes: _Optional[int] = ..., workspace: _Optional[_Union[WorkspaceTerms, _Mapping]] = ..., attention: _Optional[_Union[AttentionSupport, _Mapping]] = ...) -> None: ...
+
+class AttentionSupport(_message.Message):
+    __slots__ = ("implementation", "kv_formats", "terms")
+    IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+    KV_FORMATS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    implementation: str
+    kv_formats: _containers.RepeatedScalarFieldContainer[int]
+    terms: AttentionTerms
+    def __init__(self, implementation: _Optional[str] = ..., kv_formats: _Optional[_Iterable[int]] = ..., terms: _Optional[_Union[AttentionTerms, _Mapping]] = ...) -> None: ...
+
+class AttentionTerms(_message.Message):
+    __slots__ = ("least_bytes", "fixed_bytes", "head_bytes", "head_dim_bytes", "entry_bytes", "entry_head_bytes", "entry_dim_bytes")
+    LEAST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIXED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_DIM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    least_bytes: int
+    fixed_bytes: int
+    head_bytes: int
+    head_dim_bytes: int
+    entry_bytes: int
+    entry_head_bytes: int
+    entry_dim_bytes: int
+    def __init__(self, least_bytes: _Optional[int] = ..., fixed_bytes: _Optional[int] = ..., head_bytes: _Optional[int] = ..., head_dim_bytes: _Optional[int] = ..., entry_bytes: _Optional[int] = ..., entry_head_bytes: _Optional[int] = ..., entry_dim_bytes: _Optional[int] = ...) -> None: ...
 
 class WorkspaceTerms(_message.Message):
     __slots__ = ("fixed_bytes", "row_bytes", "row_element_bytes", "row_entry_bytes", "row_key_32nds", "row_key_head_bytes", "key_bytes", "key_dim_bytes", "filter_keys", "filter_entries", "survivor_bytes", "survivors", "entry_survivors", "marked_row_bytes", "marked_key_32nds")

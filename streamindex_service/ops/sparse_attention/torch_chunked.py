@@ -4,18 +4,28 @@ On the CPU every token is computed by products of its own, whose shape does not 
 neighbour can change a bit of a result.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from streamindex_service.ops.row_threads import share_rows
 from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
 
 def run_chunked(problem: Problem, plan: Plan) -> None:
     """Fill the outputs, one chunk of tokens after another, within the plan's workspace."""
-    step = plan.token_chunk if problem.q.is_cuda else 1
-    for start in range(0, problem.tokens, step):
-        _fill(problem, start, min(start + step, problem.tokens))
+    if not problem.q.is_cuda:
+        share_rows(partial(_fill_one_by_one, problem), 0, problem.tokens, most=plan.token_chunk)
+        return
+    for start in range(0, problem.tokens, plan.token_chunk):
+        _fill(problem, start, min(start + plan.token_chunk, problem.tokens))
+
+
+def _fill_one_by_one(problem: Problem, start: int, stop: int) -> None:
+    for token in range(start, stop):
+        _fill(problem, token, token + 1)
 
 
 def _fill(problem: Problem, start: int, stop: int) -> None:

@@ -5,15 +5,14 @@ shape, so that no chunk, tile or neighbour can change a bit of it. On CUDA the p
 summation order may depend on their shape: fast, but not repeatable across tilings.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from streamindex_service.ops.formats import KeyFormat
 from streamindex_service.ops.paged_keys import PAGE_KEYS
+from streamindex_service.ops.row_threads import share_rows
 from streamindex_service.ops.topk.order import arrange, pack, unpack
 from streamindex_service.ops.topk.plan import Plan
 from streamindex_service.ops.topk.problem import Problem
@@ -30,29 +29,7 @@ def run_chunked(problem: Problem, plan: Plan) -> None:
         if problem.q.is_cuda:
             _fill(problem, plan, start, stop)
         else:
-            _fill_by_threads(problem, plan, start, stop)
-
-
-def _fill_by_threads(problem: Problem, plan: Plan, start: int, stop: int) -> None:
-    """The chunk's rows shared out over as many threads as torch would use, each of which uses one.
-
-    The blocks are too small to be worth several threads each: on a busy machine those would wait at every barrier for
-    the one that does not run (100 times slower, measured with 2 threads on 2 cores that something else uses too).
-    """
-    parts = min(torch.get_num_threads(), stop - start)
-    # A single row goes to the pool too: torch may add up in another order where it has all its threads.
-    if torch.get_num_threads() == 1:
-        _fill(problem, plan, start, stop)
-        return
-    cuts = [start + (stop - start) * part // parts for part in range(parts + 1)]
-    pool = _row_threads(torch.get_num_threads())
-    for done in [pool.submit(_fill, problem, plan, *cut) for cut in pairwise(cuts)]:
-        done.result()
-
-
-@lru_cache(maxsize=1)
-def _row_threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="topk", initializer=torch.set_num_threads, initargs=(1,))
+            share_rows(partial(_fill, problem, plan), start, stop)
 
 
 def _fill(problem: Problem, plan: Plan, start: int, stop: int) -> None:

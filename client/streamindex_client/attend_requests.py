@@ -1,0 +1,165 @@
+"""From a caller's arguments to a checked call of attention. Everything here raises InputError, before any call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from streamindex.v1 import attention_pb2
+
+from streamindex_client.attend import AttendBlock, AttendSession
+from streamindex_client.errors import InputError
+from streamindex_client.formats import Priority, member
+from streamindex_client.requests import check_iterator, check_layer, place_rows
+from streamindex_client.tensors import (
+    bf16_maker_like,
+    float_rows,
+    index_rows,
+    is_tensor,
+    maker_like,
+    position_rows,
+    unsigned,
+)
+
+if TYPE_CHECKING:
+    from streamindex_client.model import KeyCacheInfo, KeyCacheSpec
+    from streamindex_client.retry import Environment
+
+__all__ = ["AttendSource", "attend_source"]
+
+_BF16 = ("bfloat16", "uint16")
+
+
+@dataclass(frozen=True, slots=True)
+class AttendSource:
+    """A session, and the iterator that feeds it (None when it already holds all queries)."""
+
+    session: AttendSession
+    blocks: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What rows of a call consist of: `width` indices that come with them, None where they are searched for."""
+
+    spec: KeyCacheSpec
+    width: int | None
+    explicit: bool
+
+    @property
+    def wanted(self) -> str:
+        """A chunk of an iterator, for messages."""
+        names = ["q", *(("indices",) if self.width is not None else ("index_q", "index_w"))]
+        return "(" + ", ".join(names + ["positions"] * self.explicit) + ")"
+
+    def block(self, q: Any, index_q: Any, index_w: Any, indices: Any, positions: Any) -> AttendBlock:
+        """Check the tensors of some rows."""
+        spec, kv = self.spec, self.spec.kv
+        assert kv is not None
+        rows = float_rows("q", q, (None, kv.heads, kv.key_dim), _BF16, "rows heads key_dim")
+        found_q = found_w = found = None
+        if self.width is None:
+            shape = (rows.count, spec.heads, spec.head_dim)
+            found_q = float_rows("index_q", index_q, shape, spec.key_format.dtype_names, "rows heads head_dim")
+            found_w = float_rows("index_w", index_w, (rows.count, spec.heads), ("float32",), "rows heads")
+        else:
+            found = index_rows("indices", indices, rows.count, self.width)
+        position = None if positions is None else position_rows("positions", positions, rows.count)
+        return AttendBlock((rows, found_q, found_w, found, position), maker_like(q), bf16_maker_like(q))
+
+    def chunk(self, chunk: Any) -> AttendBlock:
+        """Check what the caller's iterator gave."""
+        count = 1 + (2 if self.width is None else 1) + self.explicit
+        if not isinstance(chunk, tuple | list) or len(chunk) != count:
+            raise InputError("q", f"a chunk of the iterator is not {self.wanted}")
+        positions = chunk[-1] if self.explicit else None
+        if self.width is None:
+            return self.block(chunk[0], chunk[1], chunk[2], None, positions)
+        return self.block(chunk[0], None, None, chunk[1], positions)
+
+
+def attend_source(
+    env: Environment,
+    info: KeyCacheInfo,
+    *,
+    layer: int,
+    q: Any,
+    index_q: Any,
+    index_w: Any,
+    top_k: int | None,
+    indices: Any,
+    start_position: int | None,
+    positions: Any,
+    window: int,
+    scale: float,
+    sink: Any,
+    want_lse: bool,
+    priority: Priority | str | None,
+    convention: str | None,
+) -> AttendSource:
+    """A session for tensors, or for an iterator of chunks."""
+    spec = info.spec
+    if spec.kv is None:
+        raise InputError("q", "the cache holds index keys alone: it was made without kv")
+    if (top_k is None) == (indices is None):
+        raise InputError("top_k", "give top_k, or indices")
+    if not math.isfinite(scale):
+        raise InputError("scale", f"got {scale}, expected a finite number")
+    header = attention_pb2.SparseAttendHeader(
+        key_cache_id=info.id,
+        layer=check_layer(layer, spec),
+        query_format=spec.key_format.wire,
+        convention=spec.convention if convention is None else convention,
+        window=unsigned("window", window, 32),
+        scale=scale,
+        sink=_sink(sink, spec.kv.heads),
+        want_lse=bool(want_lse),
+        request_key=env.new_key(),
+    )
+    if priority is not None:
+        header.priority = member(Priority, "priority", priority).wire
+    place_rows(header, q, start_position, positions)
+    width = None
+    if top_k is not None:
+        header.top_k = unsigned("top_k", top_k, 31, 1)
+    else:
+        width = header.given_indices = _width(indices, is_tensor(q))
+    form = _Form(spec, width, start_position is None)
+    session = AttendSession(header, env.options, form.chunk, spec.kv.heads, spec.kv.value_dim)
+    if is_tensor(q):
+        for name, tensor in (("index_q", index_q), ("index_w", index_w)):
+            if (tensor is None) != (width is not None):
+                raise InputError(name, "is required with top_k" if tensor is None else "is not used with indices")
+        block = form.block(q, index_q, index_w, indices, positions)
+        header.row_count = block.count
+        session.take_all(block)
+        return AttendSource(session, None)
+    for name, tensor in (("index_q", index_q), ("index_w", index_w), ("positions", positions)):
+        if tensor is not None:
+            raise InputError(name, "comes inside the chunks when q is an iterator of them")
+    check_iterator(q, form.wanted)
+    return AttendSource(session, q)
+
+
+def _width(indices: Any, all_at_once: bool) -> int:
+    """Indices of a row: of the tensor, or the number itself where q is an iterator."""
+    if not all_at_once:
+        return unsigned("indices", indices, 31)
+    shape = getattr(indices, "shape", None)
+    if shape is None or len(shape) != 2:
+        raise InputError("indices", f"got {type(indices).__name__}, expected a tensor [rows, entries]")
+    return int(shape[1])
+
+
+def _sink(sink: Any, heads: int) -> list[float]:
+    if sink is None:
+        return []
+    values = np.asarray(sink.detach().cpu() if hasattr(sink, "detach") else sink, dtype=np.float32)
+    if values.shape != (heads,):
+        raise InputError("sink", f"has shape {list(values.shape)}, expected [heads] = [{heads}]")
+    if np.isnan(values).any():
+        raise InputError("sink", "holds a NaN")
+    found: list[float] = values.tolist()
+    return found

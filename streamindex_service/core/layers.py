@@ -1,0 +1,186 @@
+"""What a key cache consists of: layers, their rows of each kind, and the pages in which these lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from streamindex_service.core.accounts import Account
+from streamindex_service.core.pages import PageSlot
+from streamindex_service.core.specs import CacheSpec, RowKind
+
+
+@dataclass(slots=True, eq=False)
+class Layer:
+    """Rows of one kind in one layer: a length and their pages. `version` changes with everything that changes what a
+    search would see.
+
+    `resident_pages` is how many of its pages are on the device, `spilled_pages` how many are on disk and not in host
+    memory. `cache_id` names the cache that it belongs to. `snapshot_pages` are the pages as all snapshots share them,
+    so that what is known of them need not be found out anew for each search: None until the next snapshot.
+    """
+
+    cache_id: str
+    page_bytes: int
+
+    length_keys: int = 0
+    pages: list[Page] = field(default_factory=list)
+    version: int = 1
+    resident_pages: int = 0
+    spilled_pages: int = 0
+    snapshot_pages: tuple[Page, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Page:
+    """256 rows of one kind in host memory, or spilled to disk, and where they lie on the device, if they do.
+
+    `layer` and `forks` are the layers that show it; searches that only hold it are counted in `references`, copies from
+    host memory to the device that have not ended in `copies`. Exactly one of `host` and `spilled` is a place;
+    `crc32c` is of the bytes on disk.
+    """
+
+    host: PageSlot | None
+    page_bytes: int
+    account: Account
+    layer: Layer | None
+    references: int = 1
+    device: PageSlot | None = None
+    pins: int = 0  # searches that use the device copy now
+    forks: dict[Layer, None] | None = None
+    spilled: PageSlot | None = None
+    crc32c: int = 0
+    copies: int = 0
+
+    @property
+    def in_host(self) -> PageSlot:
+        """Its place in host memory, where whoever uses it has seen to it that it has one."""
+        assert self.host is not None, "a page in use is on disk"
+        return self.host
+
+    @property
+    def idle(self) -> bool:
+        """Whether layers show it and nobody uses it."""
+        return self.references == self.shown > 0 and not self.pins and not self.copies
+
+    @property
+    def shown(self) -> int:
+        """Layers that show it."""
+        return (self.layer is not None) + len(self.forks or ())
+
+    def spill(self, slot: PageSlot, checksum: int) -> PageSlot:
+        """It is on disk from now on; gives its place in host memory, to be freed."""
+        freed, self.host = self.in_host, None
+        self.spilled, self.crc32c = slot, checksum
+        self._count_spilled(1)
+        return freed
+
+    def restore(self, slot: PageSlot) -> PageSlot:
+        """It is in host memory again; gives its place on disk, to be freed."""
+        assert self.spilled is not None, "a page is brought back that was never spilled"
+        freed, self.spilled = self.spilled, None
+        self.host = slot
+        self._count_spilled(-1)
+        return freed
+
+    def place(self, slot: PageSlot) -> None:
+        """It is on the device now."""
+        assert self.device is None, "a page has two places"
+        self.device = slot
+        self._count(1)
+
+    def displace(self) -> None:
+        """It is not any more."""
+        self.device = None
+        self._count(-1)
+
+    def show_in(self, layer: Layer) -> None:
+        """One more layer has it."""
+        if self.layer is None:
+            self.layer = layer
+        else:
+            self.forks = self.forks or {}
+            self.forks[layer] = None
+        layer.resident_pages += self.device is not None
+        layer.spilled_pages += self.spilled is not None
+
+    def hide_from(self, layer: Layer) -> None:
+        """A layer has it no more."""
+        if self.layer is layer:
+            self.layer = None
+        else:
+            assert self.forks is not None, "a page is not in this layer"
+            del self.forks[layer]
+        layer.resident_pages -= self.device is not None
+        layer.spilled_pages -= self.spilled is not None
+
+    def layers(self) -> Iterator[Layer]:
+        """The layers that show it."""
+        if self.layer is not None:
+            yield self.layer
+        yield from self.forks or ()
+
+    def _count(self, pages: int) -> None:
+        for layer in self.layers():
+            layer.resident_pages += pages
+
+    def _count_spilled(self, pages: int) -> None:
+        for layer in self.layers():
+            layer.spilled_pages += pages
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """Rows of one kind of a layer as they were at one moment; holds references on their pages until it is released."""
+
+    spec: CacheSpec
+    length_keys: int
+    pages: tuple[Page, ...]
+    version: int
+    kind: RowKind = RowKind.KEYS
+
+
+@dataclass(slots=True, eq=False)
+class KeyCache:
+    """A cache and its layers: `layers` has the index keys of each, `kv_layers` and `window_layers` the rows of these
+    kinds, where the cache has them."""
+
+    cache_id: str
+    owner: str
+    spec: CacheSpec
+    layers: list[Layer]
+    kv_layers: list[Layer]
+    window_layers: list[Layer]
+    created: int  # order of creation
+    used_at: float
+    record_bytes: int  # of the host, beside the pages
+    busy: int = 0  # calls that name it now: it does not expire under them
+    deleted: bool = False
+
+    @property
+    def all_layers(self) -> Iterator[Layer]:
+        """Of all kinds, those of one layer together."""
+        for layer, keys in enumerate(self.layers):
+            yield keys
+            if self.kv_layers:
+                yield self.kv_layers[layer]
+                yield self.window_layers[layer]
+
+    def of_kind(self, kind: RowKind) -> list[Layer]:
+        """Rows of one kind, layer by layer; none where the cache does not have them."""
+        return {RowKind.KEYS: self.layers, RowKind.KV: self.kv_layers, RowKind.WINDOW: self.window_layers}[kind]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of its pages in host memory, shared ones counted in full."""
+        return sum((len(layer.pages) - layer.spilled_pages) * layer.page_bytes for layer in self.all_layers)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of its pages that are on disk, shared ones counted in full."""
+        return sum(layer.spilled_pages * layer.page_bytes for layer in self.all_layers)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of its pages that are on the device."""
+        return sum(layer.resident_pages * layer.page_bytes for layer in self.all_layers)

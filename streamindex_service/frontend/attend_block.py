@@ -1,0 +1,131 @@
+"""How rows of attention and their answers lie in a block of ingress memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from streamindex.framing import Chunk
+
+from streamindex_service.core.sizes import (
+    BF16_BYTES,
+    GATE_BYTES,
+    INDEX_BYTES,
+    LSE_BYTES,
+    POSITION_BYTES,
+    SCORE_BYTES,
+    KeyFormat,
+    query_row_bytes,
+)
+from streamindex_service.core.specs import CacheSpec
+from streamindex_service.errors import InvalidArgumentError, NoKvRowsError
+from streamindex_service.frontend import tensors
+from streamindex_service.frontend.attend_requests import AttendParameters
+from streamindex_service.frontend.host_memory import Block
+from streamindex_service.frontend.query_block import BlockLayout, fill_positions
+from streamindex_service.frontend.tensors import RowRange
+
+INDEX_Q, INDEX_W, POSITIONS, INDICES, SCORES, Q, OUT, LSE = range(8)
+# What a search of these rows reads and writes, as it wants it.
+SEARCHED = (INDEX_Q, INDEX_W, POSITIONS, INDICES, SCORES)
+# Of a chunk, in the order of its fields.
+PARTS = ("q", "index_q", "index_w", "indices", "positions")
+PART_TENSORS = (Q, INDEX_Q, INDEX_W, INDICES, POSITIONS)
+
+
+def attend_layout(spec: CacheSpec, parameters: AttendParameters, keeps_scores: bool, block_bytes: int) -> BlockLayout:
+    """As many rows as a block holds. Raises InvalidArgumentError when it does not hold one."""
+    kv, searched = parameters.kv, parameters.search is not None
+    row_bytes = (
+        query_row_bytes(spec.key_format, spec.heads, spec.head_dim) * searched,
+        spec.heads * GATE_BYTES * searched,
+        POSITION_BYTES,
+        parameters.width * INDEX_BYTES,
+        parameters.width * SCORE_BYTES * keeps_scores,
+        kv.heads * kv.key_dim * BF16_BYTES,
+        kv.heads * kv.value_dim * BF16_BYTES,
+        kv.heads * LSE_BYTES * parameters.want_lse,
+    )
+    layout = BlockLayout.packed(row_bytes, block_bytes)
+    if not layout.rows:
+        raise InvalidArgumentError(
+            f"a row and its answer have {sum(row_bytes)} bytes, more than a block of {block_bytes}",
+            field="header.key_cache_id",
+            metadata={"needed_bytes": sum(row_bytes), "limit_bytes": block_bytes},
+        )
+    return layout
+
+
+def part_bytes(layout: BlockLayout, parameters: AttendParameters) -> tuple[int, ...]:
+    """Bytes of a row of each part of a chunk."""
+    sizes = [layout.row_bytes[tensor] for tensor in PART_TENSORS]
+    if parameters.search is not None:
+        sizes[PARTS.index("indices")] = 0  # they are found
+    if parameters.start_position is not None:
+        sizes[PARTS.index("positions")] = 0
+    return tuple(sizes)
+
+
+def positions_of(layout: BlockLayout, block: Block, first: int, count: int) -> npt.NDArray[np.int64]:
+    """Token positions of rows of a block."""
+    return layout.part(block, POSITIONS, first, count).view(np.int64)
+
+
+class AttendFiller:
+    """Copies rows of chunks to blocks, and checks them. `window_rows`: that the layer has."""
+
+    def __init__(self, layout: BlockLayout, spec: CacheSpec, parameters: AttendParameters, window_rows: int) -> None:
+        self._layout = layout
+        self._parameters = parameters
+        self._window_rows = window_rows
+        self._row_bytes = part_bytes(layout, parameters)
+        kv = parameters.kv
+        self._checks: list[Callable[[Block, int, int, int], None]] = [
+            self._finite(Q, KeyFormat.BF16, kv.heads * kv.key_dim, "q")
+        ]
+        if parameters.search is not None:
+            self._checks.append(self._finite(INDEX_Q, spec.key_format, spec.heads * spec.head_dim, "index_q"))
+            self._checks.append(self._finite(INDEX_W, KeyFormat.FP32, spec.heads, "index_w"))
+
+    def fill(self, chunk: Chunk, first: int, count: int, block: Block, block_row: int, row_offset: int) -> None:
+        """Rows [first, first + count) of a chunk to a block; `row_offset` is the call's row of the first of them.
+
+        Raises NonFiniteError, InvalidArgumentError, NoKvRowsError.
+        """
+        layout = self._layout
+        targets = tuple(
+            layout.part(block, tensor, block_row, count if size else 0)
+            for tensor, size in zip(PART_TENSORS, self._row_bytes, strict=True)
+        )
+        tensors.copy_rows(chunk, [RowRange(first, count, targets)], self._row_bytes)
+        for check in self._checks:
+            check(block, block_row, count, row_offset)
+        positions = layout.part(block, POSITIONS, block_row, count)
+        fill_positions(positions, self._parameters.start_position, row_offset)
+        if self._parameters.window:
+            self._check_window(positions.view(np.int64), row_offset)
+
+    def _finite(
+        self, tensor: int, key_format: KeyFormat, elements: int, name: str
+    ) -> Callable[[Block, int, int, int], None]:
+        def check(block: Block, block_row: int, count: int, row_offset: int) -> None:
+            part = self._layout.part(block, tensor, block_row, count)
+            tensors.check_finite(part, key_format, elements, name, row_offset)
+
+        return check
+
+    def _check_window(self, positions: npt.NDArray[np.int64], row_offset: int) -> None:
+        beyond = positions >= self._window_rows
+        if beyond.any():
+            at = int(np.argmax(beyond))
+            raise NoKvRowsError(
+                f"the window of row {row_offset + at} ends at token {positions[at]}, the layer has "
+                f"{self._window_rows} window rows",
+                field="chunk.positions" if self._parameters.start_position is None else "header.start_position",
+                metadata={
+                    "row": row_offset + at,
+                    "needed_rows": int(positions[at]) + 1,
+                    "window_rows": self._window_rows,
+                },
+            )

@@ -1,0 +1,80 @@
+"""KV rows in pages of 256, wherever the pages lie, as a cache holds them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from streamindex_service.ops.kv_rows import KvFormat
+from streamindex_service.ops.paged_keys import PAGE_KEYS
+
+_WORD_BYTES = 4  # rows are copied in words; the bytes of every format are a multiple of them
+
+
+def row_sizes(kv_format: KvFormat, key_dim: int) -> tuple[int, int]:
+    """Bytes of a row, and of the scales that lie beside it. Raises ValueError for another key_dim than the format's."""
+    packing = kv_format.packed
+    if packing is None:
+        return 2 * key_dim, 0
+    if key_dim != packing.key_dim:
+        raise ValueError(f"key_dim: rows of {kv_format.value} have {packing.key_dim} elements, got {key_dim}")
+    return packing.row_bytes, packing.scale_bytes
+
+
+@dataclass(frozen=True)
+class PagedKvRows:
+    """Rows of one shared KV head in pages; pages may lie in several device allocations.
+
+    length: rows that hold something; those behind them are never read.
+    pages: ceil(length / 256) tensors [page_bytes] uint8 on one device, aligned to 16 bytes: 256 rows, then, for a
+    format with scales beside the rows, the scales of these 256.
+
+    Raises ValueError if the parts disagree.
+    """
+
+    format: KvFormat
+    key_dim: int
+    length: int
+    pages: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        expected = -(-self.length // PAGE_KEYS)
+        if self.length < 0 or len(self.pages) != expected:
+            raise ValueError(f"pages: {self.length} rows need {expected} pages of {PAGE_KEYS}, got {len(self.pages)}")
+        size = PAGE_KEYS * (self.row_bytes + self.scale_bytes)
+        for number, page in enumerate(self.pages):
+            if page.shape != (size,) or page.dtype != torch.uint8 or not page.is_contiguous():
+                raise ValueError(f"pages[{number}]: expected contiguous [{size}] uint8, got {list(page.shape)}")
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of a row, without the scales beside it."""
+        return row_sizes(self.format, self.key_dim)[0]
+
+    @cached_property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scales that lie beside it; 0 for most formats."""
+        return row_sizes(self.format, self.key_dim)[1]
+
+    @cached_property
+    def data(self) -> tuple[Tensor, ...]:
+        """[256, row_bytes] uint8 of each page."""
+        end = PAGE_KEYS * self.row_bytes
+        return tuple(page[:end].view(PAGE_KEYS, self.row_bytes) for page in self.pages)
+
+    @cached_property
+    def scales(self) -> tuple[Tensor, ...]:
+        """[256, scale_bytes] uint8 of each page, for a format that has them beside the rows."""
+        start = PAGE_KEYS * self.row_bytes
+        return tuple(page[start:].view(PAGE_KEYS, self.scale_bytes) for page in self.pages)
+
+    @cached_property
+    def word_table(self) -> Tensor:
+        """Where pages lie, for kernels: [pages] int64 on their device, in words of 4 bytes from the first page."""
+        base = self.pages[0].data_ptr()
+        words = torch.tensor([(page.data_ptr() - base) // _WORD_BYTES for page in self.pages], dtype=torch.int64)
+        if not self.pages[0].is_cuda:
+            return words
+        # pinned, so that the copy does not make the host wait for the device
+        return words.pin_memory().to(self.pages[0].device, non_blocking=True)

@@ -1,0 +1,148 @@
+"""SparseAttend through the whole service on a CUDA device: the kernels' answers, a killed worker, and the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import streamindex_client
+import torch
+
+from streamindex_service.ops.kv_rows import KvFormat
+from streamindex_service.testing.service import RunningService
+from tests.support.attention import Queries, Rows, Shape, wrong_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MIB = 1 << 20
+TOP_K, WINDOW = 512, 128
+SHAPES = [
+    Shape(KvFormat.BF16, 512, 512, heads=64, index_heads=64, index_dim=128),
+    Shape(KvFormat.FP8_D512, 512, 512, heads=128, index_heads=64, index_dim=128),
+    Shape(KvFormat.FP8_D576, 576, 512, heads=128, index_heads=64, index_dim=128, ratio=1),
+    Shape(KvFormat.BF16, 80, 64, heads=5, index_heads=32, index_dim=64),  # the portable kernel
+]
+SETTINGS = {"worker": {"device": "cuda:0"}, "memory": {"device_budget_bytes": 1024 * MIB}}
+
+
+def span(start: int, count: int) -> torch.Tensor:
+    return torch.arange(start, start + count)
+
+
+def arguments(shape: Shape, queries: Queries) -> dict[str, object]:
+    return {
+        "layer": 0, "q": queries.q, "index_q": queries.index_q, "index_w": queries.index_w, "top_k": TOP_K,
+        "positions": queries.positions, "window": WINDOW, "scale": shape.scale,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def service():
+    with RunningService(SETTINGS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with streamindex_client.connect(service.address) as made:
+        yield made
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.kv_format.value}-D{s.key_dim}-H{s.heads}")
+def test_answers_of_the_kernels(client, shape):
+    tokens = 9001
+    rows, queries = Rows.drawn(shape, tokens, 1), Queries.drawn(shape, span(tokens - 300, 300), 2)
+    cache = shape.create(client)
+    rows.upload(cache)
+    sink = torch.randn(shape.heads, generator=torch.Generator().manual_seed(3))
+    answer = cache.sparse_attend_all(**arguments(shape, queries), sink=sink, want_lse=True)
+    assert answer.summary.implementation == "triton"
+    search = {"q": queries.index_q, "w": queries.index_w, "top_k": TOP_K, "positions": queries.positions}
+    indices = cache.search_all(layer=0, order="index", **search).indices
+    assert wrong_rows(shape, rows, queries, indices, WINDOW, answer.out, answer.lse, sink) == 0
+    # given indices, rows alone and other chunks: the same bits
+    given = cache.sparse_attend_all(
+        layer=0, q=queries.q, indices=indices, positions=queries.positions, window=WINDOW, scale=shape.scale, sink=sink
+    )
+    assert torch.equal(given.out, answer.out)
+    for start, stop in ((0, 1), (17, 60), (299, 300)):
+        part = slice(start, stop)
+        some = Queries(queries.q[part], queries.index_q[part], queries.index_w[part], queries.positions[part])
+        again = cache.sparse_attend_all(**arguments(shape, some), sink=sink)
+        assert torch.equal(again.out, answer.out[part])
+    cache.delete()
+
+
+def test_indices_that_name_nothing_and_positions_far_apart(client):
+    shape = SHAPES[0]
+    rows = Rows.drawn(shape, 6000, 4)
+    generator = torch.Generator().manual_seed(5)
+    queries = Queries.drawn(shape, torch.randint(0, 6000, (90,), generator=generator), 6)
+    indices = torch.randint(-5, 1600, (90, 300), generator=generator, dtype=torch.int32)
+    indices[7] = -1
+    cache = shape.create(client)
+    rows.upload(cache)
+    for window in (0, WINDOW):
+        answer = cache.sparse_attend_all(
+            layer=0, q=queries.q, indices=indices, positions=queries.positions, window=window, scale=shape.scale,
+            want_lse=True,
+        )  # fmt: skip
+        assert wrong_rows(shape, rows, queries, indices, window, answer.out, answer.lse) == 0
+    cache.delete()
+
+
+def test_a_worker_killed_in_the_middle_costs_no_row_and_no_answer():
+    shape = SHAPES[0]
+    rows, queries = Rows.drawn(shape, 8000, 7), Queries.drawn(shape, span(7000, 600), 8)
+    with RunningService(SETTINGS) as service, streamindex_client.connect(service.address) as client:
+        cache = shape.create(client)
+        rows.upload(cache)
+        undisturbed = cache.sparse_attend_all(**arguments(shape, queries)).out
+        (worker,) = service.worker_pids()
+
+        def chunks():
+            for start in range(0, 600, 50):
+                if start == 300:
+                    os.kill(worker, signal.SIGKILL)
+                part = slice(start, start + 50)
+                yield queries.q[part], queries.index_q[part], queries.index_w[part]
+
+        changed = arguments(shape, queries) | {"q": chunks(), "start_position": 7000}
+        changed |= {"index_q": None, "index_w": None, "positions": None}
+        assert torch.equal(cache.sparse_attend_all(**changed).out, undisturbed)
+        load = client.load()
+        assert load.worker_restarts == 1
+        assert 0 < load.device_peak_bytes <= 1024 * MIB
+
+
+def test_no_tile_takes_more_memory_than_was_estimated(service, client):
+    shape = SHAPES[0]
+    rows, queries = Rows.drawn(shape, 40_000, 9), Queries.drawn(shape, span(39_000, 1000), 10)
+    cache = shape.create(client)
+    rows.upload(cache)
+    cache.sparse_attend_all(**arguments(shape, queries))
+    load = client.load()
+    assert load.memory_failures == 0
+    assert load.device_peak_bytes <= 1024 * MIB
+    for ledger in load.ledgers.values():
+        assert ledger.peak_bytes <= ledger.limit_bytes
+    cache.delete()
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "fp8_d512", "fp8_d576"])
+def test_the_pipeline_s_demo(kv_format):
+    sizes = ["--keys", "8192", "--queries", "512", "--kv-format", kv_format, "--json"]
+    command = [sys.executable, "-m", "streamindex_service", "demo", "--pipeline", "--device", "cuda:0", *sizes]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["attention_implementation"] == "triton"
+    assert (result["wrong_rows"], result["checked_rows"]) == (0, 512)
+    assert 0 < result["peak_device_bytes"] <= result["budget_bytes"]

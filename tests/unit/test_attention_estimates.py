@@ -1,0 +1,117 @@
+"""Estimates of attention against the operation that they speak of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from streamindex.v1 import types_pb2
+
+from streamindex_service.core.attention_estimates import WINDOW_GROUP, AttentionTerms, AttentionWork, window_group
+from streamindex_service.core.sizes import KvFormat, RowForm
+from streamindex_service.core.specs import KvSpec, RowKind
+from streamindex_service.frontend import requests
+from streamindex_service.ops import kv_rows
+from streamindex_service.ops.cached_attention import ATTENTION_TERMS
+from streamindex_service.ops.paged_kv_rows import row_sizes
+from streamindex_service.ops.sparse_attention import LIMITS, plan_for
+
+V4 = KvSpec(KvFormat.BF16, 512, 512, 64)
+NAMES = {
+    KvFormat.BF16: kv_rows.KvFormat.BF16,
+    KvFormat.FP8_D512: kv_rows.KvFormat.FP8_D512,
+    KvFormat.FP8_D576: kv_rows.KvFormat.FP8_D576,
+}
+
+
+def terms(name: str) -> AttentionTerms:
+    """As they come from the worker."""
+    return AttentionTerms(**asdict(ATTENTION_TERMS[name]))
+
+
+def work(kv: KvSpec = V4, kv_rows: int = 65_536, width: int = 512, window: int = 128) -> AttentionWork:
+    return AttentionWork(kv, kv_rows, width, window, False, terms("chunked"))
+
+
+@pytest.mark.parametrize("heads", [1, 64, 128])
+@pytest.mark.parametrize("width", [0, 1, 640, 2048, 4096 + 4096])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (512, 512), (576, 512)])
+def test_the_workspace_is_enough_for_the_operation_to_plan_with(heads, width, key_dim, value_dim):
+    needed = terms("chunked").size_bytes(heads, key_dim, width)
+    plan = plan_for(
+        "chunked", "cpu", kv_rows.KvFormat.BF16, tokens=100, heads=heads, key_dim=key_dim, value_dim=value_dim,
+        width=width, rows=1000, workspace_bytes=needed,
+    )  # fmt: skip
+    assert plan.token_chunk >= 1
+    assert plan.workspace_bytes <= needed
+
+
+def test_the_kernel_without_splits_needs_next_to_nothing():
+    from streamindex_service.ops.sparse_attention.plan import AttentionKernel, Shape, plan_triton
+
+    shape = Shape(4096, 128, 576, 512, 2176, "bf16", 1_000_000)
+    plan = plan_triton(shape, terms("triton").size_bytes(128, 576, 2176), 1, AttentionKernel.PORTABLE)
+    assert plan.splits == 1
+
+
+@pytest.mark.parametrize("kv_format", KvFormat)
+def test_frontend_and_operation_agree_on_rows(kv_format):
+    key_dim = kv_format.key_dim or 512
+    form = RowForm.of_kv(kv_format, key_dim)
+    assert (form.row_bytes, form.scale_bytes) == row_sizes(NAMES[kv_format], key_dim)
+    rows = kv_rows.pack_rows(torch.zeros((3, key_dim)), NAMES[kv_format])
+    assert rows.row_bytes == form.row_bytes + form.scale_bytes
+    packed = NAMES[kv_format].packed
+    assert kv_format.key_dim == (None if packed is None else packed.key_dim)
+    assert types_pb2.KvFormat.Name(kv_format) == f"KV_FORMAT_{kv_format.name}"
+
+
+def test_frontend_and_operation_agree_on_limits():
+    assert LIMITS.max_heads == requests.MAX_ATTENTION_HEADS
+    assert (LIMITS.min_value_dim, LIMITS.max_value_dim) == (requests.MIN_VALUE_DIM, requests.MAX_VALUE_DIM)
+    assert LIMITS.tail_dims == requests.KEY_TAILS
+    assert [kind.name for kind in RowKind] == ["KEYS", "KV", "WINDOW"]
+
+
+def test_a_tile_copies_each_row_once_and_no_more_than_are_named():
+    few, many = work().copy_bytes(2, 130), work().copy_bytes(200, 328)
+    assert 2 * 512 * 1024 < few < 2 * 512 * 1024 + 130 * 1024 + 200_000
+    assert 65_536 * 1024 < many < 65_536 * 1024 + 328 * 1024 + 15_000_000
+    assert work(kv_rows=100).copy_bytes(200, 0) < work().copy_bytes(200, 0)
+
+
+def test_bytes_grow_with_rows_and_the_most_rows_are_those_that_fit():
+    measured = work()
+    sizes = [measured.beside_bytes(rows) for rows in range(1, 300)]
+    assert sizes == sorted(sizes)
+    for budget in (sizes[0] - 1, sizes[0], sizes[40], sizes[40] + 1, sizes[-1] + 1):
+        most = measured.rows_within(budget, 299)
+        assert most == sum(size <= budget for size in sizes)
+
+
+def test_operations_follow_what_is_attended():
+    assert work().flop(3) == 3 * 2 * 640 * 64 * 1024
+    assert work(kv_rows=10).flop(1) == 2 * 138 * 64 * 1024
+    assert work(width=0, window=0).flop(5) == 1
+
+
+@pytest.mark.parametrize(("first", "stop", "pages", "wanted"), [
+    (0, 1, 100, (0, 4)),
+    (1023, 1025, 100, (0, 8)),
+    (1024, 2048, 100, (4, 8)),
+    (5000, 5001, 20, (16, 20)),
+    (5000, 5001, 18, (16, 18)),
+    (0, 0, 0, (0, 0)),
+])  # fmt: skip
+def test_window_pages_come_in_groups(first, stop, pages, wanted):
+    assert WINDOW_GROUP == 4
+    assert window_group(first, stop, pages) == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 28, 1000, 1024])
+def test_the_window_pages_of_a_tile_are_no_more_than_foreseen(rows):
+    measured = work()
+    for position in range(0, 5000, 37):
+        first, stop = window_group(max(0, position - 127), position + rows, 10_000)
+        assert (stop - first) * V4.form.page_bytes <= measured.window_bytes(rows)
