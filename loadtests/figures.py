@@ -47,6 +47,8 @@ def sweep_figure(sweep: Mapping[str, Any]) -> Figure:
     outcome.plot(offered, [100 * step["refused_share"] for step in steps], "o-", label="refused")
     outcome.plot(offered, [100 * step["failed_share"] for step in steps], "x-", label="late or failed")
     outcome.set(xscale="log", xlabel="offered calls a second", ylabel="% of calls", ylim=(-2, 102))
+    outcome.set_xticks(offered, [f"{each:.0f}" for each in offered])
+    outcome.set_xticks([], minor=True)
     for axes in (latency, outcome):
         if sweep["knee_per_s"] is not None:
             axes.axvline(sweep["knee_per_s"], color="tab:red", linewidth=1, label=f"knee: {sweep['knee_per_s']:.0f}/s")

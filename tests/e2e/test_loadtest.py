@@ -16,7 +16,7 @@ from loadtests.requests_file import Outcome, Request, read_requests
 from loadtests.summary import MAIN_CALLS
 from streamindex_service.testing.service import RunningService
 
-SECONDS = 24
+SECONDS = 15
 # A wrong reference stands for a wrong service: to the comparison they are the same.
 TURNED_AROUND = """
 from loadtests.locustfile import *
@@ -76,8 +76,8 @@ def test_the_service_was_watched_meanwhile(summary: dict[str, Any]) -> None:
 
 
 def locust(directory: Path, locustfile: Path, service: RunningService, user: str, *options: str) -> list[Request]:
-    """Three seconds of one kind of user; the calls."""
-    command = [sys.executable, "-m", "locust", "-f", str(locustfile), "--headless", "-u", "1", "-t", "3s"]
+    """Five seconds of one kind of user; the calls."""
+    command = [sys.executable, "-m", "locust", "-f", str(locustfile), "--headless", "-u", "1", "-t", "5s"]
     command += ["--stop-timeout", "20", "--address", service.address, "--requests-dir", str(directory), *options, user]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     requests = list(read_requests(directory))
@@ -108,3 +108,17 @@ def test_a_refusal_is_told_apart_from_a_failure(tmp_path: Path) -> None:
     assert {each.outcome for each in requests if each.call in ("AppendKeys", "Search", "DeleteKeyCache")} == {
         Outcome.OK
     }
+
+
+def test_a_sweep_ends_with_its_steps(tmp_path: Path, roomy_service: RunningService) -> None:
+    command = [sys.executable, "-m", "loadtests", "sweep", "--address", roomy_service.address, "--out", str(tmp_path)]
+    command += ["--first", "40", "--steps", "1", "--step-seconds", "5", "--set", "context_keys=1024"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads((tmp_path / "sweep.json").read_text())
+    (step,) = result["steps"]
+    assert step["offered_per_s"] == 40
+    assert step["arrived_per_s"] == pytest.approx(40, rel=0.6)  # a Poisson process, of 20 calls at the very least
+    assert 0 < step["p50_ms"] <= step["p99_ms"]
+    assert result["p99_limit_ms"] == pytest.approx(5 * step["p99_ms"])
+    assert result["knee_per_s"] == 40
