@@ -16,8 +16,9 @@ ARGS ?=
 SEED ?=
 BENCH ?=
 RESULTS ?= benchmarks/results/latest
+PROFILE ?= cpu
 
-.PHONY: help demo test simulate lint format stubs gpu-check bench render wheelhouse clean
+.PHONY: help demo test simulate lint format stubs gpu-check bench render loadtest loadtest-sweep wheelhouse clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
@@ -25,7 +26,7 @@ help:  ## this list
 $(VENV)/.ready: pyproject.toml client/pyproject.toml constraints.txt
 	$(BOOTSTRAP) -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PYTHON) -m pip install -q -c constraints.txt -e ./client -e '.[dev]'
+	$(PYTHON) -m pip install -q -c constraints.txt -e ./client -e '.[dev,load]'
 	@touch $@
 
 demo: $(READY)  ## start the service, search real text, check every row (ARGS="--keys 65536 --synthetic --json")
@@ -61,6 +62,14 @@ bench:  ## the benchmarks that a CPU host can run
 render: $(READY)  ## tables and pictures of the results in RESULTS, on any host
 	$(if $(VENV),$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]')
 	$(PYTHON) -m benchmarks.render $(RESULTS)
+
+loadtest: $(READY)  ## a load test and its report in RESULTS (PROFILE=h200 on such a host, ARGS="--address unix:///PATH")
+	$(if $(VENV),$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]')
+	$(PYTHON) -m loadtests run --profile $(PROFILE) --out $(RESULTS) $(ARGS)
+
+loadtest-sweep: $(READY)  ## offered load against latency and refusals, and where the knee is, in RESULTS
+	$(if $(VENV),$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]')
+	$(PYTHON) -m loadtests sweep --profile $(PROFILE) --out $(RESULTS) $(ARGS)
 
 wheelhouse: $(READY)  ## .wheels/: what an offline CUDA host with Python 3.12, torch and triton lacks
 	$(PYTHON) tools/wheelhouse.py .wheels

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +28,14 @@ import streamindex_client
 from streamindex_client import Client, ClientOptions
 
 from benchmarks.harness import Report, Row
-from benchmarks.upload_ends import CHUNK_BYTES, MIB, OPTIONS, EncodedUpload, bare_seconds, bare_server, chunks_of
+from benchmarks.upload_ends import EncodedUpload
+from streamindex_service.bench.bare import CHUNK_BYTES, MIB, OPTIONS, bare_seconds, bare_server, chunks_of
+from streamindex_service.bench.transport import HEAD_DIM, ROW_BYTES, append_seconds, random_keys
 from streamindex_service.testing.service import RunningService
 
 TABLE = "upload_throughput"
-HEAD_DIM = 128
-_SPEC = {"heads": 64, "head_dim": HEAD_DIM, "ratio": 1, "key_format": "bf16", "layers": 1}
 _ZEROS = "bare stream of one chunk of zeros"
-_WARM_UP_ROWS = 32 * MIB // (2 * HEAD_DIM)
+_WARM_UP_ROWS = 32 * MIB // ROW_BYTES
 
 Case = Callable[[np.ndarray], tuple[float, int]]
 """Uploads keys once: the seconds, and the rows that are missing."""
@@ -49,20 +48,10 @@ class UploadRow(Row):
     bytes_per_s: float = 0.0
 
 
-def append_seconds(client: Client, keys: np.ndarray) -> tuple[float, int]:
-    """Upload keys into a new cache; the seconds, and the rows that are missing."""
-    cache = client.create_key_cache(**_SPEC)
-    start = time.perf_counter()
-    held = cache.append(layer=0, keys=keys, first_row=0)
-    seconds = time.perf_counter() - start
-    cache.delete()
-    return seconds, len(keys) - held
-
-
 def encoded_seconds(client: Client, channel: grpc.Channel, keys: np.ndarray) -> tuple[float, int]:
     """The same with messages that are made before, through plain gRPC."""
     upload = EncodedUpload(keys)
-    cache = client.create_key_cache(**_SPEC)
+    cache = client.create_key_cache(heads=64, head_dim=HEAD_DIM, ratio=1, key_format="bf16", layers=1)
     measured = upload.seconds(channel, cache.id)
     cache.delete()
     return measured
@@ -128,8 +117,7 @@ def main() -> int:
     arguments = parser.parse_args()
     total_bytes = (arguments.mib or (128 if arguments.quick else 512)) * MIB
     rounds = arguments.rounds or (3 if arguments.quick else 7)
-    # any bits but those of NaN and Inf: an upload with them is refused
-    keys = np.random.default_rng(0).integers(0, 0x7F80, (total_bytes // (2 * HEAD_DIM), HEAD_DIM), np.uint16)
+    keys = random_keys(total_bytes)
     report = Report("cpu", arguments.out)
     settings = {
         "worker": {"device": arguments.device},

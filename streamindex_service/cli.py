@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+bench_app = typer.Typer(help="Measurements of this host.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -241,6 +244,27 @@ def doctor(
         typer.echo(json.dumps(fields))
     if any(finding.level is Level.FAIL for finding in findings):
         raise typer.Exit(EXIT_FAILED)
+
+
+@bench_app.command()
+def transport(
+    mib: Annotated[int, typer.Option(min=16, max=8192, help="Size of the tensor; three times that is used.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Times that it is sent each way.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how fast this host moves tensors over a unix socket and TCP, and what share of that the service reaches."""
+    from streamindex_service.bench import transport as bench
+    from streamindex_service.testing.service import ServiceStartError
+
+    try:
+        with _reported_errors():
+            rates = bench.transport(mib << 20, rounds)
+    except ServiceStartError as error:
+        raise CommandError(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps([asdict(rate) for rate in rates]))
+    else:
+        Console(soft_wrap=True).print(bench.table(rates))
 
 
 @app.command()

@@ -31,7 +31,7 @@ class _Cache(Protocol):
     def length(self, layer: int) -> int:
         """Keys of a layer, last known."""
 
-    def _note_length(self, layer: int, keys: int) -> None: ...
+    def _note_length(self, layer: int, keys: int) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,19 @@ def test_top(service: RunningService) -> None:
     assert all(word in done.stdout for word in words)
 
 
+def test_bench_transport() -> None:
+    done = streamindex("bench", "transport", "--mib", "16", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    rates = json.loads(done.stdout)
+    ways = ["socket", "gRPC stream", "AppendKeys"]
+    assert [(rate["kind"], rate["way"]) for rate in rates] == [(kind, way) for kind in ("unix", "tcp") for way in ways]
+    for rate in rates:
+        (socket,) = [each for each in rates if each["kind"] == rate["kind"] and each["way"] == "socket"]
+        assert rate["bytes_per_s"] > 0
+        assert rate["share_of_socket"] == pytest.approx(rate["bytes_per_s"] / socket["bytes_per_s"])
+        assert (rate["share_of_grpc"] is None) == (rate["way"] == "socket")
+
+
 def test_doctor_knows_a_running_service(service: RunningService) -> None:
     done = streamindex("doctor", "--tcp", service.tcp_address, "--unix", str(service.socket_path), "--json")
     assert done.returncode == 0, done.stdout

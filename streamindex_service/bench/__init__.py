@@ -1,0 +1,1 @@
+"""Measurements of a host that an operator makes: `streamindex bench`."""
