@@ -276,7 +276,8 @@ def main() -> None:
 
 def _say_listening(listening: Any) -> None:
     places = [listening.tcp_address, listening.unix_socket and f"unix://{listening.unix_socket}"]
-    typer.echo(f"StreamIndex Service {__version__} listens on " + " and ".join(filter(None, places)))
+    metrics = f", metrics on http://{listening.metrics}/" if listening.metrics else ""
+    typer.echo(f"StreamIndex Service {__version__} listens on " + " and ".join(filter(None, places)) + metrics)
     sys.stdout.flush()
 
 

@@ -21,6 +21,16 @@ _MIB = 1 << 20
 _FRAMING_BYTES = 65_536  # of a message, beyond its payload
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address, without brackets, is this host's own; a name other than localhost never is."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,14 +61,7 @@ class ServerSettings(_Section):
         host, separator, port = value.rpartition(":")
         if not separator or not port.isdigit() or int(port) > 65535:
             raise ValueError("must be host:port")
-        host = host.strip("[]")
-        loopback = host == "localhost"
-        if not loopback:
-            try:
-                loopback = ipaddress.ip_address(host).is_loopback
-            except ValueError:
-                loopback = False
-        if not loopback:
+        if not is_loopback(host.strip("[]")):
             raise ValueError(
                 "this version has no TLS and no authentication, so it listens on loopback addresses alone; "
                 "put a proxy that has both in front of it"
@@ -197,6 +200,27 @@ class LogSettings(_Section):
     )
 
 
+class MetricsSettings(_Section):
+    """Figures over HTTP: /metrics for Prometheus, a status page, health."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(9464, description="port; 0: none of this is served")
+    allow_remote: bool = Field(
+        False, description="allow a host that is not loopback: whoever reaches the port reads figures, and no names"
+    )
+    max_connections: Count = Field(16, description="connections at a time; one more is closed")
+    timeout_s: Seconds = Field(10.0, description="a request and its answer may take so long")
+
+    @model_validator(mode="after")
+    def _only_loopback(self) -> MetricsSettings:
+        if not (self.allow_remote or is_loopback(self.host)):
+            raise ValueError(
+                "metrics.host: there is no authentication on this port, so an address that is not loopback must be "
+                "allowed by metrics.allow_remote"
+            )
+        return self
+
+
 class Settings(BaseSettings):
     """All settings."""
 
@@ -210,6 +234,7 @@ class Settings(BaseSettings):
     scheduler: SchedulerSettings = SchedulerSettings()
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:

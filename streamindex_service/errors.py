@@ -253,3 +253,14 @@ class InternalError(ServiceError):
 
     def __init__(self, detail: str = "") -> None:
         super().__init__("internal error", detail=detail)
+
+
+def reasons() -> list[str]:
+    """All reasons: a closed set."""
+    found: set[str] = set()
+    kinds = [*ServiceError.__subclasses__()]
+    while kinds:
+        kind = kinds.pop()
+        found.add(kind.reason)
+        kinds += kind.__subclasses__()
+    return sorted(found)

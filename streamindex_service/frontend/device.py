@@ -79,10 +79,12 @@ class TilePart:
 
 @dataclass(frozen=True, slots=True)
 class TileDue:
-    """Which of the tiles that the worker has goes first, and how long it may take."""
+    """Which of the tiles that the worker has goes first, how long it may take, and whose log lines it belongs to."""
 
     band: int = 0
     estimated_s: float = 0.0
+    request_id: str = ""
+    traceparent: str = ""
 
 
 WHOLE = TilePart()
@@ -317,6 +319,8 @@ class DeviceWorker:
             merge=part.first_key > 0,
             band=due.band,
             estimated_us=int(1e6 * due.estimated_s),
+            request_id=due.request_id,
+            traceparent=due.traceparent,
         )
         if worker.alive:  # a search may not have learnt yet that its worker is gone
             self._outstanding[tile_id] = request_key

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
@@ -26,6 +27,9 @@ from streamindex_service.errors import (
     SlowConsumerError,
     UnimplementedError,
 )
+from streamindex_service.frontend.call import CURRENT, Call
+from streamindex_service.telemetry import trace
+from streamindex_service.telemetry.counters import Counters
 
 REQUEST_ID = "x-request-id"
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -207,14 +211,15 @@ def _unimplemented(streaming: bool) -> Method:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Around every call of the contract: request id, log line, drain, errors.
+    """Around every call of the contract: request and trace ids, log line, counters, drain, errors.
 
     `admit` raises what a call is refused with before it starts (while the server drains, say).
     """
 
-    def __init__(self, log: Any, admit: Callable[[], None]) -> None:
+    def __init__(self, log: Any, admit: Callable[[], None], counters: Counters) -> None:
         self._log = log
         self._admit = admit
+        self._counters = counters
         self.running: set[asyncio.Task[Any]] = set()
 
     async def intercept_service(
@@ -224,7 +229,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler = await continuation(details)
         if handler is None or not details.method.startswith("/streamindex."):
             return handler
-        request_id = _request_id(details)
+        record = self._record(details)
         streams = handler.request_streaming or handler.response_streaming
         if streams:
             behaviour = handler.stream_stream or handler.unary_stream
@@ -240,28 +245,42 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def call(request: Any, context: Any) -> Any:
             # A stream's servicer asks by itself, so that it can say in-band what it refuses with.
             admit = None if handler.request_streaming else self._admit
-            return await self._call(behaviour, streams, admit, details.method, request_id, request, context)
+            return await self._call(behaviour, streams, admit, record, request, context)
 
         return make(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
+
+    def _record(self, details: grpc.HandlerCallDetails) -> Call:
+        request_id, traceparent = "", None
+        for key, value in details.invocation_metadata or ():
+            if key == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
+                request_id = value
+            elif key == trace.TRACEPARENT and isinstance(value, str):
+                traceparent = value
+        method = details.method.rpartition("/")[2]
+        return Call(method, request_id or uuid.uuid4().hex, trace.of_call(traceparent), self._counters.of(method))
 
     async def _call(
         self,
         behaviour: Method,
         streams: bool,
         admit: Callable[[], None] | None,
-        method: str,
-        request_id: str,
+        record: Call,
         request: Any,
         context: Any,
     ) -> Any:
         task = asyncio.current_task()
         assert task is not None
         self.running.add(task)
-        structlog.contextvars.bind_contextvars(request_id=request_id, method=method)
+        CURRENT.set(record)
+        structlog.contextvars.bind_contextvars(
+            request_id=record.request_id, trace_id=record.trace.trace_id, method=record.method
+        )
+        record.counters.running += 1
+        started, code = time.monotonic(), "OK"
         # On its way through gRPC's own thread and back, a unary call goes on.
-        metadata = asyncio.ensure_future(context.send_initial_metadata(((REQUEST_ID, request_id),)))
+        metadata = asyncio.ensure_future(context.send_initial_metadata(((REQUEST_ID, record.request_id),)))
         metadata.add_done_callback(_seen)
         try:
             try:
@@ -281,21 +300,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if not metadata.done():  # neither an answer nor a refusal may overtake it
                     await asyncio.wait([metadata])
         except ServiceError as error:
+            code = error.code.name
+            self._counters.refusals[error.reason] += 1
             log = self._log.error if isinstance(error, InternalError) else self._log.info
             log("refused", reason=error.reason, field=error.field, detail=error.detail, **error.metadata)
             await abort(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError):
+            code = "CANCELLED"
             raise
         except Exception:
             # Not a refusal but a defect of ours; the caller learns that and no more.
+            code = "INTERNAL"
+            self._counters.refusals[InternalError.reason] += 1
             self._log.error("call_failed", exc_info=True)
             await abort(context, InternalError())
         finally:
+            record.counters.running -= 1
+            record.counters.ended(code, time.monotonic() - started)
             self.running.discard(task)
-
-
-def _request_id(details: grpc.HandlerCallDetails) -> str:
-    for key, value in details.invocation_metadata or ():
-        if key == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
-            return value
-    return uuid.uuid4().hex

@@ -180,6 +180,7 @@ class SearchStream:
         turns = self._service.loop_turns
         await turns.next()
         tensors.verify_checksum(chunk)
+        self._service.counters.queries += chunk.row_count
         turn_rows = max(1, _TURN_BYTES // self._layout.row_bytes[Q])
         done = 0
         while done < chunk.row_count:

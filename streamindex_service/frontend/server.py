@@ -26,6 +26,7 @@ from streamindex_service.errors import DrainingError
 from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.identity import Identify, anonymous
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
+from streamindex_service.frontend.metrics_server import MetricsServer
 from streamindex_service.frontend.rpc import CallInterceptor, generic_handler
 from streamindex_service.frontend.search_servicer import SearchServicer
 from streamindex_service.frontend.server_servicer import ServerServicer
@@ -41,6 +42,7 @@ class Listening:
 
     tcp_address: str | None
     unix_socket: str | None
+    metrics: str | None = None
 
 
 class ServeError(RuntimeError):
@@ -69,7 +71,7 @@ class Server:
         self._identify = identify
         self._draining = False
         self.service.admit = self._admit
-        self._calls = CallInterceptor(self._log, self._admit)
+        self._calls = CallInterceptor(self._log, self._admit, self.service.counters)
         self._health = health.aio.HealthServicer()
         self._names = [
             module.DESCRIPTOR.services_by_name[name].full_name
@@ -80,7 +82,12 @@ class Server:
                 (server_pb2, "ServerService"),
             )
         ]
+        for each in (key_cache_pb2, search_pb2, attention_pb2, server_pb2):  # a series is there before its first call
+            for described in each.DESCRIPTOR.services_by_name.values():
+                for method in described.methods:
+                    self.service.counters.of(method.name)
         self._server = self._make_server()
+        self._metrics = MetricsServer(self.service, settings.metrics)
 
     async def start(self) -> Listening:
         """Listen, and start the worker; the health service says SERVING once that is ready.
@@ -106,12 +113,17 @@ class Server:
         if wanted.unix_socket:
             self._listen_unix(wanted.unix_socket)
             unix_socket = wanted.unix_socket
+        try:
+            metrics = await self._metrics.start()
+        except OSError as error:
+            where = f"{self.settings.metrics.host}:{self.settings.metrics.port}"
+            raise SocketInUseError(f"cannot listen on {where} (metrics.port): {error.strerror}") from error
         await self._set_health(ready=False)
         self.service.health_changed = self._health_changed
         await self._server.start()
         self.service.start()
-        self._log.info("listening", tcp=tcp_address, unix=unix_socket)
-        return Listening(tcp_address, unix_socket)
+        self._log.info("listening", tcp=tcp_address, unix=unix_socket, metrics=metrics)
+        return Listening(tcp_address, unix_socket, metrics)
 
     async def stop(self, drain_s: float) -> None:
         """Not ready, refuse what is new, let running calls go on for `drain_s`, cancel the rest, stop the worker."""
@@ -126,6 +138,7 @@ class Server:
             self._log.warning("calls_cancelled", count=left)
         await self._server.stop(grace=0.2)
         await self.service.stop()
+        await self._metrics.stop()
         if self.settings.server.unix_socket:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.settings.server.unix_socket)

@@ -15,6 +15,7 @@ from streamindex_service.core.governor import Grant, SearchTurn
 from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
 from streamindex_service.frontend.admission import AdmittedSearch
+from streamindex_service.frontend.call import CURRENT
 from streamindex_service.frontend.device import TileDue, tile_error
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.ipc.supervisor import CancelledTileError
@@ -43,6 +44,7 @@ class TileRun:
         self.queued_s = 0.0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(_seen)
+        self._call = CURRENT.get()
         self._admitted = admitted
         self._block = block
         self._keys = keys
@@ -107,7 +109,7 @@ class TileRun:
                 self._blame_key,
                 admitted.workspace_bytes(grant, rows),
                 admitted.part(self._window, self._keys),
-                TileDue(grant.turn.band, grant.turn.cost_s),
+                self._due(grant),
             )
         except Exception as error:
             # Whoever happened to let this turn run must not fail with it, and what it was granted must come back.
@@ -115,11 +117,19 @@ class TileRun:
             self._fail(error if isinstance(error, ServiceError) else InternalError(repr(error)))
             return
         self._on_device = lambda: device.cancel(view, [tile_id])
-        future.add_done_callback(lambda done: self._ran(grant, done, lambda error: tile_error(view, error)))
+        given_at = admitted.service.clock()
+        future.add_done_callback(lambda done: self._ran(grant, given_at, done, lambda error: tile_error(view, error)))
+
+    def _due(self, grant: Grant) -> TileDue:
+        call = self._call
+        if call is None:
+            return TileDue(grant.turn.band, grant.turn.cost_s)
+        return TileDue(grant.turn.band, grant.turn.cost_s, call.request_id, call.trace.traceparent)
 
     def _ran(
         self,
         grant: Grant,
+        given_at: float,
         future: asyncio.Future[pb.FromWorker],
         cause: Callable[[ServiceError], ServiceError],
     ) -> None:
@@ -128,6 +138,10 @@ class TileRun:
         tile_done = pb.TileDone() if error else future.result().tile_done
         device_us, governor = tile_done.device_us, admitted.service.governor
         governor.finish(grant, None if error else device_us / 1e6, tile_done.peak_bytes)
+        if self._call is not None and error is None:
+            device_s = device_us / 1e6
+            transfer_s = admitted.service.clock() - given_at - device_s
+            self._call.counters.tile_done(grant.waited_s, transfer_s, device_s)
         assert self._pieces is not None
         if error is None:
             self._window += 1

@@ -14,8 +14,9 @@ import torch
 
 from streamindex_service.ipc import link
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops import compiled
 from streamindex_service.ops.topk import IMPLEMENTATIONS
-from streamindex_service.telemetry import logs
+from streamindex_service.telemetry import logs, trace
 from streamindex_service.worker import canary
 from streamindex_service.worker.commands import Command, Commands
 from streamindex_service.worker.device import (
@@ -60,12 +61,15 @@ class Worker:
         self._executor.finish()
 
     def _configure(self, configure: pb.Configure) -> Device:
+        if configure.log_level:
+            logs.configure(configure.log_level)
         if configure.cpu_threads:
             torch.set_num_threads(configure.cpu_threads)
         device = probe(configure.device)
         self._implementation = choose_implementation(configure.implementation, device)
         self._budget_bytes = configure.device_budget_bytes or default_budget_bytes(device)
         if device.is_cuda:
+            compiled.watch()
             torch.cuda.set_device(device.torch_device)
             # The governor keeps within what may be reserved; the allocator's cap stands behind it. What the allocator
             # keeps for later it gives back before it passes the cap.
@@ -117,6 +121,7 @@ class Worker:
                     allocated_bytes=memory.allocated_bytes,
                     peak_bytes=memory.peak_bytes,
                     reserved_bytes=memory.reserved_bytes,
+                    compiled_kernels=compiled.count(),
                 )
                 self._send(pb.FromWorker(pong=pong))
             elif kind == "cancel_tiles":
@@ -127,6 +132,10 @@ class Worker:
                 self._commands.put(Command(message, fd))
 
     def _execute(self, message: pb.ToWorker, fd: int | None) -> None:
+        with logs.bound(**_origin(message)):
+            self._try(message, fd)
+
+    def _try(self, message: pb.ToWorker, fd: int | None) -> None:
         try:
             self._dispatch(message, fd)
         except (torch.OutOfMemoryError, MissingMemoryError) as error:
@@ -146,6 +155,7 @@ class Worker:
         kind = message.WhichOneof("message")
         executor = self._executor
         if kind == "search_tile":
+            self._log.debug("tile", tile_id=message.search_tile.tile_id, rows=message.search_tile.rows)
             executor.search_tile(message.search_tile)
         elif kind == "load_pages":
             executor.load_pages(message.load_pages)
@@ -180,6 +190,15 @@ class Worker:
                 link.send(self._sock, message)
             except link.LinkClosedError:
                 os._exit(0)
+
+
+def _origin(message: pb.ToWorker) -> dict[str, str]:
+    """Under which ids a command's log lines are written: those of the call that it is for."""
+    if message.WhichOneof("message") != "search_tile" or not message.search_tile.request_id:
+        return {}
+    tile = message.search_tile
+    context = trace.read(tile.traceparent)
+    return {"request_id": tile.request_id, "trace_id": context.trace_id if context else ""}
 
 
 def main() -> None:

@@ -83,6 +83,13 @@ def test_other_addresses_are_refused(address: str) -> None:
         load(None, server={"tcp_address": address})
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_figures_leave_this_host_only_when_that_is_said(host: str) -> None:
+    with pytest.raises(ValidationError, match="allow_remote"):
+        load(None, metrics={"host": host})
+    assert load(None, metrics={"host": host, "allow_remote": True}).metrics.host == host
+
+
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="no_such"):
         load(settings_file(tmp_path, "[server]\nno_such = 1\n"))
@@ -117,7 +124,16 @@ def test_operations_document_names_only_settings_that_exist() -> None:
 
 
 def test_every_bound_is_in_the_operations_document() -> None:
-    choices = {"server.tcp_address", "server.unix_socket", "worker.device", "worker.implementation", "log.level"}
+    choices = {
+        "server.tcp_address",
+        "server.unix_socket",
+        "worker.device",
+        "worker.implementation",
+        "log.level",
+        "metrics.host",
+        "metrics.port",
+        "metrics.allow_remote",
+    }
     bounds = OPERATIONS.split("## Bounds")[1]
     missing = {name for name in every_setting() - choices if f"`{name}`" not in bounds}
     assert not missing

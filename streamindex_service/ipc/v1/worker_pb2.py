@@ -24,57 +24,57 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'streamindex_service/ipc/v1/worker.proto\x12\x1astreamindex_service.ipc.v1\"\xfc\x05\n\x08ToWorker\x12:\n\tconfigure\x18\x01 \x01(\x0b\x32%.streamindex_service.ipc.v1.ConfigureH\x00\x12=\n\x0bmap_segment\x18\x02 \x01(\x0b\x32&.streamindex_service.ipc.v1.MapSegmentH\x00\x12\x41\n\runmap_segment\x18\x03 \x01(\x0b\x32(.streamindex_service.ipc.v1.UnmapSegmentH\x00\x12\x45\n\x0f\x61llocate_extent\x18\x04 \x01(\x0b\x32*.streamindex_service.ipc.v1.AllocateExtentH\x00\x12=\n\x0b\x66ree_extent\x18\x05 \x01(\x0b\x32&.streamindex_service.ipc.v1.FreeExtentH\x00\x12;\n\nload_pages\x18\x06 \x01(\x0b\x32%.streamindex_service.ipc.v1.LoadPagesH\x00\x12=\n\x0b\x64\x65\x66ine_view\x18\x07 \x01(\x0b\x32&.streamindex_service.ipc.v1.DefineViewH\x00\x12\x39\n\tdrop_view\x18\x08 \x01(\x0b\x32$.streamindex_service.ipc.v1.DropViewH\x00\x12=\n\x0bsearch_tile\x18\t \x01(\x0b\x32&.streamindex_service.ipc.v1.SearchTileH\x00\x12?\n\x0c\x63\x61ncel_tiles\x18\n \x01(\x0b\x32\'.streamindex_service.ipc.v1.CancelTilesH\x00\x12\x30\n\x04ping\x18\x0b \x01(\x0b\x32 .streamindex_service.ipc.v1.PingH\x00\x12\x38\n\x08shutdown\x18\x0c \x01(\x0b\x32$.streamindex_service.ipc.v1.ShutdownH\x00\x42\t\n\x07message\"\xb3\x02\n\nFromWorker\x12\x32\n\x05ready\x18\x01 \x01(\x0b\x32!.streamindex_service.ipc.v1.ReadyH\x00\x12\x43\n\x0eoperation_done\x18\x02 \x01(\x0b\x32).streamindex_service.ipc.v1.OperationDoneH\x00\x12\x39\n\ttile_done\x18\x03 \x01(\x0b\x32$.streamindex_service.ipc.v1.TileDoneH\x00\x12\x34\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\".streamindex_service.ipc.v1.FailedH\x00\x12\x30\n\x04pong\x18\x05 \x01(\x0b\x32 .streamindex_service.ipc.v1.PongH\x00\x42\t\n\x07message\"}\n\tConfigure\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x16\n\x0eimplementation\x18\x02 \x01(\t\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63pu_threads\x18\x04 \x01(\r\x12\x16\n\x0eissue_ahead_us\x18\x05 \x01(\r\"_\n\nMapSegment\x12\x12\n\nsegment_id\x18\x01 \x01(\x04\x12\x15\n\rsegment_bytes\x18\x02 \x01(\x04\x12\x10\n\x08writable\x18\x03 \x01(\x08\x12\x14\n\x0coperation_id\x18\x04 \x01(\x04\"\"\n\x0cUnmapSegment\x12\x12\n\nsegment_id\x18\x01 \x01(\x04\"O\n\x0e\x41llocateExtent\x12\x14\n\x0coperation_id\x18\x01 \x01(\x04\x12\x11\n\textent_id\x18\x02 \x01(\x04\x12\x14\n\x0c\x65xtent_bytes\x18\x03 \x01(\x04\"\x1f\n\nFreeExtent\x12\x11\n\textent_id\x18\x01 \x01(\x04\"\x8f\x01\n\tLoadPages\x12\x14\n\x0coperation_id\x18\x01 \x01(\x04\x12\x12\n\npage_bytes\x18\x02 \x01(\x04\x12\x13\n\x0bsegment_ids\x18\x03 \x03(\x04\x12\x17\n\x0fsegment_offsets\x18\x04 \x03(\x04\x12\x12\n\nextent_ids\x18\x05 \x03(\x04\x12\x16\n\x0e\x65xtent_offsets\x18\x06 \x03(\x04\"\x96\x01\n\nDefineView\x12\x0f\n\x07view_id\x18\x01 \x01(\x04\x12\x12\n\nkey_format\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x13\n\x0blength_keys\x18\x04 \x01(\x04\x12\x12\n\nextent_ids\x18\x05 \x03(\x04\x12\x16\n\x0e\x65xtent_offsets\x18\x06 \x03(\x04\x12\x10\n\x08\x63omplete\x18\x07 \x01(\x08\"\x1b\n\x08\x44ropView\x12\x0f\n\x07view_id\x18\x01 \x01(\x04\"0\n\x04Span\x12\x12\n\nsegment_id\x18\x01 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"\xdb\x03\n\nSearchTile\x12\x0f\n\x07tile_id\x18\x01 \x01(\x04\x12\x0f\n\x07view_id\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\r\n\x05heads\x18\x04 \x01(\r\x12\r\n\x05ratio\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\r\n\x05order\x18\x07 \x01(\r\x12\x17\n\x0fworkspace_bytes\x18\x08 \x01(\x04\x12+\n\x01q\x18\t \x01(\x0b\x32 .streamindex_service.ipc.v1.Span\x12+\n\x01w\x18\n \x01(\x0b\x32 .streamindex_service.ipc.v1.Span\x12\x33\n\tpositions\x18\x0b \x01(\x0b\x32 .streamindex_service.ipc.v1.Span\x12\x31\n\x07indices\x18\x0c \x01(\x0b\x32 .streamindex_service.ipc.v1.Span\x12\x35\n\x06scores\x18\r \x01(\x0b\x32 .streamindex_service.ipc.v1.SpanH\x00\x88\x01\x01\x12\x11\n\tfirst_key\x18\x0e \x01(\x04\x12\r\n\x05merge\x18\x0f \x01(\x08\x12\x0c\n\x04\x62\x61nd\x18\x10 \x01(\r\x12\x14\n\x0c\x65stimated_us\x18\x11 \x01(\x04\x42\t\n\x07_scores\"\x1f\n\x0b\x43\x61ncelTiles\x12\x10\n\x08tile_ids\x18\x01 \x03(\x04\"\x18\n\x04Ping\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\n\n\x08Shutdown\"\x87\x02\n\x05Ready\x12\x13\n\x0b\x64\x65vice_name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x16\n\x0eimplementation\x18\x04 \x01(\t\x12J\n\x0fimplementations\x18\x05 \x03(\x0b\x32\x31.streamindex_service.ipc.v1.ImplementationSupport\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x06 \x01(\x04\x12=\n\tworkspace\x18\x07 \x01(\x0b\x32*.streamindex_service.ipc.v1.WorkspaceTerms\"\xee\x02\n\x0eWorkspaceTerms\x12\x13\n\x0b\x66ixed_bytes\x18\x01 \x01(\x04\x12\x11\n\trow_bytes\x18\x02 \x01(\x04\x12\x19\n\x11row_element_bytes\x18\x03 \x01(\x04\x12\x17\n\x0frow_entry_bytes\x18\x04 \x01(\x04\x12\x15\n\rrow_key_32nds\x18\x05 \x01(\x04\x12\x1a\n\x12row_key_head_bytes\x18\x06 \x01(\x04\x12\x11\n\tkey_bytes\x18\x07 \x01(\x04\x12\x15\n\rkey_dim_bytes\x18\x08 \x01(\x04\x12\x13\n\x0b\x66ilter_keys\x18\t \x01(\x04\x12\x16\n\x0e\x66ilter_entries\x18\n \x01(\x04\x12\x16\n\x0esurvivor_bytes\x18\x0b \x01(\x04\x12\x11\n\tsurvivors\x18\x0c \x01(\x04\x12\x17\n\x0f\x65ntry_survivors\x18\r \x01(\x04\x12\x18\n\x10marked_row_bytes\x18\x0e \x01(\x04\x12\x18\n\x10marked_key_32nds\x18\x0f \x01(\x04\"N\n\x15ImplementationSupport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bkey_formats\x18\x02 \x03(\r\x12\x12\n\nrepeatable\x18\x03 \x01(\x08\"%\n\rOperationDone\x12\x14\n\x0coperation_id\x18\x01 \x01(\x04\"B\n\x08TileDone\x12\x0f\n\x07tile_id\x18\x01 \x01(\x04\x12\x11\n\tdevice_us\x18\x02 \x01(\x04\x12\x12\n\npeak_bytes\x18\x03 \x01(\x04\"[\n\x06\x46\x61iled\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x35\n\x04kind\x18\x02 \x01(\x0e\x32\'.streamindex_service.ipc.v1.FailureKind\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"x\n\x04Pong\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x19\n\x11oldest_running_ms\x18\x02 \x01(\x04\x12\x17\n\x0f\x61llocated_bytes\x18\x03 \x01(\x04\x12\x12\n\npeak_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x05 \x01(\x04*\xb6\x01\n\x0b\x46\x61ilureKind\x12\x1c\n\x18\x46\x41ILURE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41ILURE_KIND_CANCELLED\x10\x01\x12\x1e\n\x1a\x46\x41ILURE_KIND_OUT_OF_MEMORY\x10\x02\x12\x17\n\x13\x46\x41ILURE_KIND_DEVICE\x10\x03\x12\x19\n\x15\x46\x41ILURE_KIND_INTERNAL\x10\x04\x12\x19\n\x15\x46\x41ILURE_KIND_UNUSABLE\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'streamindex_service/ipc/v1/worker.proto\x12\x1astreamindex_service.ipc.v1\"\xfc\x05\n\x08ToWorker\x12:\n\tconfigure\x18\x01 \x01(\x0b\x32%.streamindex_service.ipc.v1.ConfigureH\x00\x12=\n\x0bmap_segment\x18\x02 \x01(\x0b\x32&.streamindex_service.ipc.v1.MapSegmentH\x00\x12\x41\n\runmap_segment\x18\x03 \x01(\x0b\x32(.streamindex_service.ipc.v1.UnmapSegmentH\x00\x12\x45\n\x0f\x61llocate_extent\x18\x04 \x01(\x0b\x32*.streamindex_service.ipc.v1.AllocateExtentH\x00\x12=\n\x0b\x66ree_extent\x18\x05 \x01(\x0b\x32&.streamindex_service.ipc.v1.FreeExtentH\x00\x12;\n\nload_pages\x18\x06 \x01(\x0b\x32%.streamindex_service.ipc.v1.LoadPagesH\x00\x12=\n\x0b\x64\x65\x66ine_view\x18\x07 \x01(\x0b\x32&.streamindex_service.ipc.v1.DefineViewH\x00\x12\x39\n\tdrop_view\x18\x08 \x01(\x0b\x32$.streamindex_service.ipc.v1.DropViewH\x00\x12=\n\x0bsearch_tile\x18\t \x01(\x0b\x32&.streamindex_service.ipc.v1.SearchTileH\x00\x12?\n\x0c\x63\x61ncel_tiles\x18\n \x01(\x0b\x32\'.streamindex_service.ipc.v1.CancelTilesH\x00\x12\x30\n\x04ping\x18\x0b \x01(\x0b\x32 .streamindex_service.ipc.v1.PingH\x00\x12\x38\n\x08shutdown\x18\x0c \x01(\x0b\x32$.streamindex_service.ipc.v1.ShutdownH\x00\x42\t\n\x07message\"\xb3\x02\n\nFromWorker\x12\x32\n\x05ready\x18\x01 \x01(\x0b\x32!.streamindex_service.ipc.v1.ReadyH\x00\x12\x43\n\x0eoperation_done\x18\x02 \x01(\x0b\x32).streamindex_service.ipc.v1.OperationDoneH\x00\x12\x39\n\ttile_done\x18\x03 \x01(\x0b\x32$.streamindex_service.ipc.v1.TileDoneH\x00\x12\x34\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\".streamindex_service.ipc.v1.FailedH\x00\x12\x30\n\x04pong\x18\x05 \x01(\x0b\x32 .streamindex_service.ipc.v1.PongH\x00\x42\t\n\x07message\"\x90\x01\n\tConfigure\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x16\n\x0eimplementation\x18\x02 \x01(\t\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63pu_threads\x18\x04 \x01(\r\x12\x16\n\x0eissue_ahead_us\x18\x05 \x01(\r\x12\x11\n\tlog_level\x18\x06 \x01(\t\"_\n\nMapSegment\x12\x12\n\nsegment_id\x18\x01 \x01(\x04\x12\x15\n\rsegment_bytes\x18\x02 \x01(\x04\x12\x10\n\x08writable\x18\x03 \x01(\x08\x12\x14\n\x0coperation_id\x18\x04 \x01(\x04\"\"\n\x0cUnmapSegment\x12\x12\n\nsegment_id\x18\x01 \x01(\x04\"O\n\x0e\x41llocateExtent\x12\x14\n\x0coperation_id\x18\x01 \x01(\x04\x12\x11\n\textent_id\x18\x02 \x01(\x04\x12\x14\n\x0c\x65xtent_bytes\x18\x03 \x01(\x04\"\x1f\n\nFreeExtent\x12\x11\n\textent_id\x18\x01 \x01(\x04\"\x8f\x01\n\tLoadPages\x12\x14\n\x0coperation_id\x18\x01 \x01(\x04\x12\x12\n\npage_bytes\x18\x02 \x01(\x04\x12\x13\n\x0bsegment_ids\x18\x03 \x03(\x04\x12\x17\n\x0fsegment_offsets\x18\x04 \x03(\x04\x12\x12\n\nextent_ids\x18\x05 \x03(\x04\x12\x16\n\x0e\x65xtent_offsets\x18\x06 \x03(\x04\"\x96\x01\n\nDefineView\x12\x0f\n\x07view_id\x18\x01 \x01(\x04\x12\x12\n\nkey_format\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x13\n\x0blength_keys\x18\x04 \x01(\x04\x12\x12\n\nextent_ids\x18\x05 \x03(\x04\x12\x16\n\x0e\x65xtent_offsets\x18\x06 \x03(\x04\x12\x10\n\x08\x63omplete\x18\x07 \x01(\x08\"\x1b\n\x08\x44ropView\x12\x0f\n\x07view_id\x18\x01 \x01(\x04\"0\n\x04Span\x12\x12\n\nsegment_id\x18\x01 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"\x84\x04\n\nSearchTile\x12\x0f\n\x07tile_id\x18\x01 \x01(\x04\x12\x0f\n\x07view_id\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\r\n\x05heads\x18\x04 \x01(\r\x12\r\n\x05ratio\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\r\n\x05order\x18\x07 \x01(\r\x12\x17\n\x0fworkspace_bytes\x18\x08 \x01(\x04\x12+\n\x01q\x18\t \x01(\x0b\x32 .streamindex_service.ipc.v1.Span\x12+\n\x01w\x18\n \x01(\x0b\x32 .streamindex_service.ipc.v1.Span\x12\x33\n\tpositions\x18\x0b \x01(\x0b\x32 .streamindex_service.ipc.v1.Span\x12\x31\n\x07indices\x18\x0c \x01(\x0b\x32 .streamindex_service.ipc.v1.Span\x12\x35\n\x06scores\x18\r \x01(\x0b\x32 .streamindex_service.ipc.v1.SpanH\x00\x88\x01\x01\x12\x11\n\tfirst_key\x18\x0e \x01(\x04\x12\r\n\x05merge\x18\x0f \x01(\x08\x12\x0c\n\x04\x62\x61nd\x18\x10 \x01(\r\x12\x14\n\x0c\x65stimated_us\x18\x11 \x01(\x04\x12\x12\n\nrequest_id\x18\x12 \x01(\t\x12\x13\n\x0btraceparent\x18\x13 \x01(\tB\t\n\x07_scores\"\x1f\n\x0b\x43\x61ncelTiles\x12\x10\n\x08tile_ids\x18\x01 \x03(\x04\"\x18\n\x04Ping\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\n\n\x08Shutdown\"\x87\x02\n\x05Ready\x12\x13\n\x0b\x64\x65vice_name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x16\n\x0eimplementation\x18\x04 \x01(\t\x12J\n\x0fimplementations\x18\x05 \x03(\x0b\x32\x31.streamindex_service.ipc.v1.ImplementationSupport\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x06 \x01(\x04\x12=\n\tworkspace\x18\x07 \x01(\x0b\x32*.streamindex_service.ipc.v1.WorkspaceTerms\"\xee\x02\n\x0eWorkspaceTerms\x12\x13\n\x0b\x66ixed_bytes\x18\x01 \x01(\x04\x12\x11\n\trow_bytes\x18\x02 \x01(\x04\x12\x19\n\x11row_element_bytes\x18\x03 \x01(\x04\x12\x17\n\x0frow_entry_bytes\x18\x04 \x01(\x04\x12\x15\n\rrow_key_32nds\x18\x05 \x01(\x04\x12\x1a\n\x12row_key_head_bytes\x18\x06 \x01(\x04\x12\x11\n\tkey_bytes\x18\x07 \x01(\x04\x12\x15\n\rkey_dim_bytes\x18\x08 \x01(\x04\x12\x13\n\x0b\x66ilter_keys\x18\t \x01(\x04\x12\x16\n\x0e\x66ilter_entries\x18\n \x01(\x04\x12\x16\n\x0esurvivor_bytes\x18\x0b \x01(\x04\x12\x11\n\tsurvivors\x18\x0c \x01(\x04\x12\x17\n\x0f\x65ntry_survivors\x18\r \x01(\x04\x12\x18\n\x10marked_row_bytes\x18\x0e \x01(\x04\x12\x18\n\x10marked_key_32nds\x18\x0f \x01(\x04\"N\n\x15ImplementationSupport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bkey_formats\x18\x02 \x03(\r\x12\x12\n\nrepeatable\x18\x03 \x01(\x08\"%\n\rOperationDone\x12\x14\n\x0coperation_id\x18\x01 \x01(\x04\"B\n\x08TileDone\x12\x0f\n\x07tile_id\x18\x01 \x01(\x04\x12\x11\n\tdevice_us\x18\x02 \x01(\x04\x12\x12\n\npeak_bytes\x18\x03 \x01(\x04\"[\n\x06\x46\x61iled\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x35\n\x04kind\x18\x02 \x01(\x0e\x32\'.streamindex_service.ipc.v1.FailureKind\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x92\x01\n\x04Pong\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x19\n\x11oldest_running_ms\x18\x02 \x01(\x04\x12\x17\n\x0f\x61llocated_bytes\x18\x03 \x01(\x04\x12\x12\n\npeak_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x63ompiled_kernels\x18\x06 \x01(\x04*\xb6\x01\n\x0b\x46\x61ilureKind\x12\x1c\n\x18\x46\x41ILURE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41ILURE_KIND_CANCELLED\x10\x01\x12\x1e\n\x1a\x46\x41ILURE_KIND_OUT_OF_MEMORY\x10\x02\x12\x17\n\x13\x46\x41ILURE_KIND_DEVICE\x10\x03\x12\x19\n\x15\x46\x41ILURE_KIND_INTERNAL\x10\x04\x12\x19\n\x15\x46\x41ILURE_KIND_UNUSABLE\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'streamindex_service.ipc.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FAILUREKIND']._serialized_start=3487
-  _globals['_FAILUREKIND']._serialized_end=3669
+  _globals['_FAILUREKIND']._serialized_start=3575
+  _globals['_FAILUREKIND']._serialized_end=3757
   _globals['_TOWORKER']._serialized_start=72
   _globals['_TOWORKER']._serialized_end=836
   _globals['_FROMWORKER']._serialized_start=839
   _globals['_FROMWORKER']._serialized_end=1146
-  _globals['_CONFIGURE']._serialized_start=1148
-  _globals['_CONFIGURE']._serialized_end=1273
-  _globals['_MAPSEGMENT']._serialized_start=1275
-  _globals['_MAPSEGMENT']._serialized_end=1370
-  _globals['_UNMAPSEGMENT']._serialized_start=1372
-  _globals['_UNMAPSEGMENT']._serialized_end=1406
-  _globals['_ALLOCATEEXTENT']._serialized_start=1408
-  _globals['_ALLOCATEEXTENT']._serialized_end=1487
-  _globals['_FREEEXTENT']._serialized_start=1489
-  _globals['_FREEEXTENT']._serialized_end=1520
-  _globals['_LOADPAGES']._serialized_start=1523
-  _globals['_LOADPAGES']._serialized_end=1666
-  _globals['_DEFINEVIEW']._serialized_start=1669
-  _globals['_DEFINEVIEW']._serialized_end=1819
-  _globals['_DROPVIEW']._serialized_start=1821
-  _globals['_DROPVIEW']._serialized_end=1848
-  _globals['_SPAN']._serialized_start=1850
-  _globals['_SPAN']._serialized_end=1898
-  _globals['_SEARCHTILE']._serialized_start=1901
-  _globals['_SEARCHTILE']._serialized_end=2376
-  _globals['_CANCELTILES']._serialized_start=2378
-  _globals['_CANCELTILES']._serialized_end=2409
-  _globals['_PING']._serialized_start=2411
-  _globals['_PING']._serialized_end=2435
-  _globals['_SHUTDOWN']._serialized_start=2437
-  _globals['_SHUTDOWN']._serialized_end=2447
-  _globals['_READY']._serialized_start=2450
-  _globals['_READY']._serialized_end=2713
-  _globals['_WORKSPACETERMS']._serialized_start=2716
-  _globals['_WORKSPACETERMS']._serialized_end=3082
-  _globals['_IMPLEMENTATIONSUPPORT']._serialized_start=3084
-  _globals['_IMPLEMENTATIONSUPPORT']._serialized_end=3162
-  _globals['_OPERATIONDONE']._serialized_start=3164
-  _globals['_OPERATIONDONE']._serialized_end=3201
-  _globals['_TILEDONE']._serialized_start=3203
-  _globals['_TILEDONE']._serialized_end=3269
-  _globals['_FAILED']._serialized_start=3271
-  _globals['_FAILED']._serialized_end=3362
-  _globals['_PONG']._serialized_start=3364
-  _globals['_PONG']._serialized_end=3484
+  _globals['_CONFIGURE']._serialized_start=1149
+  _globals['_CONFIGURE']._serialized_end=1293
+  _globals['_MAPSEGMENT']._serialized_start=1295
+  _globals['_MAPSEGMENT']._serialized_end=1390
+  _globals['_UNMAPSEGMENT']._serialized_start=1392
+  _globals['_UNMAPSEGMENT']._serialized_end=1426
+  _globals['_ALLOCATEEXTENT']._serialized_start=1428
+  _globals['_ALLOCATEEXTENT']._serialized_end=1507
+  _globals['_FREEEXTENT']._serialized_start=1509
+  _globals['_FREEEXTENT']._serialized_end=1540
+  _globals['_LOADPAGES']._serialized_start=1543
+  _globals['_LOADPAGES']._serialized_end=1686
+  _globals['_DEFINEVIEW']._serialized_start=1689
+  _globals['_DEFINEVIEW']._serialized_end=1839
+  _globals['_DROPVIEW']._serialized_start=1841
+  _globals['_DROPVIEW']._serialized_end=1868
+  _globals['_SPAN']._serialized_start=1870
+  _globals['_SPAN']._serialized_end=1918
+  _globals['_SEARCHTILE']._serialized_start=1921
+  _globals['_SEARCHTILE']._serialized_end=2437
+  _globals['_CANCELTILES']._serialized_start=2439
+  _globals['_CANCELTILES']._serialized_end=2470
+  _globals['_PING']._serialized_start=2472
+  _globals['_PING']._serialized_end=2496
+  _globals['_SHUTDOWN']._serialized_start=2498
+  _globals['_SHUTDOWN']._serialized_end=2508
+  _globals['_READY']._serialized_start=2511
+  _globals['_READY']._serialized_end=2774
+  _globals['_WORKSPACETERMS']._serialized_start=2777
+  _globals['_WORKSPACETERMS']._serialized_end=3143
+  _globals['_IMPLEMENTATIONSUPPORT']._serialized_start=3145
+  _globals['_IMPLEMENTATIONSUPPORT']._serialized_end=3223
+  _globals['_OPERATIONDONE']._serialized_start=3225
+  _globals['_OPERATIONDONE']._serialized_end=3262
+  _globals['_TILEDONE']._serialized_start=3264
+  _globals['_TILEDONE']._serialized_end=3330
+  _globals['_FAILED']._serialized_start=3332
+  _globals['_FAILED']._serialized_end=3423
+  _globals['_PONG']._serialized_start=3426
+  _globals['_PONG']._serialized_end=3572
 # @@protoc_insertion_point(module_scope)
