@@ -43,6 +43,8 @@ class ServerSettings(_Section):
     )
     unix_socket: str = Field("", description='path of a unix socket (mode 0600); "" for none')
     drain_s: Seconds = Field(25.0, description="after SIGTERM, running calls may go on for so long")
+    reflection: bool = Field(True, description="gRPC reflection, for callers that may call")
+    max_connections: Count = Field(1024, description="connections of the TCP address, and of the unix socket")
     max_streams_per_connection: Count = Field(100, description="concurrent calls of one connection")
     max_caches: Count = Field(100_000, description="key caches, all callers together")
     max_uploads: Count = Field(4096, description="open uploads, all callers together")
@@ -55,18 +57,45 @@ class ServerSettings(_Section):
 
     @field_validator("tcp_address")
     @classmethod
-    def _only_loopback(cls, value: str) -> str:
+    def _host_and_port(cls, value: str) -> str:
         if not value:
             return value
         host, separator, port = value.rpartition(":")
-        if not separator or not port.isdigit() or int(port) > 65535:
+        if not separator or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError("must be host:port")
-        if not is_loopback(host.strip("[]")):
-            raise ValueError(
-                "this version has no TLS and no authentication, so it listens on loopback addresses alone; "
-                "put a proxy that has both in front of it"
-            )
         return value
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether other hosts can reach the TCP address."""
+        host = self.tcp_address.rpartition(":")[0].strip("[]")
+        return bool(host) and not is_loopback(host)
+
+
+class TlsSettings(_Section):
+    """TLS on the TCP address. Files are PEM; replaced files hold from the next handshake on."""
+
+    certificate_file: str = Field("", description='certificate chain of the service; "" for no TLS')
+    key_file: str = Field("", description="its private key, without a passphrase")
+    client_ca_file: str = Field(
+        "", description='a client must have a certificate of one of these authorities; "" asks for none'
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> TlsSettings:
+        if bool(self.certificate_file) != bool(self.key_file):
+            raise ValueError("tls.certificate_file and tls.key_file go together")
+        if self.client_ca_file and not self.certificate_file:
+            raise ValueError("tls.client_ca_file needs tls.certificate_file")
+        return self
+
+
+class AuthSettings(_Section):
+    """Who may call, and as whom. Without any of it, and without tls.client_ca_file, all callers are one."""
+
+    token_file: str = Field(
+        "", description='names and hashes of bearer tokens, as `streamindex token new` prints them; "" for none'
+    )
 
 
 class LimitSettings(_Section):
@@ -229,6 +258,8 @@ class Settings(BaseSettings):
     )
 
     server: ServerSettings = ServerSettings()
+    tls: TlsSettings = TlsSettings()
+    auth: AuthSettings = AuthSettings()
     limits: LimitSettings = LimitSettings()
     memory: MemorySettings = MemorySettings()
     scheduler: SchedulerSettings = SchedulerSettings()
@@ -238,6 +269,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
+        if self.server.is_remote and not (self.tls.certificate_file and self.authenticates):
+            raise ValueError(
+                "server.tcp_address is not a loopback address: that needs TLS (tls.certificate_file, tls.key_file) and "
+                "authentication (auth.token_file or tls.client_ca_file)"
+            )
         limits, memory = self.limits, self.memory
         largest = max(limits.max_chunk_bytes, memory.search_block_bytes)
         if memory.ingress_budget_bytes < largest:
@@ -254,6 +290,11 @@ class Settings(BaseSettings):
         if self.scheduler.fair_quantum_s < 3 * self.worker.tile_s:
             raise ValueError("scheduler.fair_quantum_s must be at least three times worker.tile_s")
         return self
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether callers must say, and prove, who they are."""
+        return bool(self.auth.token_file or self.tls.client_ca_file)
 
     @classmethod
     def settings_customise_sources(

@@ -13,6 +13,7 @@ interpret it.
 from streamindex_client.aio_client import AsyncClient, AsyncKeyCache, AsyncSearchStream, connect_async
 from streamindex_client.batch import BatchItem, BatchResult
 from streamindex_client.client import Client, KeyCache, SearchStream, connect
+from streamindex_client.credentials import Tls
 from streamindex_client.errors import (
     AuthenticationError,
     CancelledCallError,
@@ -95,6 +96,7 @@ __all__ = [
     "SearchSummary",
     "SlowConsumerError",
     "StreamIndexError",
+    "Tls",
     "UnavailableError",
     "UnimplementedError",
     "UploadConflictError",

@@ -11,7 +11,7 @@ import contextlib
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -28,6 +28,7 @@ from streamindex_service.errors import (
     UnimplementedError,
 )
 from streamindex_service.frontend.call import CURRENT, Call
+from streamindex_service.frontend.identity import Identify
 from streamindex_service.telemetry import trace
 from streamindex_service.telemetry.counters import Counters
 
@@ -211,13 +212,23 @@ def _unimplemented(streaming: bool) -> Method:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Around every call of the contract: request and trace ids, log line, counters, drain, errors.
+    """Around every call of the contract: who calls, request and trace ids, log line, counters, drain, errors.
 
-    `admit` raises what a call is refused with before it starts (while the server drains, say).
+    `authenticate` gives the caller's identity, or raises; no servicer is reached before it. `admit` raises what a call
+    is refused with before it starts (while the server drains, say). `services` are the contract's descriptors.
     """
 
-    def __init__(self, log: Any, admit: Callable[[], None], counters: Counters) -> None:
+    def __init__(
+        self, log: Any, authenticate: Identify, admit: Callable[[], None], counters: Counters, services: Sequence[Any]
+    ) -> None:
         self._log = log
+        self._authenticate = authenticate
+        self._in_band = {
+            f"/{service.full_name}/{method.name}": method.output_type._concrete_class
+            for service in services
+            for method in service.methods
+            if method.client_streaming and "refused" in method.output_type.fields_by_name
+        }
         self._admit = admit
         self._counters = counters
         self.running: set[asyncio.Task[Any]] = set()
@@ -225,10 +236,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        """Wrap the handler of a call. Health and reflection stay as they are."""
+        """Wrap the handler of a call. Whoever reaches the server may ask for its health; reflection is for callers."""
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/streamindex."):
+        if handler is None or details.method.startswith("/grpc.health."):
             return handler
+        if not details.method.startswith("/streamindex."):
+            return self._guarded(handler)
         record = self._record(details)
         streams = handler.request_streaming or handler.response_streaming
         if streams:
@@ -245,11 +258,34 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def call(request: Any, context: Any) -> Any:
             # A stream's servicer asks by itself, so that it can say in-band what it refuses with.
             admit = None if handler.request_streaming else self._admit
-            return await self._call(behaviour, streams, admit, record, request, context)
+            return await self._call(behaviour, streams, admit, record, details.method, request, context)
 
         return make(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
+
+    def _guarded(self, handler: Any) -> Any:
+        async def stream(requests: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                self._authenticate(context)
+            except ServiceError as error:
+                await abort(context, error)
+            async for answer in handler.stream_stream(requests, context):
+                yield answer
+
+        assert handler.stream_stream is not None, "reflection is one bidirectional stream"
+        return grpc.stream_stream_rpc_method_handler(
+            stream, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
+
+    async def _identified(self, path: str, context: Any) -> str:
+        """The caller. A refusal is said in-band first where the method has a message for it."""
+        try:
+            return self._authenticate(context)
+        except ServiceError as error:
+            if path in self._in_band:
+                await context.write(self._in_band[path](refused=to_message(error)))
+            raise
 
     def _record(self, details: grpc.HandlerCallDetails) -> Call:
         request_id, traceparent = "", None
@@ -267,6 +303,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         streams: bool,
         admit: Callable[[], None] | None,
         record: Call,
+        path: str,
         request: Any,
         context: Any,
     ) -> Any:
@@ -286,6 +323,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             try:
                 if streams:
                     await metadata
+                record.caller = await self._identified(path, context)
                 if admit is not None:
                     admit()
                 if isinstance(request, Malformed):
