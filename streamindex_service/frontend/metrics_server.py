@@ -108,7 +108,7 @@ class MetricsServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request: Request | None = None
         try:
-            request = _parse(await reader.readuntil(b"\r\n\r\n"))
+            request = parse_head(await reader.readuntil(b"\r\n\r\n"))
         except asyncio.IncompleteReadError:
             return
         except asyncio.LimitOverrunError:
@@ -193,8 +193,8 @@ class _Snapshot:
         return self._found
 
 
-def _parse(head: bytes) -> Request:
-    """Raises ValueError."""
+def parse_head(head: bytes) -> Request:
+    """A request from its first line and headers, with the empty line after them. Raises ValueError."""
     first, *lines = head.decode("ascii").split("\r\n")[:-2]
     method, path, version = first.split(" ")
     if not version.startswith("HTTP/1.") or not path.startswith("/"):
