@@ -41,7 +41,9 @@ class ServerSettings(_Section):
     tcp_address: str = Field(
         "127.0.0.1:50051", description='host:port; port 0 takes a free one; "" listens on no TCP port'
     )
-    unix_socket: str = Field("", description='path of a unix socket (mode 0600); "" for none')
+    unix_socket: str = Field(
+        "", description='path of a unix socket (mode 0600, or 0666 with auth.unix_uids); "" for none'
+    )
     drain_s: Seconds = Field(25.0, description="after SIGTERM, running calls may go on for so long")
     reflection: bool = Field(True, description="gRPC reflection, for callers that may call")
     max_connections: Count = Field(1024, description="connections of the TCP address, and of the unix socket")
@@ -93,6 +95,10 @@ class TlsSettings(_Section):
 class AuthSettings(_Section):
     """Who may call, and as whom. Without any of it, and without tls.client_ca_file, all callers are one."""
 
+    unix_uids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        description="users that may call on the unix socket, each a caller of its own; () for the service's alone",
+    )
     token_file: str = Field(
         "", description='names and hashes of bearer tokens, as `streamindex token new` prints them; "" for none'
     )
@@ -269,7 +275,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
-        if self.server.is_remote and not (self.tls.certificate_file and self.authenticates):
+        if self.auth.unix_uids and not self.server.unix_socket:
+            raise ValueError("auth.unix_uids needs server.unix_socket")
+        knows_callers = self.auth.token_file or self.tls.client_ca_file
+        if self.server.is_remote and not (self.tls.certificate_file and knows_callers):
             raise ValueError(
                 "server.tcp_address is not a loopback address: that needs TLS (tls.certificate_file, tls.key_file) and "
                 "authentication (auth.token_file or tls.client_ca_file)"
@@ -290,11 +299,6 @@ class Settings(BaseSettings):
         if self.scheduler.fair_quantum_s < 3 * self.worker.tile_s:
             raise ValueError("scheduler.fair_quantum_s must be at least three times worker.tile_s")
         return self
-
-    @property
-    def authenticates(self) -> bool:
-        """Whether callers must say, and prove, who they are."""
-        return bool(self.auth.token_file or self.tls.client_ca_file)
 
     @classmethod
     def settings_customise_sources(

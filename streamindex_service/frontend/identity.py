@@ -1,8 +1,9 @@
 """Who calls: the owner of caches, uploads and quotas.
 
-A caller proves who it is by a bearer token, or by a certificate of an authority that the settings name; a token says
-more than the certificate of the host that it is used on, so it wins. Where the settings ask for neither, the service
-listens on loopback and unix sockets alone, and all callers are one.
+A caller proves who it is by a bearer token, by a certificate of an authority that the settings name, or, on the unix
+socket, by the user that its process runs as. A token says more than the host or the user that it is used by, so it
+wins. Where the settings ask for none of these, the service listens on loopback and unix sockets alone, and all callers
+are one.
 
 Who calls is found out once a call, before any servicer is reached (`rpc.CallInterceptor`); servicers ask `current`.
 """
@@ -36,9 +37,12 @@ def current(context: Any) -> str:
     return call.caller
 
 
-def authenticator(tokens: TokenFile | None, *, certificates: bool) -> Identify:
-    """What the settings ask for: tokens, certificates that the handshake has verified, either of them, or nothing."""
-    if tokens is None and not certificates:
+def authenticator(
+    tokens: TokenFile | None, *, certificates: bool, uid_of: Callable[[str], int | None] | None = None
+) -> Identify:
+    """What the settings ask for: tokens, certificates that the handshake has verified, users of the unix socket (of a
+    gRPC peer), any of them, or nothing."""
+    if tokens is None and not certificates and uid_of is None:
         return anonymous
 
     def identify(context: Any) -> str:
@@ -50,9 +54,12 @@ def authenticator(tokens: TokenFile | None, *, certificates: bool) -> Identify:
                     raise PermissionDeniedError
                 return f"token:{name}"
         subject = _subject(context) if certificates else None
-        if subject is None:
+        if subject is not None:
+            return f"certificate:{subject}"
+        uid = uid_of(context.peer()) if uid_of is not None else None
+        if uid is None:
             raise UnauthenticatedError
-        return f"certificate:{subject}"
+        return f"uid:{uid}"
 
     return identify
 

@@ -28,6 +28,7 @@ from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.identity import Identify, authenticator, current
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
 from streamindex_service.frontend.metrics_server import MetricsServer
+from streamindex_service.frontend.peer_socket import PeerSocket
 from streamindex_service.frontend.rpc import CallInterceptor, generic_handler
 from streamindex_service.frontend.search_servicer import SearchServicer
 from streamindex_service.frontend.server_servicer import ServerServicer
@@ -87,7 +88,8 @@ class Server:
         for service in services:  # a series of the metrics is there before its first call
             for method in service.methods:
                 self.service.counters.of(method.name)
-        authenticate = identify or _authenticator(settings, self._log)
+        self._peers: PeerSocket | None = None
+        authenticate = identify or _authenticator(settings, self._log, self._uid_of)
         self._calls = CallInterceptor(self._log, authenticate, self._admit, self.service.counters, services)
         self._health = health.aio.HealthServicer()
         self._server = self._make_server()
@@ -122,6 +124,8 @@ class Server:
         await self._set_health(ready=False)
         self.service.health_changed = self._health_changed
         await self._server.start()
+        if self._peers is not None:
+            self._peers.start()
         self.service.start()
         self._log.info("listening", tcp=tcp_address, unix=unix_socket, metrics=metrics)
         return Listening(tcp_address, unix_socket, metrics)
@@ -138,6 +142,8 @@ class Server:
         if left:
             self._log.warning("calls_cancelled", count=left)
         await self._server.stop(grace=0.2)
+        if self._peers is not None:
+            self._peers.stop()
         await self.service.stop()
         await self._metrics.stop()
         if self.settings.server.unix_socket:
@@ -151,6 +157,9 @@ class Server:
     def _admit(self) -> None:
         if self._draining:
             raise DrainingError("the server is shutting down")
+
+    def _uid_of(self, peer: str) -> int | None:
+        return None if self._peers is None else self._peers.uid_of(peer)
 
     async def _set_health(self, ready: bool) -> None:
         if self._draining:
@@ -176,6 +185,13 @@ class Server:
 
     def _listen_unix(self, path: str) -> None:
         _remove_stale_socket(path)
+        uids = self.settings.auth.unix_uids
+        if uids:
+            try:
+                self._peers = PeerSocket(path, uids, self.settings.server.max_connections, self._log)
+            except OSError as error:
+                raise SocketInUseError(f"cannot listen on {path}: {error.strerror}") from error
+            path = self._peers.upstream
         # The socket is made with this mask, so that there is no moment in which others could connect.
         mask = os.umask(0o177)
         try:
@@ -288,7 +304,7 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
     second.cancel()
 
 
-def _authenticator(settings: Settings, log: Any) -> Identify:
+def _authenticator(settings: Settings, log: Any, uid_of: Callable[[str], int | None]) -> Identify:
     """Raises CredentialsError."""
     tokens = None
     if settings.auth.token_file:
@@ -296,7 +312,8 @@ def _authenticator(settings: Settings, log: Any) -> Identify:
             tokens = TokenFile(Path(settings.auth.token_file), log)
         except (OSError, TokenFileError) as error:
             raise CredentialsError(f"auth.token_file: {error}") from error
-    return authenticator(tokens, certificates=bool(settings.tls.client_ca_file))
+    certificates, uids = bool(settings.tls.client_ca_file), settings.auth.unix_uids
+    return authenticator(tokens, certificates=certificates, uid_of=uid_of if uids else None)
 
 
 def _remove_stale_socket(path: str) -> None:

@@ -106,6 +106,12 @@ def test_with_both_they_are_served(address: str, others: dict[str, dict[str, str
     assert load(None, server={"tcp_address": address}, **others).server.is_remote
 
 
+def test_users_of_a_unix_socket_need_one() -> None:
+    with pytest.raises(ValidationError, match="unix_uids"):
+        load(None, auth={"unix_uids": [0]})
+    assert load(None, auth={"unix_uids": [0, 7]}, server={"unix_socket": "/x"}).auth.unix_uids == (0, 7)
+
+
 @pytest.mark.parametrize("tls", [{"certificate_file": "/c"}, {"key_file": "/k"}, {"client_ca_file": "/ca"}])
 def test_half_of_tls_is_refused(tls: dict[str, str]) -> None:
     with pytest.raises(ValidationError, match="tls"):
@@ -167,6 +173,7 @@ def test_every_bound_is_in_the_operations_document() -> None:
         "tls.key_file",
         "tls.client_ca_file",
         "auth.token_file",
+        "auth.unix_uids",
     }
     bounds = OPERATIONS.split("## Bounds")[1]
     missing = {name for name in every_setting() - choices if f"`{name}`" not in bounds}
