@@ -14,11 +14,12 @@ endif
 export PYTHONPATH := $(CURDIR):$(CURDIR)/client$(if $(PYTHONPATH),:$(PYTHONPATH))
 ARGS ?=
 SEED ?=
+COUNT ?=
 BENCH ?=
 RESULTS ?= benchmarks/results/latest
 PROFILE ?= cpu
 
-.PHONY: help demo test simulate lint format stubs gpu-check bench render loadtest loadtest-sweep wheelhouse clean
+.PHONY: help demo test simulate fuzz lint format stubs gpu-check bench render loadtest loadtest-sweep wheelhouse clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
@@ -37,6 +38,9 @@ test: $(READY)  ## all CPU tests
 
 simulate: $(READY)  ## seeded histories of governor, scheduler and caches (SEED=4711 tells one of them)
 	$(PYTHON) -m streamindex_service.testing.simulation $(SEED)
+
+fuzz: $(READY)  ## a million inputs that nobody sends on purpose, against parsers and a server (SEED=1 COUNT=1000000)
+	$(PYTHON) -m tests.security.fuzz --seed $(or $(SEED),1) --count $(or $(COUNT),1000000)
 
 lint: $(READY)  ## ruff, mypy, buf, stubs up to date
 	$(PYTHON) -m ruff check .

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -20,10 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from streamindex_service import __version__
+from streamindex_service.cli_connection import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    CaOption,
+    CertificateOption,
+    CommandError,
+    Connection,
+    KeyOption,
+    TokenOption,
+    reported_errors,
+)
 from streamindex_service.config import Settings, load
 
 if TYPE_CHECKING:
-    from streamindex_client import Client
     from streamindex_client.model import Load
 
 app = typer.Typer(
@@ -37,11 +45,10 @@ config_app = typer.Typer(help="The settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 bench_app = typer.Typer(help="Measurements of this host.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+token_app = typer.Typer(help="Bearer tokens.", no_args_is_help=True)
+app.add_typer(token_app, name="token")
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 _SECRET = re.compile(r"token|secret|password|key_file")
-_CALL_TIMEOUT_S = 5.0
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")]
 AddressOption = Annotated[
@@ -65,14 +72,6 @@ class KvFormatName(StrEnum):
     BF16 = "bf16"
     FP8_D512 = "fp8_d512"
     FP8_D576 = "fp8_d576"
-
-
-class CommandError(Exception):
-    """A failure to be told in one line; `exit_code` is the process's."""
-
-    def __init__(self, message: str, exit_code: int = EXIT_FAILED) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @app.command()
@@ -158,13 +157,21 @@ def demo(
 
 
 @app.command()
-def health(address: AddressOption = None, config: ConfigOption = None) -> None:
+def health(
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    ca_file: CaOption = None,
+    certificate_file: CertificateOption = None,
+    key_file: KeyOption = None,
+    token_file: TokenOption = None,
+) -> None:
     """Tell whether the service is ready; exit code 0 if it is."""
     target = address or default_address(read_settings(config))
-    status = _health_status(target)
+    connection = Connection(target, ca_file, certificate_file, key_file, token_file)
+    status = connection.health()
     if status != "SERVING":
         raise CommandError(f"{target}: {status}")
-    with _client(target) as client:
+    with connection.client() as client:
         load_now = client.load()
         capabilities = client.capabilities()
     typer.echo(
@@ -175,10 +182,18 @@ def health(address: AddressOption = None, config: ConfigOption = None) -> None:
 
 
 @app.command("load")
-def show_load(address: AddressOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def show_load(
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    ca_file: CaOption = None,
+    certificate_file: CertificateOption = None,
+    key_file: KeyOption = None,
+    token_file: TokenOption = None,
+) -> None:
     """Show the service's budgets, queue and caches."""
     target = address or default_address(read_settings(config))
-    with _client(target) as client:
+    with Connection(target, ca_file, certificate_file, key_file, token_file).client() as client:
         load_now = client.load()
     if as_json:
         typer.echo(json.dumps(_load_fields(load_now)))
@@ -192,13 +207,17 @@ def top(
     config: ConfigOption = None,
     interval: Annotated[float, typer.Option(min=0.1, max=60.0, help="Seconds between two looks.")] = 1.0,
     count: Annotated[int, typer.Option(min=0, help="End after so many looks; 0: Ctrl-C ends it.")] = 0,
+    ca_file: CaOption = None,
+    certificate_file: CertificateOption = None,
+    key_file: KeyOption = None,
+    token_file: TokenOption = None,
 ) -> None:
     """Show the service's load as it changes: budgets, device, queue by priority and caller."""
     target = address or default_address(read_settings(config))
     from streamindex_service.top import watch
 
-    with _reported_errors():
-        loads = _watched(target, interval)
+    with reported_errors():
+        loads = Connection(target, ca_file, certificate_file, key_file, token_file).watched(interval)
         watch(itertools.islice(loads, count) if count else loads, Console(), target)
 
 
@@ -216,6 +235,29 @@ def config_show(config: ConfigOption = None, as_json: JsonOption = False) -> Non
     Console(soft_wrap=True).print(table)
 
 
+@token_app.command("new")
+def token_new(
+    name: Annotated[str, typer.Argument(help="Whose it is: letters, digits, or any of . _ @ -")],
+    as_json: JsonOption = False,
+) -> None:
+    """Print a new token, once, and the line with its hash for the service's auth.token_file.
+
+    The token goes to standard output and the line to standard error, so that each can be sent to a file of its own:
+    streamindex token new trainer >trainer.token 2>>tokens
+    """
+    from streamindex_service.frontend.tokens import new_token
+
+    try:
+        token, line = new_token(name)
+    except ValueError as error:
+        raise CommandError(str(error), EXIT_USAGE) from error
+    if as_json:
+        typer.echo(json.dumps({"token": token, "line": line}))
+        return
+    typer.echo(token)
+    typer.echo(line, err=True)
+
+
 @app.command()
 def doctor(
     tcp: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="TCP address to try.")] = None,
@@ -231,7 +273,7 @@ def doctor(
     console = Console(soft_wrap=True)
     styles = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
     findings = []
-    for finding in examine(settings, lambda target: _health_status(target) == "SERVING"):
+    for finding in examine(settings, lambda target: Connection(target).health() == "SERVING"):
         findings.append(finding)
         if not as_json:
             style = styles[finding.level]
@@ -257,7 +299,7 @@ def transport(
     from streamindex_service.testing.service import ServiceStartError
 
     try:
-        with _reported_errors():
+        with reported_errors():
             rates = bench.transport(mib << 20, rounds)
     except ServiceStartError as error:
         raise CommandError(str(error)) from error
@@ -320,67 +362,9 @@ def main() -> None:
 
 def _say_listening(listening: Any) -> None:
     places = [listening.tcp_address, listening.unix_socket and f"unix://{listening.unix_socket}"]
-    typer.echo(f"StreamIndex Service {__version__} listens on " + " and ".join(filter(None, places)))
+    metrics = f", metrics on http://{listening.metrics}/" if listening.metrics else ""
+    typer.echo(f"StreamIndex Service {__version__} listens on " + " and ".join(filter(None, places)) + metrics)
     sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def _reported_errors() -> Iterator[None]:
-    from streamindex_client.errors import StreamIndexError
-
-    try:
-        yield
-    except StreamIndexError as error:
-        raise CommandError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _client(target: str) -> Iterator[Client]:
-    import streamindex_client
-
-    # a person waits: one attempt, and the reason why it failed
-    options = streamindex_client.ClientOptions(
-        retry=streamindex_client.RetryPolicy(max_attempts=1), default_timeout_s=_CALL_TIMEOUT_S
-    )
-    with _reported_errors(), streamindex_client.connect(target, options=options) as client:
-        yield client
-
-
-def _watched(target: str, interval_s: float) -> Iterator[Any]:
-    """The service's load, again and again. Raises CommandError."""
-    import grpc
-    from streamindex.v1 import server_pb2, server_pb2_grpc
-    from streamindex_client.errors import InputError
-    from streamindex_client.target import grpc_target
-
-    request = server_pb2.WatchLoadRequest(interval_ms=int(1000 * interval_s))
-    try:
-        with grpc.insecure_channel(grpc_target(target)) as channel:
-            stub: Any = server_pb2_grpc.ServerServiceStub(channel)  # type: ignore[no-untyped-call]
-            for answer in stub.WatchLoad(request):
-                yield answer.load
-    except grpc.RpcError as error:
-        raise CommandError(f"{target}: {error.code().name}: {error.details()}") from error
-    except InputError as error:
-        raise CommandError(str(error), EXIT_USAGE) from error
-
-
-def _health_status(target: str) -> str:
-    """The service's word in grpc.health.v1, or why there is none."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-    from streamindex_client.errors import InputError
-    from streamindex_client.target import grpc_target
-
-    try:
-        with grpc.insecure_channel(grpc_target(target)) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_CALL_TIMEOUT_S)
-    except grpc.RpcError as error:
-        return f"{error.code().name}: {error.details()}"
-    except InputError as error:
-        raise CommandError(str(error), EXIT_USAGE) from error
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 def _load_fields(load_now: Load) -> dict[str, Any]:

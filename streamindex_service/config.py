@@ -21,6 +21,16 @@ _MIB = 1 << 20
 _FRAMING_BYTES = 65_536  # of a message, beyond its payload
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address, without brackets, is this host's own; a name other than localhost never is."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,8 +41,12 @@ class ServerSettings(_Section):
     tcp_address: str = Field(
         "127.0.0.1:50051", description='host:port; port 0 takes a free one; "" listens on no TCP port'
     )
-    unix_socket: str = Field("", description='path of a unix socket (mode 0600); "" for none')
+    unix_socket: str = Field(
+        "", description='path of a unix socket (mode 0600, or 0666 with auth.unix_uids); "" for none'
+    )
     drain_s: Seconds = Field(25.0, description="after SIGTERM, running calls may go on for so long")
+    reflection: bool = Field(True, description="gRPC reflection, for callers that may call")
+    max_connections: Count = Field(1024, description="connections of the TCP address, and of the unix socket")
     max_streams_per_connection: Count = Field(100, description="concurrent calls of one connection")
     max_caches: Count = Field(100_000, description="key caches, all callers together")
     max_uploads: Count = Field(4096, description="open uploads, all callers together")
@@ -45,25 +59,49 @@ class ServerSettings(_Section):
 
     @field_validator("tcp_address")
     @classmethod
-    def _only_loopback(cls, value: str) -> str:
+    def _host_and_port(cls, value: str) -> str:
         if not value:
             return value
         host, separator, port = value.rpartition(":")
-        if not separator or not port.isdigit() or int(port) > 65535:
+        if not separator or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError("must be host:port")
-        host = host.strip("[]")
-        loopback = host == "localhost"
-        if not loopback:
-            try:
-                loopback = ipaddress.ip_address(host).is_loopback
-            except ValueError:
-                loopback = False
-        if not loopback:
-            raise ValueError(
-                "this version has no TLS and no authentication, so it listens on loopback addresses alone; "
-                "put a proxy that has both in front of it"
-            )
         return value
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether other hosts can reach the TCP address."""
+        host = self.tcp_address.rpartition(":")[0].strip("[]")
+        return bool(host) and not is_loopback(host)
+
+
+class TlsSettings(_Section):
+    """TLS on the TCP address. Files are PEM; replaced files hold from the next handshake on."""
+
+    certificate_file: str = Field("", description='certificate chain of the service; "" for no TLS')
+    key_file: str = Field("", description="its private key, without a passphrase")
+    client_ca_file: str = Field(
+        "", description='a client must have a certificate of one of these authorities; "" asks for none'
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> TlsSettings:
+        if bool(self.certificate_file) != bool(self.key_file):
+            raise ValueError("tls.certificate_file and tls.key_file go together")
+        if self.client_ca_file and not self.certificate_file:
+            raise ValueError("tls.client_ca_file needs tls.certificate_file")
+        return self
+
+
+class AuthSettings(_Section):
+    """Who may call, and as whom. Without any of it, and without tls.client_ca_file, all callers are one."""
+
+    unix_uids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        description="users that may call on the unix socket, each a caller of its own; () for the service's alone",
+    )
+    token_file: str = Field(
+        "", description='names and hashes of bearer tokens, as `streamindex token new` prints them; "" for none'
+    )
 
 
 class LimitSettings(_Section):
@@ -206,6 +244,27 @@ class LogSettings(_Section):
     )
 
 
+class MetricsSettings(_Section):
+    """Figures over HTTP: /metrics for Prometheus, a status page, health."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(9464, description="port; 0: none of this is served")
+    allow_remote: bool = Field(
+        False, description="allow a host that is not loopback: whoever reaches the port reads figures, and no names"
+    )
+    max_connections: Count = Field(16, description="connections at a time; one more is closed")
+    timeout_s: Seconds = Field(10.0, description="a request and its answer may take so long")
+
+    @model_validator(mode="after")
+    def _only_loopback(self) -> MetricsSettings:
+        if not (self.allow_remote or is_loopback(self.host)):
+            raise ValueError(
+                "metrics.host: there is no authentication on this port, so an address that is not loopback must be "
+                "allowed by metrics.allow_remote"
+            )
+        return self
+
+
 class Settings(BaseSettings):
     """All settings."""
 
@@ -214,14 +273,25 @@ class Settings(BaseSettings):
     )
 
     server: ServerSettings = ServerSettings()
+    tls: TlsSettings = TlsSettings()
+    auth: AuthSettings = AuthSettings()
     limits: LimitSettings = LimitSettings()
     memory: MemorySettings = MemorySettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
+        if self.auth.unix_uids and not self.server.unix_socket:
+            raise ValueError("auth.unix_uids needs server.unix_socket")
+        knows_callers = self.auth.token_file or self.tls.client_ca_file
+        if self.server.is_remote and not (self.tls.certificate_file and knows_callers):
+            raise ValueError(
+                "server.tcp_address is not a loopback address: that needs TLS (tls.certificate_file, tls.key_file) and "
+                "authentication (auth.token_file or tls.client_ca_file)"
+            )
         limits, memory = self.limits, self.memory
         largest = max(limits.max_chunk_bytes, memory.search_block_bytes)
         if memory.ingress_budget_bytes < largest:

@@ -86,6 +86,8 @@ def examine(settings: Settings, is_service: Callable[[str], bool]) -> Iterator[F
         yield check_tcp(settings.server.tcp_address, is_service)
     if settings.server.unix_socket:
         yield check_unix_socket(settings.server.unix_socket, is_service)
+    if settings.metrics.port:
+        yield check_metrics_port(settings)
     found = probe_torch()
     yield check_torch(found)
     yield check_driver(found)
@@ -187,16 +189,32 @@ def check_tcp(address: str, is_service: Callable[[str], bool]) -> Finding:
     if port == "0":
         return Finding("tcp port", Level.OK, f"{address}: a free one will be taken")
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
+        _try_to_bind(host, int(port))
     except OSError as error:
         if is_service(address):
             return Finding("tcp port", Level.OK, f"{address}: a StreamIndex service answers there")
         remedy = "Stop what listens there, or choose another address with --tcp HOST:PORT (port 0 takes a free one)."
         return Finding("tcp port", Level.FAIL, f"{address}: {error.strerror or error}", remedy)
     return Finding("tcp port", Level.OK, f"{address} is free")
+
+
+def check_metrics_port(settings: Settings) -> Finding:
+    """The metrics port is free; one that a running service holds cannot be told from another's."""
+    host, port = settings.metrics.host, settings.metrics.port
+    try:
+        _try_to_bind(host, port)
+    except OSError as error:
+        remedy = "If that is not this service, choose another metrics.port (0 switches it off)."
+        return Finding("metrics port", Level.WARN, f"{host}:{port}: {error.strerror or error}", remedy)
+    return Finding("metrics port", Level.OK, f"{host}:{port} is free")
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """Raises OSError."""
+    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(target)
 
 
 def check_unix_socket(path: str, is_service: Callable[[str], bool]) -> Finding:

@@ -5,6 +5,8 @@
     │   ├── MalformedMessageError                          MALFORMED_MESSAGE
     │   ├── NonFiniteError                                 NON_FINITE
     │   └── ExceedsBudgetError                             EXCEEDS_BUDGET
+    ├── UnauthenticatedError          UNAUTHENTICATED      UNAUTHENTICATED
+    ├── PermissionDeniedError         PERMISSION_DENIED    PERMISSION_DENIED
     ├── CacheNotFoundError            NOT_FOUND            CACHE_NOT_FOUND
     ├── UploadNotFoundError           NOT_FOUND            UPLOAD_NOT_FOUND
     ├── ConventionMismatchError       FAILED_PRECONDITION  CONVENTION_MISMATCH
@@ -46,6 +48,7 @@ class Code(enum.IntEnum):
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     ABORTED = 10
@@ -54,6 +57,7 @@ class Code(enum.IntEnum):
     INTERNAL = 13
     UNAVAILABLE = 14
     DATA_LOSS = 15
+    UNAUTHENTICATED = 16
 
 
 class ServiceError(Exception):
@@ -109,6 +113,24 @@ class ExceedsBudgetError(InvalidArgumentError):
     """The request can never fit the budget."""
 
     reason = "EXCEEDS_BUDGET"
+
+
+class UnauthenticatedError(ServiceError):
+    """The caller does not say who it is."""
+
+    code, reason = Code.UNAUTHENTICATED, "UNAUTHENTICATED"
+
+    def __init__(self) -> None:
+        super().__init__("this service asks for a bearer token or a client certificate")
+
+
+class PermissionDeniedError(ServiceError):
+    """What the caller says it is, it is not: one text, whatever is wrong with the credentials."""
+
+    code, reason = Code.PERMISSION_DENIED, "PERMISSION_DENIED"
+
+    def __init__(self) -> None:
+        super().__init__("these credentials are not good here")
 
 
 class CacheNotFoundError(ServiceError):
@@ -260,3 +282,14 @@ class InternalError(ServiceError):
 
     def __init__(self, detail: str = "") -> None:
         super().__init__("internal error", detail=detail)
+
+
+def reasons() -> list[str]:
+    """All reasons: a closed set."""
+    found: set[str] = set()
+    kinds = [*ServiceError.__subclasses__()]
+    while kinds:
+        kind = kinds.pop()
+        found.add(kind.reason)
+        kinds += kind.__subclasses__()
+    return sorted(found)

@@ -22,6 +22,7 @@ from streamindex_client.aio_client import (
 from streamindex_client.attend import AttendPart, AttendSummary
 from streamindex_client.batch import BatchItem, BatchResult
 from streamindex_client.client import AttendStream, Client, KeyCache, SearchStream, connect
+from streamindex_client.credentials import Tls
 from streamindex_client.errors import (
     AuthenticationError,
     CancelledCallError,
@@ -112,6 +113,7 @@ __all__ = [
     "SearchSummary",
     "SlowConsumerError",
     "StreamIndexError",
+    "Tls",
     "UnavailableError",
     "UnimplementedError",
     "UploadConflictError",

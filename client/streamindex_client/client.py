@@ -10,6 +10,7 @@ from streamindex_client import operations
 from streamindex_client.attend import AttendPart
 from streamindex_client.attend_requests import attend_source
 from streamindex_client.batch import BatchItem, BatchResult, build_batch
+from streamindex_client.credentials import Tls, call_metadata, channel_credentials, tls_options
 from streamindex_client.formats import KeyFormat, Priority, ResultOrder, RowKind, SearchMode
 from streamindex_client.handles import (
     AttendCollector,
@@ -45,15 +46,21 @@ def connect(
     target: str,
     *,
     options: ClientOptions | None = None,
+    tls: Tls | None = None,
+    token: str | None = None,
     credentials: grpc.ChannelCredentials | None = None,
     metadata: Sequence[tuple[str, str]] = (),
 ) -> Client:
     """A client of the service at `unix:///path`, `host:port` or `tcp://host:port`; connects on its first call.
 
-    `credentials`: TLS for a connection beyond this host. `metadata` goes with every call. Raises InputError.
+    `tls`: for a server beyond this host. `token`: who calls, as the server's operator has given it. `credentials`:
+    gRPC's own, in the place of `tls`. `metadata` goes with every call. Raises InputError, also for a token that would
+    cross a network in the clear.
     """
     env = Environment(options or ClientOptions())
-    arguments = channel_options(env.options)
+    credentials = channel_credentials(target, tls, credentials)
+    metadata = call_metadata(target, token, metadata, secure=credentials is not None)
+    arguments = [*channel_options(env.options), *tls_options(tls)]
     if credentials is None:
         channel = grpc.insecure_channel(grpc_target(target), arguments)
     else:

@@ -19,7 +19,7 @@ from streamindex_service.frontend.device import View
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.service import Service
-from streamindex_service.frontend.tiles import Submitted, TilePiece, span
+from streamindex_service.frontend.tiles import Submitted, TileDue, TilePiece, span
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _TERMS = [field.name for field in fields(AttentionTerms)]
@@ -129,7 +129,7 @@ class AttendTiles:
         """A tile that still waits has become this one."""
         self._service.governor.grow(turn, self._need_of(piece))
 
-    def submit(self, piece: TilePiece, grant: Grant, request_key: str) -> Submitted:
+    def submit(self, piece: TilePiece, grant: Grant, due: TileDue, request_key: str) -> Submitted:
         """Give the device a tile whose turn was granted. See `TileOperation`."""
         device = self._service.device
         self._kv_view = device.view_of(self._kv_view, self._kv, self._kv.pages, self._kv.length_keys)
@@ -138,7 +138,7 @@ class AttendTiles:
         if self._window is not None:
             self._window_view = self._view_of(self._window, place)
             views.append(self._window_view)
-        message = partial(self._message, piece=piece, grant=grant, views=views, place=place)
+        message = partial(self._message, piece=piece, due=due, views=views, place=place)
         return Submitted(*device.submit(views, piece.block, request_key, message), views)
 
     def drop_views(self) -> None:
@@ -148,7 +148,7 @@ class AttendTiles:
                 self._service.device.drop_view(view)
 
     def _message(
-        self, tile_id: int, piece: TilePiece, grant: Grant, views: Sequence[View], place: _Place
+        self, tile_id: int, piece: TilePiece, due: TileDue, views: Sequence[View], place: _Place
     ) -> pb.ToWorker:
         parameters, layout, block = self._parameters, self._layout, piece.block
         at = {tensor: span(block, layout.at(tensor, piece.first)) for tensor in (Q, POSITIONS, INDICES, OUT, LSE)}
@@ -170,8 +170,10 @@ class AttendTiles:
             indices=at[INDICES],
             out=at[OUT],
             lse=at[LSE] if parameters.want_lse else None,
-            band=grant.turn.band,
-            estimated_us=int(1e6 * grant.turn.cost_s),
+            band=due.band,
+            estimated_us=int(1e6 * due.estimated_s),
+            request_id=due.request_id,
+            traceparent=due.traceparent,
         )
         return pb.ToWorker(attend_tile=message)
 

@@ -113,7 +113,7 @@ class IndexTiles:
         """A tile that still waits has come to have so many rows, and to see so many keys."""
         self._service.governor.grow(turn, self._need(piece, smallest=False))
 
-    def submit(self, piece: TilePiece, grant: Grant, request_key: str) -> Submitted:
+    def submit(self, piece: TilePiece, grant: Grant, due: TileDue, request_key: str) -> Submitted:
         """Give the device a tile whose turn was granted. See `TileOperation`."""
         view = self._view_of(piece.step)
         message = partial(
@@ -124,7 +124,7 @@ class IndexTiles:
             place=self.layout.place(piece.first, piece.rows, self._keeps_scores),
             workspace_bytes=grant.workspace_bytes - self._staging_bytes(piece.rows),
             part=TilePart(self.windows[piece.step].first_key, piece.step == self.steps(piece.keys) - 1),
-            due=TileDue(grant.turn.band, grant.turn.cost_s),
+            due=due,
         )
         return Submitted(*self._service.device.submit((view,), piece.block, request_key, message), (view,))
 

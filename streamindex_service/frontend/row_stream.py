@@ -240,6 +240,7 @@ class RowStream(ABC):
         turns = self._service.loop_turns
         await turns.next()
         tensors.verify_checksum(chunk)
+        self._service.counters.queries += chunk.row_count
         done = 0
         while done < chunk.row_count:
             if done:

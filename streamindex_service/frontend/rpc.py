@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -26,6 +27,10 @@ from streamindex_service.errors import (
     SlowConsumerError,
     UnimplementedError,
 )
+from streamindex_service.frontend.call import CURRENT, Call
+from streamindex_service.frontend.identity import Identify
+from streamindex_service.telemetry import trace
+from streamindex_service.telemetry.counters import Counters
 
 REQUEST_ID = "x-request-id"
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -215,24 +220,37 @@ def _unimplemented(streaming: bool) -> Method:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Around every call of the contract: request id, log line, drain, errors.
+    """Around every call of the contract: who calls, request and trace ids, log line, counters, drain, errors.
 
-    `admit` raises what a call is refused with before it starts (while the server drains, say).
+    `authenticate` gives the caller's identity, or raises; no servicer is reached before it. `admit` raises what a call
+    is refused with before it starts (while the server drains, say). `services` are the contract's descriptors.
     """
 
-    def __init__(self, log: Any, admit: Callable[[], None]) -> None:
+    def __init__(
+        self, log: Any, authenticate: Identify, admit: Callable[[], None], counters: Counters, services: Sequence[Any]
+    ) -> None:
         self._log = log
+        self._authenticate = authenticate
+        self._in_band = {
+            f"/{service.full_name}/{method.name}": method.output_type._concrete_class
+            for service in services
+            for method in service.methods
+            if method.client_streaming and "refused" in method.output_type.fields_by_name
+        }
         self._admit = admit
+        self._counters = counters
         self.running: set[asyncio.Task[Any]] = set()
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        """Wrap the handler of a call. Health and reflection stay as they are."""
+        """Wrap the handler of a call. Whoever reaches the server may ask for its health; reflection is for callers."""
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/streamindex."):
+        if handler is None or details.method.startswith("/grpc.health."):
             return handler
-        request_id = _request_id(details)
+        if not details.method.startswith("/streamindex."):
+            return self._guarded(handler)
+        record = self._record(details)
         streams = handler.request_streaming or handler.response_streaming
         if streams:
             behaviour = handler.stream_stream or handler.unary_stream
@@ -248,33 +266,72 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def call(request: Any, context: Any) -> Any:
             # A stream's servicer asks by itself, so that it can say in-band what it refuses with.
             admit = None if handler.request_streaming else self._admit
-            return await self._call(behaviour, streams, admit, details.method, request_id, request, context)
+            return await self._call(behaviour, streams, admit, record, details.method, request, context)
 
         return make(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
+
+    def _guarded(self, handler: Any) -> Any:
+        async def stream(requests: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                self._authenticate(context)
+            except ServiceError as error:
+                await abort(context, error)
+            async for answer in handler.stream_stream(requests, context):
+                yield answer
+
+        assert handler.stream_stream is not None, "reflection is one bidirectional stream"
+        return grpc.stream_stream_rpc_method_handler(
+            stream, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
+
+    async def _identified(self, path: str, context: Any) -> str:
+        """The caller. A refusal is said in-band first where the method has a message for it."""
+        try:
+            return self._authenticate(context)
+        except ServiceError as error:
+            if path in self._in_band:
+                await context.write(self._in_band[path](refused=to_message(error)))
+            raise
+
+    def _record(self, details: grpc.HandlerCallDetails) -> Call:
+        request_id, traceparent = "", None
+        for key, value in details.invocation_metadata or ():
+            if key == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
+                request_id = value
+            elif key == trace.TRACEPARENT and isinstance(value, str):
+                traceparent = value
+        method = details.method.rpartition("/")[2]
+        return Call(method, request_id or uuid.uuid4().hex, trace.of_call(traceparent), self._counters.of(method))
 
     async def _call(
         self,
         behaviour: Method,
         streams: bool,
         admit: Callable[[], None] | None,
-        method: str,
-        request_id: str,
+        record: Call,
+        path: str,
         request: Any,
         context: Any,
     ) -> Any:
         task = asyncio.current_task()
         assert task is not None
         self.running.add(task)
-        structlog.contextvars.bind_contextvars(request_id=request_id, method=method)
+        CURRENT.set(record)
+        structlog.contextvars.bind_contextvars(
+            request_id=record.request_id, trace_id=record.trace.trace_id, method=record.method
+        )
+        record.counters.running += 1
+        started, code = time.monotonic(), "OK"
         # On its way through gRPC's own thread and back, a unary call goes on.
-        metadata = asyncio.ensure_future(context.send_initial_metadata(((REQUEST_ID, request_id),)))
+        metadata = asyncio.ensure_future(context.send_initial_metadata(((REQUEST_ID, record.request_id),)))
         metadata.add_done_callback(_seen)
         try:
             try:
                 if streams:
                     await metadata
+                record.caller = await self._identified(path, context)
                 if admit is not None:
                     admit()
                 if isinstance(request, Malformed):
@@ -289,21 +346,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if not metadata.done():  # neither an answer nor a refusal may overtake it
                     await asyncio.wait([metadata])
         except ServiceError as error:
+            code = error.code.name
+            self._counters.refusals[error.reason] += 1
             log = self._log.error if isinstance(error, InternalError) else self._log.info
             log("refused", reason=error.reason, field=error.field, detail=error.detail, **error.metadata)
             await abort(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError):
+            code = "CANCELLED"
             raise
         except Exception:
             # Not a refusal but a defect of ours; the caller learns that and no more.
+            code = "INTERNAL"
+            self._counters.refusals[InternalError.reason] += 1
             self._log.error("call_failed", exc_info=True)
             await abort(context, InternalError())
         finally:
+            record.counters.running -= 1
+            record.counters.ended(code, time.monotonic() - started)
             self.running.discard(task)
-
-
-def _request_id(details: grpc.HandlerCallDetails) -> str:
-    for key, value in details.invocation_metadata or ():
-        if key == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
-            return value
-    return uuid.uuid4().hex

@@ -73,7 +73,7 @@ class BatchSearch:
             try:
                 await self._append(item, result)
             except ServiceError as error:
-                result.error.CopyFrom(to_message(error))
+                self._refuse(result, error)
         searches = [
             (item, result)
             for item, result in zip(request.items, results, strict=True)
@@ -135,8 +135,13 @@ class BatchSearch:
                 search = _ItemSearch(item, admitted, self._parameters.want_scores)
                 admitted.users.append(search)
                 result.indices, result.scores = await search.run()
+                self._service.counters.queries += item.row_count
         except ServiceError as error:
-            result.error.CopyFrom(to_message(error))
+            self._refuse(result, error)
+
+    def _refuse(self, result: pb.SearchBatchResult, error: ServiceError) -> None:
+        self._service.counters.refusals[error.reason] += 1
+        result.error.CopyFrom(to_message(error))
 
     async def _admit(self, cache: KeyCache, layer: int) -> AdmittedSearch:
         return await admit(self._service, cache, layer, self._parameters, lambda: self._deadline_s)
@@ -213,5 +218,6 @@ async def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.
         write_rows(service, upload, [chunk], row_bytes)
         upload.rows_held = rows
         await commit_upload(service, upload, row_bytes)
+        service.counters.upload_bytes += chunk.payload_bytes
     finally:
         uploads.close(upload)

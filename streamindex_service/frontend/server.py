@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,15 +26,20 @@ from streamindex_service.config import Settings
 from streamindex_service.errors import DrainingError
 from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.attention_servicer import AttentionServicer
-from streamindex_service.frontend.identity import Identify, anonymous
+from streamindex_service.frontend.identity import Identify, authenticator, current
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
+from streamindex_service.frontend.metrics_server import MetricsServer
+from streamindex_service.frontend.peer_socket import PeerSocket
 from streamindex_service.frontend.rpc import CallInterceptor, generic_handler
 from streamindex_service.frontend.search_servicer import SearchServicer
 from streamindex_service.frontend.server_servicer import ServerServicer
 from streamindex_service.frontend.service import Service
+from streamindex_service.frontend.tls import TlsError, TlsFiles
+from streamindex_service.frontend.tokens import TokenFile, TokenFileError
 from streamindex_service.telemetry import logs
 
 _PIECE_BYTES = 1 << 20
+_METADATA_BYTES = 16_384  # of a call's headers: a token, two ids
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Listening:
 
     tcp_address: str | None
     unix_socket: str | None
+    metrics: str | None = None
 
 
 class ServeError(RuntimeError):
@@ -56,6 +63,10 @@ class UnusableDeviceError(ServeError):
     """The settings ask for a device or an implementation that is not here."""
 
 
+class CredentialsError(ServeError):
+    """A file of certificates, keys or tokens is not usable."""
+
+
 class SpillDirectoryError(ServeError):
     """Keys cannot be spilled where the settings say."""
 
@@ -63,30 +74,32 @@ class SpillDirectoryError(ServeError):
 class Server:
     """A service behind gRPC. `start`, then `stop`."""
 
-    def __init__(self, settings: Settings, identify: Identify = anonymous) -> None:
+    def __init__(self, settings: Settings, identify: Identify | None = None) -> None:
         self.settings = settings
         self.service = Service(settings, logs.get("frontend"))
         self._log = self.service.log
-        self._identify = identify
         self._draining = False
         self.service.admit = self._admit
-        self._calls = CallInterceptor(self._log, self._admit)
-        self._health = health.aio.HealthServicer()
-        self._names = [
-            module.DESCRIPTOR.services_by_name[name].full_name
-            for module, name in (
-                (key_cache_pb2, "KeyCacheService"),
-                (search_pb2, "SearchService"),
-                (attention_pb2, "AttentionService"),
-                (server_pb2, "ServerService"),
-            )
+        services = [
+            service
+            for module in (key_cache_pb2, search_pb2, attention_pb2, server_pb2)
+            for service in module.DESCRIPTOR.services_by_name.values()
         ]
+        self._names = [service.full_name for service in services]
+        for service in services:  # a series of the metrics is there before its first call
+            for method in service.methods:
+                self.service.counters.of(method.name)
+        self._peers: PeerSocket | None = None
+        authenticate = identify or _authenticator(settings, self._log, self._uid_of)
+        self._calls = CallInterceptor(self._log, authenticate, self._admit, self.service.counters, services)
+        self._health = health.aio.HealthServicer()
         self._server = self._make_server()
+        self._metrics = MetricsServer(self.service, settings.metrics)
 
     async def start(self) -> Listening:
         """Listen, and start the worker; the health service says SERVING once that is ready.
 
-        Raises SocketInUseError, SpillDirectoryError.
+        Raises SocketInUseError, SpillDirectoryError, CredentialsError.
         """
         try:
             self.service.room.check()
@@ -99,20 +112,24 @@ class Server:
         wanted = self.settings.server
         if wanted.tcp_address:  # first: if this fails, there is no socket's file to remove
             host = wanted.tcp_address.rpartition(":")[0]
-            try:
-                port = self._server.add_insecure_port(wanted.tcp_address)
-            except RuntimeError as error:
-                raise SocketInUseError(f"cannot listen on {wanted.tcp_address}") from error
+            port = self._listen_tcp(wanted.tcp_address)
             tcp_address = f"{host}:{port}"
         if wanted.unix_socket:
             self._listen_unix(wanted.unix_socket)
             unix_socket = wanted.unix_socket
+        try:
+            metrics = await self._metrics.start()
+        except OSError as error:
+            where = f"{self.settings.metrics.host}:{self.settings.metrics.port}"
+            raise SocketInUseError(f"cannot listen on {where} (metrics.port): {error.strerror}") from error
         await self._set_health(ready=False)
         self.service.health_changed = self._health_changed
         await self._server.start()
+        if self._peers is not None:
+            self._peers.start()
         self.service.start()
-        self._log.info("listening", tcp=tcp_address, unix=unix_socket)
-        return Listening(tcp_address, unix_socket)
+        self._log.info("listening", tcp=tcp_address, unix=unix_socket, metrics=metrics)
+        return Listening(tcp_address, unix_socket, metrics)
 
     async def stop(self, drain_s: float) -> None:
         """Not ready, refuse what is new, let running calls go on for `drain_s`, cancel the rest, stop the worker."""
@@ -126,7 +143,10 @@ class Server:
         if left:
             self._log.warning("calls_cancelled", count=left)
         await self._server.stop(grace=0.2)
+        if self._peers is not None:
+            self._peers.stop()
         await self.service.stop()
+        await self._metrics.stop()
         if self.settings.server.unix_socket:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.settings.server.unix_socket)
@@ -139,6 +159,9 @@ class Server:
         if self._draining:
             raise DrainingError("the server is shutting down")
 
+    def _uid_of(self, peer: str) -> int | None:
+        return None if self._peers is None else self._peers.uid_of(peer)
+
     async def _set_health(self, ready: bool) -> None:
         if self._draining:
             return
@@ -146,8 +169,30 @@ class Server:
         for name in ("", *self._names):
             await self._health.set(name, state)
 
+    def _listen_tcp(self, address: str) -> int:
+        """Listen, with TLS if the settings say so; the port."""
+        tls = self.settings.tls
+        try:
+            if not tls.certificate_file:
+                port: int = self._server.add_insecure_port(address)
+            else:
+                files = TlsFiles(tls.certificate_file, tls.key_file, tls.client_ca_file, self._log)
+                port = self._server.add_secure_port(address, files.credentials())
+        except TlsError as error:
+            raise CredentialsError(str(error)) from error
+        except RuntimeError as error:
+            raise SocketInUseError(f"cannot listen on {address}") from error
+        return port
+
     def _listen_unix(self, path: str) -> None:
         _remove_stale_socket(path)
+        uids = self.settings.auth.unix_uids
+        if uids:
+            try:
+                self._peers = PeerSocket(path, uids, self.settings.server.max_connections, self._log)
+            except OSError as error:
+                raise SocketInUseError(f"cannot listen on {path}: {error.strerror}") from error
+            path = self._peers.upstream
         # The socket is made with this mask, so that there is no moment in which others could connect.
         mask = os.umask(0o177)
         try:
@@ -165,6 +210,9 @@ class Server:
                 ("grpc.max_receive_message_length", int(self.settings.limits.max_message_bytes)),
                 ("grpc.max_send_message_length", int(self.settings.limits.max_message_bytes)),
                 ("grpc.max_concurrent_streams", wanted.max_streams_per_connection),
+                ("grpc.max_allowed_incoming_connections", wanted.max_connections),
+                ("grpc.max_metadata_size", _METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", _METADATA_BYTES),
                 ("grpc.keepalive_time_ms", int(1000 * wanted.keepalive_s)),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -175,10 +223,10 @@ class Server:
                 ("grpc.experimental.tcp_read_chunk_size", _PIECE_BYTES),
             ),
         )
-        caches = KeyCacheServicer(self.service, self._identify)
-        searches = SearchServicer(self.service, self._identify)
-        attention = AttentionServicer(self.service, self._identify)
-        status = ServerServicer(self.service, self._identify)
+        caches = KeyCacheServicer(self.service, current)
+        searches = SearchServicer(self.service, current)
+        attention = AttentionServicer(self.service, current)
+        status = ServerServicer(self.service, current)
         handlers = (
             generic_handler(
                 key_cache_pb2.DESCRIPTOR.services_by_name["KeyCacheService"],
@@ -216,14 +264,15 @@ class Server:
         )
         server.add_generic_rpc_handlers(handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        if wanted.reflection:
+            reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
 
 async def serve(settings: Settings, on_listening: Callable[[Listening], None] | None = None) -> None:
     """Run a server until SIGTERM or SIGINT, then drain; a second signal stops at once.
 
-    Raises SocketInUseError; UnusableDeviceError when no worker can ever be ready.
+    Raises SocketInUseError, CredentialsError; UnusableDeviceError when no worker can ever be ready.
     """
     logs.configure(settings.log.level)
     keep_message_buffers()
@@ -259,6 +308,18 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
         await asyncio.gather(stopping, return_exceptions=True)
         await server.stop(0)
     second.cancel()
+
+
+def _authenticator(settings: Settings, log: Any, uid_of: Callable[[str], int | None]) -> Identify:
+    """Raises CredentialsError."""
+    tokens = None
+    if settings.auth.token_file:
+        try:
+            tokens = TokenFile(Path(settings.auth.token_file), log)
+        except (OSError, TokenFileError) as error:
+            raise CredentialsError(f"auth.token_file: {error}") from error
+    certificates, uids = bool(settings.tls.client_ca_file), settings.auth.unix_uids
+    return authenticator(tokens, certificates=certificates, uid_of=uid_of if uids else None)
 
 
 def _remove_stale_socket(path: str) -> None:

@@ -33,6 +33,7 @@ from streamindex_service.frontend.segment_closer import SegmentCloser
 from streamindex_service.frontend.spill import HostRoom, SpillingRoom, SpillLimits
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.telemetry.counters import Counters
 
 _WAIT_CHECK_S = 0.5  # how often tiles that have waited too long are looked for
 
@@ -45,6 +46,7 @@ class Service:
         self.log = log
         self.clock = clock
         self.started_at = clock()
+        self.counters = Counters()
         self.draining = asyncio.Event()
         self.worker_info: pb.Ready | None = None
         self.unusable: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -270,6 +272,7 @@ def _worker_options(settings: Settings) -> WorkerOptions:
         device_budget_bytes=int(settings.memory.device_budget_bytes),
         cpu_threads=worker.cpu_threads,
         issue_ahead_s=worker.issue_ahead_s,
+        log_level=settings.log.level,
         ready_timeout_s=worker.ready_timeout_s,
         heartbeat_s=worker.heartbeat_s,
         heartbeat_timeout_s=worker.heartbeat_timeout_s,

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from streamindex_service.core.governor import Grant, SearchTurn
 from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
+from streamindex_service.frontend.call import CURRENT
 from streamindex_service.frontend.device import tile_error
 from streamindex_service.frontend.host_memory import Block
-from streamindex_service.frontend.tiles import Submitted, TileOperation, TilePiece
+from streamindex_service.frontend.tiles import Submitted, TileDue, TileOperation, TilePiece
 from streamindex_service.ipc.supervisor import CancelledTileError
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
@@ -44,6 +45,7 @@ class TileRun:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(_seen)
         self._operation = operation
+        self._call = CURRENT.get()
         self._block = block
         self._keys = keys
         self._blame_key = blame_key
@@ -98,22 +100,35 @@ class TileRun:
             self._pieces = TilePieces(self.first, self.rows, service.settings.worker.memory_retries)
         assert self._pieces.current is not None
         try:
-            submitted = self._operation.submit(self._piece(*self._pieces.current), grant, self._blame_key)
+            submitted = self._operation.submit(
+                self._piece(*self._pieces.current), grant, self._due(grant), self._blame_key
+            )
         except Exception as error:
             # Whoever happened to let this turn run must not fail with it, and what it was granted must come back.
             service.governor.finish(grant)
             self._fail(error if isinstance(error, ServiceError) else InternalError(repr(error)))
             return
         self._on_device = lambda: service.device.cancel(submitted.views[0], [submitted.tile_id])
-        submitted.future.add_done_callback(lambda done: self._ran(grant, submitted))
+        given_at = service.clock()
+        submitted.future.add_done_callback(lambda done: self._ran(grant, given_at, submitted))
 
-    def _ran(self, grant: Grant, submitted: Submitted) -> None:
+    def _due(self, grant: Grant) -> TileDue:
+        call = self._call
+        if call is None:
+            return TileDue(grant.turn.band, grant.turn.cost_s)
+        return TileDue(grant.turn.band, grant.turn.cost_s, call.request_id, call.trace.traceparent)
+
+    def _ran(self, grant: Grant, given_at: float, submitted: Submitted) -> None:
         self._on_device = None
         future = submitted.future
         error = future.exception()
         tile_done = pb.TileDone() if error else future.result().tile_done
         device_us, governor = tile_done.device_us, self._operation.service.governor
         governor.finish(grant, None if error else device_us / 1e6, tile_done.peak_bytes)
+        if self._call is not None and error is None:
+            device_s = device_us / 1e6
+            transfer_s = self._operation.service.clock() - given_at - device_s
+            self._call.counters.tile_done(grant.waited_s, transfer_s, device_s)
         assert self._pieces is not None
         if error is None:
             self._step += 1

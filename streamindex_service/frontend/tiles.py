@@ -61,7 +61,7 @@ class TileOperation(Protocol):
     def grow(self, turn: SearchTurn, piece: TilePiece) -> None:
         """A tile that still waits has become this one."""
 
-    def submit(self, piece: TilePiece, grant: Grant, request_key: str) -> Submitted:
+    def submit(self, piece: TilePiece, grant: Grant, due: TileDue, request_key: str) -> Submitted:
         """Give the device a tile whose turn was granted, at once. Raises WorkerLostError."""
 
 
@@ -97,10 +97,12 @@ class TilePart:
 
 @dataclass(frozen=True, slots=True)
 class TileDue:
-    """Which of the tiles that the worker has goes first, and how long it may take."""
+    """Which of the tiles that the worker has goes first, how long it may take, and whose log lines it belongs to."""
 
     band: int = 0
     estimated_s: float = 0.0
+    request_id: str = ""
+    traceparent: str = ""
 
 
 def span(block: Block, offset: int) -> pb.Span:
@@ -137,5 +139,7 @@ def search_tile(
         merge=part.first_key > 0,
         band=due.band,
         estimated_us=int(1e6 * due.estimated_s),
+        request_id=due.request_id,
+        traceparent=due.traceparent,
     )
     return pb.ToWorker(search_tile=message)

@@ -155,6 +155,7 @@ class UploadStream:
             rows = chunk.row_offset + chunk.row_count
             await self._service.room.make(lambda: self._service.uploads.hold(self._upload, rows))
             self._rows_taken += chunk.row_count
+            self._service.counters.upload_bytes += chunk.payload_bytes
             await self._lane.put(self._store, arrived, chunk.payload_bytes)
 
     async def _acknowledge(self) -> None:

@@ -39,6 +39,7 @@ class WorkerOptions:
     max_restart_backoff_s: float
     environment: dict[str, str] = field(default_factory=dict)
     issue_ahead_s: float = 0.001
+    log_level: str = "info"
 
 
 @dataclass
@@ -328,6 +329,7 @@ class Supervisor:
             device_budget_bytes=self._options.device_budget_bytes,
             cpu_threads=self._options.cpu_threads,
             issue_ahead_us=int(1e6 * self._options.issue_ahead_s),
+            log_level=self._options.log_level,
         )
         worker.send(pb.ToWorker(configure=configure))
         return worker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 from typing import Any
 
 import structlog
@@ -28,3 +29,8 @@ def configure(level: str = "info") -> None:
 def get(component: str) -> Any:
     """A logger whose lines name the component."""
     return structlog.get_logger(component=component)
+
+
+def bound(**ids: str) -> AbstractContextManager[None]:
+    """Within, every line of this thread or task carries these."""
+    return structlog.contextvars.bound_contextvars(**ids)

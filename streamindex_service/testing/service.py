@@ -82,6 +82,7 @@ class RunningService:
         server = {"unix_socket": str(self.socket_path), "tcp_address": "127.0.0.1:0" if tcp else ""}
         sections = {name: dict(values) for name, values in (settings or {}).items()}
         sections["server"] = {**server, **sections.get("server", {})}
+        sections["metrics"] = {"port": 0, **sections.get("metrics", {})}  # many run at a time
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)},
             **(environment or {}),

@@ -14,10 +14,11 @@ import torch
 
 from streamindex_service.ipc import link
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops import compiled
 from streamindex_service.ops.cached_attention import ATTENTION_TERMS
 from streamindex_service.ops.sparse_attention import IMPLEMENTATIONS as ATTENTION
 from streamindex_service.ops.topk import IMPLEMENTATIONS
-from streamindex_service.telemetry import logs
+from streamindex_service.telemetry import logs, trace
 from streamindex_service.worker import canary
 from streamindex_service.worker.commands import Command, Commands
 from streamindex_service.worker.device import (
@@ -64,6 +65,8 @@ class Worker:
         self._executor.finish()
 
     def _configure(self, configure: pb.Configure) -> Device:
+        if configure.log_level:
+            logs.configure(configure.log_level)
         if configure.cpu_threads:
             torch.set_num_threads(configure.cpu_threads)
         device = probe(configure.device)
@@ -71,6 +74,7 @@ class Worker:
         self._attention = choose_attention(device)
         self._budget_bytes = configure.device_budget_bytes or default_budget_bytes(device)
         if device.is_cuda:
+            compiled.watch()
             torch.cuda.set_device(device.torch_device)
             # The governor keeps within what may be reserved; the allocator's cap stands behind it. What the allocator
             # keeps for later it gives back before it passes the cap.
@@ -132,6 +136,7 @@ class Worker:
                     allocated_bytes=memory.allocated_bytes,
                     peak_bytes=memory.peak_bytes,
                     reserved_bytes=memory.reserved_bytes,
+                    compiled_kernels=compiled.count(),
                 )
                 self._send(pb.FromWorker(pong=pong))
             elif kind == "cancel_tiles":
@@ -142,6 +147,10 @@ class Worker:
                 self._commands.put(Command(message, fd))
 
     def _execute(self, message: pb.ToWorker, fd: int | None) -> None:
+        with logs.bound(**_origin(message)):
+            self._try(message, fd)
+
+    def _try(self, message: pb.ToWorker, fd: int | None) -> None:
         try:
             self._dispatch(message, fd)
         except (torch.OutOfMemoryError, MissingMemoryError) as error:
@@ -161,8 +170,10 @@ class Worker:
         kind = message.WhichOneof("message")
         executor = self._executor
         if kind == "search_tile":
+            self._log.debug("tile", tile_id=message.search_tile.tile_id, rows=message.search_tile.rows)
             executor.search_tile(message.search_tile)
         elif kind == "attend_tile":
+            self._log.debug("tile", tile_id=message.attend_tile.tile_id, rows=message.attend_tile.rows)
             executor.attend_tile(message.attend_tile)
         elif kind == "load_pages":
             executor.load_pages(message.load_pages)
@@ -197,6 +208,18 @@ class Worker:
                 link.send(self._sock, message)
             except link.LinkClosedError:
                 os._exit(0)
+
+
+def _origin(message: pb.ToWorker) -> dict[str, str]:
+    """Under which ids a command's log lines are written: those of the call that it is for."""
+    kind = message.WhichOneof("message")
+    if kind not in ("search_tile", "attend_tile"):
+        return {}
+    tile = message.search_tile if kind == "search_tile" else message.attend_tile
+    if not tile.request_id:
+        return {}
+    context = trace.read(tile.traceparent)
+    return {"request_id": tile.request_id, "trace_id": context.trace_id if context else ""}
 
 
 def main() -> None:

@@ -57,12 +57,18 @@ RULES = {
         SERVICE / "worker",
         {"worker", "ops", "ipc", "core", "errors", "telemetry"},
         {"torch", "numpy", "google"},
-        never_loaded={"grpc", "grpc_health", "streamindex", f"{OURS}.frontend"},
+        never_loaded={"grpc", "grpc_health", "streamindex", "prometheus_client", f"{OURS}.frontend"},
+    ),
+    "telemetry": Rule(
+        SERVICE / "telemetry",
+        {"telemetry"},
+        {"structlog"},
+        never_loaded={"grpc", "torch", "numpy", "google", "streamindex", "prometheus_client", f"{OURS}.core"},
     ),
     "frontend": Rule(
         SERVICE / "frontend",
         {"frontend", "core", "ipc", "errors", "config", "telemetry", ""},
-        {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "structlog"} | CONTRACT,
+        {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "structlog", "prometheus_client"} | CONTRACT,
         never_loaded={"torch", "triton", f"{OURS}.ops", f"{OURS}.worker"},
     ),
     "client": Rule(
@@ -142,7 +148,8 @@ def test_a_fresh_interpreter_loads_nothing_that_is_forbidden(rule):
         f"for name in {names!r}: importlib.import_module(name)\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{CLIENT}"}
+    path = os.pathsep.join(map(str, (ROOT, CLIENT, os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     loaded = set(json.loads(run.stdout.splitlines()[-1]))

@@ -18,11 +18,12 @@ from tests.support.calls import TIMEOUT_S, Calls
 class InProcessServer:
     """A server on a unix socket, on an event loop of its own. Ready when the block is entered."""
 
-    def __init__(self, settings: dict[str, dict[str, Any]], identify: Callable[[Any], str] = anonymous) -> None:
+    def __init__(self, settings: dict[str, dict[str, Any]], identify: Callable[[Any], str] | None = anonymous) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="streamindex-")
         self.socket_path = Path(self._directory.name) / "s.sock"
         server = {"tcp_address": "", "unix_socket": str(self.socket_path), **settings.get("server", {})}
-        self._settings = Settings(**{**settings, "server": server})
+        metrics = {"port": 0, **settings.get("metrics", {})}
+        self._settings = Settings(**{**settings, "server": server, "metrics": metrics})
         self._identify = identify
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server")

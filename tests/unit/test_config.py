@@ -75,12 +75,54 @@ def test_loopback_addresses_are_taken(address: str) -> None:
     assert load(None, server={"tcp_address": address}).server.tcp_address == address
 
 
-@pytest.mark.parametrize(
-    "address", ["0.0.0.0:50051", "[::]:50051", "192.0.2.1:50051", "example.org:50051", "127.0.0.1", "127.0.0.1:99999"]
-)
-def test_other_addresses_are_refused(address: str) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:99999", ":50051", "host:port"])
+def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ValidationError, match="tcp_address"):
         load(None, server={"tcp_address": address})
+
+
+TLS = {"certificate_file": "/c.pem", "key_file": "/k.pem"}
+REMOTE = ["0.0.0.0:50051", "[::]:50051", "192.0.2.1:50051", "example.org:50051"]
+
+
+@pytest.mark.parametrize("address", REMOTE)
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"tls": TLS}, {"auth": {"token_file": "/t"}}],
+    ids=["nothing", "TLS alone", "tokens in the clear"],
+)
+def test_other_hosts_need_tls_and_authentication(address: str, others: dict[str, dict[str, str]]) -> None:
+    with pytest.raises(ValidationError, match="tcp_address is not a loopback address"):
+        load(None, server={"tcp_address": address}, **others)
+
+
+@pytest.mark.parametrize("address", REMOTE)
+@pytest.mark.parametrize(
+    "others",
+    [{"tls": TLS, "auth": {"token_file": "/t"}}, {"tls": {**TLS, "client_ca_file": "/ca.pem"}}],
+    ids=["tokens", "certificates"],
+)
+def test_with_both_they_are_served(address: str, others: dict[str, dict[str, str]]) -> None:
+    assert load(None, server={"tcp_address": address}, **others).server.is_remote
+
+
+def test_users_of_a_unix_socket_need_one() -> None:
+    with pytest.raises(ValidationError, match="unix_uids"):
+        load(None, auth={"unix_uids": [0]})
+    assert load(None, auth={"unix_uids": [0, 7]}, server={"unix_socket": "/x"}).auth.unix_uids == (0, 7)
+
+
+@pytest.mark.parametrize("tls", [{"certificate_file": "/c"}, {"key_file": "/k"}, {"client_ca_file": "/ca"}])
+def test_half_of_tls_is_refused(tls: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="tls"):
+        load(None, tls=tls)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_figures_leave_this_host_only_when_that_is_said(host: str) -> None:
+    with pytest.raises(ValidationError, match="allow_remote"):
+        load(None, metrics={"host": host})
+    assert load(None, metrics={"host": host, "allow_remote": True}).metrics.host == host
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
@@ -117,7 +159,22 @@ def test_operations_document_names_only_settings_that_exist() -> None:
 
 
 def test_every_bound_is_in_the_operations_document() -> None:
-    choices = {"server.tcp_address", "server.unix_socket", "worker.device", "worker.implementation", "log.level"}
+    choices = {
+        "server.tcp_address",
+        "server.unix_socket",
+        "worker.device",
+        "worker.implementation",
+        "log.level",
+        "metrics.host",
+        "metrics.port",
+        "metrics.allow_remote",
+        "server.reflection",
+        "tls.certificate_file",
+        "tls.key_file",
+        "tls.client_ca_file",
+        "auth.token_file",
+        "auth.unix_uids",
+    }
     bounds = OPERATIONS.split("## Bounds")[1]
     missing = {name for name in every_setting() - choices if f"`{name}`" not in bounds}
     assert not missing

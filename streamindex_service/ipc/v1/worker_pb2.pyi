@@ -67,18 +67,20 @@ class FromWorker(_message.Message):
     def __init__(self, ready: _Optional[_Union[Ready, _Mapping]] = ..., operation_done: _Optional[_Union[OperationDone, _Mapping]] = ..., tile_done: _Optional[_Union[TileDone, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("device", "implementation", "device_budget_bytes", "cpu_threads", "issue_ahead_us")
+    __slots__ = ("device", "implementation", "device_budget_bytes", "cpu_threads", "issue_ahead_us", "log_level")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     CPU_THREADS_FIELD_NUMBER: _ClassVar[int]
     ISSUE_AHEAD_US_FIELD_NUMBER: _ClassVar[int]
+    LOG_LEVEL_FIELD_NUMBER: _ClassVar[int]
     device: str
     implementation: str
     device_budget_bytes: int
     cpu_threads: int
     issue_ahead_us: int
-    def __init__(self, device: _Optional[str] = ..., implementation: _Optional[str] = ..., device_budget_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., issue_ahead_us: _Optional[int] = ...) -> None: ...
+    log_level: str
+    def __init__(self, device: _Optional[str] = ..., implementation: _Optional[str] = ..., device_budget_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., issue_ahead_us: _Optional[int] = ..., log_level: _Optional[str] = ...) -> None: ...
 
 class MapSegment(_message.Message):
     __slots__ = ("segment_id", "segment_bytes", "writable", "operation_id")
@@ -165,7 +167,7 @@ class Span(_message.Message):
     def __init__(self, segment_id: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
 class SearchTile(_message.Message):
-    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge", "band", "estimated_us")
+    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge", "band", "estimated_us", "request_id", "traceparent")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +185,8 @@ class SearchTile(_message.Message):
     MERGE_FIELD_NUMBER: _ClassVar[int]
     BAND_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     view_id: int
     rows: int
@@ -200,10 +204,12 @@ class SearchTile(_message.Message):
     merge: bool
     band: int
     estimated_us: int
-    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
+    request_id: str
+    traceparent: str
+    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class AttendTile(_message.Message):
-    __slots__ = ("tile_id", "view_id", "window_view_id", "first_window_row", "window", "rows", "heads", "width", "value_dim", "scale", "sink", "workspace_bytes", "q", "positions", "indices", "out", "lse", "band", "estimated_us")
+    __slots__ = ("tile_id", "view_id", "window_view_id", "first_window_row", "window", "rows", "heads", "width", "value_dim", "scale", "sink", "workspace_bytes", "q", "positions", "indices", "out", "lse", "band", "estimated_us", "request_id", "traceparent")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
     WINDOW_VIEW_ID_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +229,8 @@ class AttendTile(_message.Message):
     LSE_FIELD_NUMBER: _ClassVar[int]
     BAND_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     view_id: int
     window_view_id: int
@@ -242,7 +250,9 @@ class AttendTile(_message.Message):
     lse: Span
     band: int
     estimated_us: int
-    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., window_view_id: _Optional[int] = ..., first_window_row: _Optional[int] = ..., window: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., value_dim: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., out: _Optional[_Union[Span, _Mapping]] = ..., lse: _Optional[_Union[Span, _Mapping]] = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ...) -> None: ...
+    request_id: str
+    traceparent: str
+    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., window_view_id: _Optional[int] = ..., first_window_row: _Optional[int] = ..., window: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., value_dim: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., out: _Optional[_Union[Span, _Mapping]] = ..., lse: _Optional[_Union[Span, _Mapping]] = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class CancelTiles(_message.Message):
     __slots__ = ("tile_ids",)
@@ -379,15 +389,17 @@ class Failed(_message.Message):
     def __init__(self, id: _Optional[int] = ..., kind: _Optional[_Union[FailureKind, str]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Pong(_message.Message):
-    __slots__ = ("sequence", "oldest_running_ms", "allocated_bytes", "peak_bytes", "reserved_bytes")
+    __slots__ = ("sequence", "oldest_running_ms", "allocated_bytes", "peak_bytes", "reserved_bytes", "compiled_kernels")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     OLDEST_RUNNING_MS_FIELD_NUMBER: _ClassVar[int]
     ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPILED_KERNELS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     oldest_running_ms: int
     allocated_bytes: int
     peak_bytes: int
     reserved_bytes: int
-    def __init__(self, sequence: _Optional[int] = ..., oldest_running_ms: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
+    compiled_kernels: int
+    def __init__(self, sequence: _Optional[int] = ..., oldest_running_ms: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., compiled_kernels: _Optional[int] = ...) -> None: ...
