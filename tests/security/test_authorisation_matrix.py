@@ -31,6 +31,7 @@ METHODS = {
 }
 OK, DENIED, NOBODY = "OK", "PERMISSION_DENIED", "UNAUTHENTICATED"
 HIDDEN, RESERVED = "NOT_FOUND", "UNIMPLEMENTED"
+NO_ROWS = "FAILED_PRECONDITION"  # the owner's cache holds index keys alone
 CALLERS = ("nobody", "wrong secret", "unknown id", "another scheme", "owner", "other")
 
 
@@ -51,6 +52,11 @@ class Row:
 def batch(cache_id: str, upload_id: str) -> Message:
     item = batch_item(KIND, cache_id, Draw(1).queries(KIND, 1))
     return search_pb2.SearchBatchRequest(items=[item], top_k=4)
+
+
+def attend(cache_id: str, upload_id: str) -> Message:
+    header = attention_pb2.SparseAttendHeader(key_cache_id=cache_id, given_indices=1, start_position=0, scale=1.0)
+    return attention_pb2.SparseAttendRequest(header=header)
 
 
 CACHES, SEARCH = "/streamindex.v1.KeyCacheService/", "/streamindex.v1.SearchService/"
@@ -78,7 +84,7 @@ MATRIX = {
     CACHES + "AppendKeys": Row(lambda cache, upload: start_message(cache, 10), other=HIDDEN),
     SEARCH + "Search": Row(lambda cache, upload: search_header(KIND, cache, 4), other=HIDDEN),
     SEARCH + "SearchBatch": Row(batch, seen=lambda answer, cache: answer.results[0].error.reason != "CACHE_NOT_FOUND"),
-    ATTENTION + "SparseAttend": Row(lambda cache, upload: attention_pb2.SparseAttendRequest(), RESERVED, RESERVED),
+    ATTENTION + "SparseAttend": Row(attend, owner=NO_ROWS, other=HIDDEN),
     ATTENTION + "Attend": Row(lambda cache, upload: attention_pb2.AttendRequest(), RESERVED, RESERVED),
     SERVER + "GetCapabilities": Row(lambda cache, upload: server_pb2.GetCapabilitiesRequest()),
     SERVER + "GetLoad": Row(lambda cache, upload: server_pb2.GetLoadRequest()),
