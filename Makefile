@@ -39,7 +39,7 @@ test: $(READY)  ## all CPU tests
 simulate: $(READY)  ## seeded histories of governor, scheduler and caches (SEED=4711 tells one of them)
 	$(PYTHON) -m streamindex_service.testing.simulation $(SEED)
 
-fuzz: $(READY)  ## a million inputs that nobody sends on purpose, against parsers and a server (SEED=1 COUNT=1000000)
+fuzz: $(READY)  ## a million inputs against parsers and a server, about an hour (SEED=1 COUNT=1000000)
 	$(PYTHON) -m tests.security.fuzz --seed $(or $(SEED),1) --count $(or $(COUNT),1000000)
 
 lint: $(READY)  ## ruff, mypy, buf, stubs up to date

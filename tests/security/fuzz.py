@@ -283,18 +283,29 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=1)
     chosen = arguments.parse_args()
     half, started = chosen.count // 2, time.monotonic()
-    for number, examples in rounds(half, chosen.seed):
-        run_round(fuzz_parsers, parser_inputs(), number, examples)
-    print(f"{half} inputs of parsers in {time.monotonic() - started:.0f} s", flush=True)
+    run_all(fuzz_parsers, parser_inputs(), half, chosen.seed, "parsers")
     with InProcessServer(ROOMY) as server:
         target = Target(server)
-        inputs = call_inputs(target.known)
-        for done, (number, examples) in enumerate(rounds(chosen.count - half, chosen.seed)):
-            run_round(lambda each: target.send(*each), inputs, number, examples)
-            if done % 10 == 9:
-                print(f"{(done + 1) * ROUND} calls in {time.monotonic() - started:.0f} s", flush=True)
+        run_all(lambda each: target.send(*each), call_inputs(target.known), chosen.count - half, chosen.seed, "calls")
         target.close()
-        print(f"{chosen.count - half} calls, no crash, no hang, no status that is not documented", dict(target.codes))
+    seconds = time.monotonic() - started
+    print(
+        f"{chosen.count} inputs in {seconds:.0f} s: no crash, no hang, no status that is not documented; calls ended as"
+    )
+    print(dict(target.codes))
+
+
+def run_all(
+    check: Callable[[Any], None], inputs: st.SearchStrategy[Any], count: int, first_seed: int, what: str
+) -> None:
+    """All rounds, with a line for each tenth of them."""
+    done, told = 0, 0
+    for number, examples in rounds(count, first_seed):
+        run_round(check, inputs, number, examples)
+        done += examples
+        if done - told >= count // 10:
+            told = done
+            print(f"{what}: {done} of {count}", flush=True)
 
 
 if __name__ == "__main__":
