@@ -119,7 +119,7 @@ class WorkingSet:
         """A search has ended, or goes on with other pages."""
         page_set.searches -= 1
         assert page_set.searches >= 0, "a search leaves a page set twice"
-        if to_another and not page_set.in_use:
+        if to_another and page_set.admitted and not page_set.in_use:
             self._leave(page_set)
         self._forget_unused(page_set)
 

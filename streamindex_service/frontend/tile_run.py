@@ -88,9 +88,13 @@ class TileRun:
     def _request(self, first: int, rows: int) -> None:
         pieces = self._pieces
         alone, smallest = (pieces.alone, pieces.smallest) if pieces is not None else (False, False)
-        turn = self._operation.request(
-            self._piece(first, rows), self._granted, self._fail, alone=alone, smallest=smallest
-        )
+        try:
+            turn = self._operation.request(
+                self._piece(first, rows), self._granted, self._fail, alone=alone, smallest=smallest
+            )
+        except Exception as error:  # whoever waits for the end of this must hear of it
+            self._fail(error if isinstance(error, ServiceError) else InternalError(repr(error)))
+            return
         self._turn = turn  # it may have been granted already
 
     def _granted(self, grant: Grant) -> None:

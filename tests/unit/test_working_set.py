@@ -134,3 +134,13 @@ def test_nobody_is_remembered_whom_nobody_needs():
     working.lapse(ACTIVE_S)
     assert len(working) == 0
     assert not working._known
+
+
+def test_a_search_may_go_on_with_other_pages_after_the_device_was_lost():
+    working = working_set()
+    page_set = admitted(working)
+    working.turn_over(page_set, 0.0)
+    working.clear()
+    working.go(page_set, to_another=True)
+    assert len(working) == 0
+    assert working.complete
