@@ -28,10 +28,11 @@ def short_of_memory(inside, monkeypatch):
     monkeypatch.setattr(governor.speed, "observe", lambda flop, seconds: None)
 
     def limited(most_rows):
-        def submit_or_fail(view, spec, block, place, request_key, workspace_bytes, part, due):
-            seen.append((place.rows, workspace_bytes, governor.in_flight))
-            tile_id, future = submit(view, spec, block, place, request_key, workspace_bytes, part, due)
-            if place.rows <= most_rows:
+        def submit_or_fail(views, block, request_key, message):
+            tile = message(0).search_tile
+            seen.append((tile.rows, tile.workspace_bytes, governor.in_flight))
+            tile_id, future = submit(views, block, request_key, message)
+            if tile.rows <= most_rows:
                 return tile_id, future
             failed = asyncio.get_running_loop().create_future()
             future.add_done_callback(lambda _: failed.set_exception(DeviceMemoryError("no memory")))
