@@ -13,8 +13,8 @@ from tests.support.cache_history import CacheHistory, killer
 from tests.support.calls import Calls
 from tests.support.services import SMALL_DEVICE, is_idle, small_host, wait_for
 
-SEEDS = 2
-SPILL_SEEDS = (3, 7)  # those with much in them
+SEEDS = 4
+SPILL_SEEDS = (3, 5, 7)  # those with much in them
 
 
 @pytest.fixture(scope="module")
