@@ -7,10 +7,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
-from streamindex_service.core.governor import Need, OpenSearch
 from streamindex_service.core.layers import KeyCache, Snapshot
 from streamindex_service.core.scheduler import Band
 from streamindex_service.core.specs import RowKind
+from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.errors import CacheNotFoundError
 from streamindex_service.frontend.index_tiles import IndexTiles
 from streamindex_service.frontend.query_block import BlockLayout

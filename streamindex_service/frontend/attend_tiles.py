@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from streamindex_service.core.attention_estimates import AttentionTerms, AttentionWork, window_group
-from streamindex_service.core.governor import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.sizes import PAGE_KEYS
+from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.errors import ExceedsBudgetError, ServiceError
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, POSITIONS, Q, positions_of
 from streamindex_service.frontend.attend_requests import AttendParameters

@@ -7,8 +7,8 @@ from dataclasses import fields
 from functools import partial
 
 from streamindex_service.core.estimates import TopkWork, WorkspaceTerms
-from streamindex_service.core.governor import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.layers import Snapshot
+from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.windows import MERGE_BYTES_PER_ENTRY, windows_of
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import requests

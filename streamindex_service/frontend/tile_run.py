@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from streamindex_service.core.governor import Grant, SearchTurn
 from streamindex_service.core.tile_pieces import TilePieces
+from streamindex_service.core.turns import Grant, SearchTurn
 from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
 from streamindex_service.frontend.call import CURRENT
 from streamindex_service.frontend.device import tile_error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from streamindex_service.core.governor import Grant, SearchTurn
+from streamindex_service.core.turns import Grant, SearchTurn
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend.device import View
 from streamindex_service.frontend.host_memory import Block

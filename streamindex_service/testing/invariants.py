@@ -6,9 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
-from streamindex_service.core.governor import SearchTurn
 from streamindex_service.core.layers import Page
 from streamindex_service.core.scheduler import Band, Turn
+from streamindex_service.core.turns import SearchTurn
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
 
 # How a request may end; the refusals are those of docs/operations.md.

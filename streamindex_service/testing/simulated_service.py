@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.estimates import DeviceSpeed
-from streamindex_service.core.governor import Governor, GovernorLimits, Grant, Need, OpenSearch, SearchTurn
+from streamindex_service.core.governor import Governor, GovernorLimits
 from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
@@ -16,6 +16,7 @@ from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import PAGE_KEYS, pages_of
 from streamindex_service.core.tile_pieces import TilePieces
+from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.uploads import UploadTable
 from streamindex_service.errors import (
     DeviceMemoryError,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streamindex_service.core.governor import Need
 from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import KeyFormat
+from streamindex_service.core.turns import Need
 from streamindex_service.errors import ServiceError
 from tests.support.core_world import OWNER, World, choose, spec
 
