@@ -1,30 +1,21 @@
-"""How many kernels this process has compiled: one that grows under load means that a length became a compile-time
+"""How many kernels this process has compiled: a number that grows under load means that a length became a compile-time
 constant."""
 
 from __future__ import annotations
 
-import threading
-from typing import Any
+import sys
+from collections.abc import Iterable
 
-_count = 0
-_lock = threading.Lock()  # kernels are compiled by whichever thread launches them first
+# Where the kernels of the calls are. What is not imported has compiled nothing.
+_MODULES = ("topk.triton", "sparse_attention.triton", "index_rows.triton", "cached_attention.triton")
 
 
-def watch() -> None:
-    """Count from now on. Nothing is counted where there is no Triton, or one that does not tell."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return
-    knobs.runtime.jit_post_compile_hook = _compiled
+def variants(kernels: Iterable[object]) -> int:
+    """Variants of these kernels, compiled or loaded from Triton's cache on disk; none under the interpreter."""
+    return sum(len(cache[0]) for kernel in kernels for cache in list(getattr(kernel, "device_caches", {}).values()))
 
 
 def count() -> int:
-    """Kernels compiled, or loaded from Triton's cache on disk, since `watch`."""
-    return _count
-
-
-def _compiled(**_: Any) -> None:
-    global _count
-    with _lock:
-        _count += 1
+    """Variants of all kernels that serve calls. For any thread: a module may be on its way in."""
+    counters = (getattr(sys.modules.get(f"{__package__}.{name}"), "compiled_variants", None) for name in _MODULES)
+    return sum(counter() for counter in counters if counter is not None)

@@ -74,7 +74,6 @@ class Worker:
         self._attention = choose_attention(device)
         self._budget_bytes = configure.device_budget_bytes or default_budget_bytes(device)
         if device.is_cuda:
-            compiled.watch()
             torch.cuda.set_device(device.torch_device)
             # The governor keeps within what may be reserved; the allocator's cap stands behind it. What the allocator
             # keeps for later it gives back before it passes the cap.

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 
@@ -34,6 +35,11 @@ def gather_kernel(
     wide = valid[:, None] & (word < WORDS)[None, :]
     words = tl.load(anchor + source[:, None] + word[None, :], mask=wide, other=0)  # [ROWS, BLOCK]
     tl.store(out + place[:, None] * WORDS + word[None, :], words, mask=wide)
+
+
+def compiled_variants() -> int:
+    """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
+    return variants((gather_kernel,))
 
 
 def run_gather(rows: PagedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:

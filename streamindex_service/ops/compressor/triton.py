@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.compressor.problem import Problem
 from streamindex_service.ops.compressor.weights import ROTARY_DIM
 from streamindex_service.ops.sparse_attention.triton import to_bf16
@@ -100,11 +101,7 @@ _INTERPRETED = not isinstance(pool_kernel, triton.JITFunction)
 
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
-    return sum(
-        len(cache[0])
-        for kernel in (pool_kernel, remember_kernel)
-        for cache in getattr(kernel, "device_caches", {}).values()
-    )
+    return variants((pool_kernel, remember_kernel))
 
 
 def _warps(problem: Problem) -> int:

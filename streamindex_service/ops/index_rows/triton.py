@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.index_rows.problem import Problem
 
 _BLOCK = 1024
@@ -31,6 +32,11 @@ def assemble_kernel(
         index = tl.load(found + token * top_k + (entry - window), mask=wanted, other=-1)
         chosen = tl.where(index >= 0, index + compressed_row, -1)
         tl.store(out + token * width + entry, tl.where(is_local, local.to(tl.int32), chosen), mask=entry < width)
+
+
+def compiled_variants() -> int:
+    """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
+    return variants((assemble_kernel,))
 
 
 def run_triton(problem: Problem) -> None:

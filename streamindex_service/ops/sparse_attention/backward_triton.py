@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.sparse_attention.backward import ENTRY_BLOCK, BackwardPlan, BackwardProblem
 from streamindex_service.ops.sparse_attention.triton import to_bf16
 
@@ -210,8 +211,7 @@ _INTERPRETED = not isinstance(scores_kernel, triton.JITFunction)
 
 def compiled_backward_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
-    kernels = (delta_kernel, scores_kernel, dq_kernel, contributions_kernel, sum_kernel)
-    return sum(len(cache[0]) for kernel in kernels for cache in getattr(kernel, "device_caches", {}).values())
+    return variants((delta_kernel, scores_kernel, dq_kernel, contributions_kernel, sum_kernel))
 
 
 def run_backward(problem: BackwardProblem, plan: BackwardPlan) -> None:

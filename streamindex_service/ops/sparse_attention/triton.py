@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.sparse_attention.plan import MAX_SPLITS, AttentionKernel, Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
@@ -217,9 +218,7 @@ def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
     kernels = [ends_kernel, attend_kernel, combine_kernel]
     hopper = sys.modules.get("streamindex_service.ops.sparse_attention.hopper")
-    if hopper is not None:
-        kernels.append(hopper.attend_kernel)
-    return sum(len(cache[0]) for kernel in kernels for cache in getattr(kernel, "device_caches", {}).values())
+    return variants([*kernels, getattr(hopper, "attend_kernel", None)])
 
 
 def run_triton(problem: Problem, plan: Plan) -> None:

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
@@ -132,9 +133,7 @@ def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
     kernels = [_score_kernel, threshold_kernel, mark_kernel, finish_kernel, rest_kernel, select_kernel, order_kernel]
     hopper = sys.modules.get("streamindex_service.ops.topk.hopper")
-    if hopper is not None:
-        kernels.append(hopper.score_kernel)
-    return sum(len(cache[0]) for kernel in kernels for cache in getattr(kernel, "device_caches", {}).values())
+    return variants([*kernels, getattr(hopper, "score_kernel", None)])
 
 
 def survivor_counts(problem: Problem, plan: Plan) -> Tensor:
