@@ -68,7 +68,7 @@ class Residency:
         if not self._reserve(workspace_bytes):
             _unpin(pages)
             return False
-        if not self._promote(pages):
+        if not self._promote(pages, workspace_bytes):
             self.hbm.release(workspace_bytes)
             _unpin(pages)
             return False
@@ -141,17 +141,23 @@ class Residency:
             self._evict(page)
         return True
 
-    def _promote(self, pages: Sequence[Page]) -> bool:
+    def _promote(self, pages: Sequence[Page], leave_bytes: int) -> bool:
+        """Bring what is missing. Pages are evicted before new extents take the last `leave_bytes`, which the workspace
+        of the next tile will need: an extent comes back only once all its pages have gone, whoever's they are."""
         missing = [page for page in pages if page.device is None]
         slots: list[PageSlot] = []
         victims: Iterator[Page] | None = None
         while len(slots) < len(missing):
-            some = self.device.try_allocate_some(missing[0].page_bytes, len(missing) - len(slots))
+            some = self.device.try_allocate_some(missing[0].page_bytes, len(missing) - len(slots), leave_bytes)
             slots += some
             if some:
                 continue
             victims = self._victims() if victims is None else victims
-            if not self._evict_some(victims):
+            if self._evict_some(victims):
+                continue
+            if leave_bytes:
+                leave_bytes = 0
+            else:
                 for slot in slots:
                     self.device.free(slot)
                 return False
