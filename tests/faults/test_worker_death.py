@@ -183,7 +183,8 @@ def test_a_request_that_kills_its_workers_is_not_tried_for_ever(service, calls):
     draw = Draw(6)
     keys, queries = draw.keys(KIND, 500), draw.queries(KIND, 20, start_position=490)
     with calls.cache(KIND, keys) as cache:
-        for _ in range(2):
+        restarts = calls.load().worker_restarts
+        for deaths in (1, 2):
             call = calls.start_search(KIND, cache.id, 29, start_position=490)
             worker = kill(service, signal.SIGSTOP)
             call.send(query_chunk(KIND, queries, 0, 20))
@@ -191,7 +192,7 @@ def test_a_request_that_kills_its_workers_is_not_tried_for_ever(service, calls):
             os.kill(worker, signal.SIGUSR1)  # it ends by itself, as by a fault; from outside it would be SIGKILL
             os.kill(worker, signal.SIGCONT)
             assert call.refusal().error.reason == "WORKER_LOST"
-            wait_for(lambda: worker not in service.worker_pids())
+            wait_for(lambda deaths=deaths: restarts + deaths == calls.load().worker_restarts)
             calls.wait_health(SERVING)
         with calls.search_call() as again:
             again.send(search_header(KIND, cache.id, 29, start_position=490))
