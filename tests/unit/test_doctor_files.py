@@ -210,6 +210,7 @@ class _Answers(BaseHTTPRequestHandler):
 def test_a_metrics_port_that_is_taken(body, level):
     handler = type("Answers", (_Answers,), {"body": body})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
+        server.timeout = 20.0
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         (finding,) = doctor_files.check_metrics_port(MetricsSettings(port=server.server_port))
