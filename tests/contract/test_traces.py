@@ -6,8 +6,11 @@ import os
 import signal
 
 import pytest
+import streamindex_client
+import torch
 from streamindex.v1 import search_pb2
 
+from tests.support.attention import Queries, Rows, Shape
 from tests.support.calls import TIMEOUT_S, Calls, batch_item, query_chunk, refused
 from tests.support.inprocess import InProcessServer
 from tests.support.services import ROOMY, is_idle, wait_for
@@ -41,7 +44,10 @@ def kept():
 
 @pytest.fixture(scope="module")
 def server(kept):
-    with InProcessServer(ROOMY, tracing=kept.tracing) as running:
+    # Of three tiles one waits; a worker that is stopped for a while is not taken for one that hangs.
+    worker = {**ROOMY["worker"], "heartbeat_timeout_s": 60}
+    settings = {**ROOMY, "scheduler": {"max_device_tiles": 2}, "worker": worker}
+    with InProcessServer(settings, tracing=kept.tracing) as running:
         yield running
 
 
@@ -133,6 +139,48 @@ def test_a_refusal_is_the_callers_error(calls, kept):
     assert span.attributes["rpc.response.status_code"] == "NOT_FOUND"
     assert span.attributes["error.type"] == "CACHE_NOT_FOUND"
     assert span.status.status_code.name == "UNSET"
+
+
+def test_a_tile_that_is_cancelled_before_its_turn_has_only_waited(server, calls, kept):
+    draw = Draw(7)
+    worker = server.server.service.supervisor.link.process.pid
+    with calls.cache(KIND, draw.keys(KIND, 300)) as cache:
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            others = []
+            for _ in range(2):
+                others.append(calls.start_search(KIND, cache.id, 8))
+                others[-1].send(query_chunk(KIND, draw.queries(KIND, 5), 0, 5))
+            wait_for(lambda: calls.load().device.tiles == 2)
+            with calls.start_search(KIND, cache.id, 8) as search:
+                search.send(query_chunk(KIND, draw.queries(KIND, 5), 0, 5))
+                wait_for(lambda: calls.load().queue.tiles == 1)
+            call = kept.call("Search")  # the others still run
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        for other in others:
+            other.cancel()
+    assert call.attributes["rpc.response.status_code"] == "CANCELLED"
+    assert call.status.status_code.name == "UNSET"
+    (tile,) = kept.below(call, "tile")
+    assert tile.attributes["error.type"] == "CANCELLED"
+    assert [span.name for span in kept.all if span.parent and span.parent.span_id == tile.context.span_id] == ["queue"]
+
+
+def test_attention_is_two_tiles_for_each_rows(server, kept, calls):
+    shape = Shape()
+    rows, queries = Rows.drawn(shape, 400, 1), Queries.drawn(shape, torch.arange(390, 400), 2)
+    with streamindex_client.connect(server.target) as client:
+        cache = shape.create(client)
+        rows.upload(cache)
+        cache.sparse_attend_all(
+            layer=0, q=queries.q, index_q=queries.index_q, index_w=queries.index_w, top_k=8, start_position=390,
+            window=16, scale=shape.scale,
+        )  # fmt: skip
+        cache.delete()
+    tiles = [tile.attributes for tile in kept.below(kept.call("SparseAttend"), "tile")]
+    for operation in ("search", "attend"):
+        assert sum(each["streamindex.rows"] for each in tiles if each["streamindex.operation"] == operation) == 10
 
 
 def test_a_worker_that_dies_ends_its_tile_with_the_reason(server, calls, kept):
