@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.sdk.trace import TracerProvider
 
 from streamindex_service.testing.service import RunningService
-from tests.support.calls import Calls
+from tests.support.calls import Calls, refused
 from tests.support.http import free_port
 from tests.support.services import ROOMY, wait_for
 from tests.support.tensors import Draw, Kind
@@ -83,6 +83,9 @@ def test_a_clients_span_is_the_parent_of_the_services(collector):
             with streamindex_client.connect(service.address) as client, tracer.start_as_current_span("step") as step:
                 client.open_key_cache(cache.id)
             calls.search(KIND, cache.id, queries, 8)
+            refused(calls.delete, "nobody's")
+            wait_for(lambda: lines(service, "refused"))
+            (line,) = lines(service, "refused")
         wait_for(lambda: collector.named("device"))
         wait_for(lambda: collector.named("/GetKeyCache"))
     ours = step.get_span_context()
@@ -92,8 +95,9 @@ def test_a_clients_span_is_the_parent_of_the_services(collector):
     assert not search.parent_span_id
     assert tile.parent_span_id == search.span_id
     assert device.parent_span_id == tile.span_id
-    # what was not yet sent when the service was told to stop has come too
-    assert len(collector.named("/DeleteKeyCache")) == 1
+    # what was not yet sent when the service was told to stop has come too; the log has the same trace ids
+    refusal, deletion = sorted(collector.named("/DeleteKeyCache"), key=lambda span: span.start_time_unix_nano)
+    assert line["trace_id"] == refusal.trace_id.hex() != deletion.trace_id.hex()
 
 
 def test_a_collector_that_hangs_holds_up_no_call_and_no_stop(collector):
