@@ -36,7 +36,7 @@ def test_the_client_prints_what_the_guide_says(roomy_service, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == output
     assert "wrong rows: 0\n" in done.stdout
-    assert "decoded rightly: True\n" in done.stdout
+    assert "decoded rightly: True best key: 1024\n" in done.stdout
 
 
 def test_its_commands_exist():

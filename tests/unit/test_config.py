@@ -168,6 +168,8 @@ def test_every_bound_is_in_the_operations_document() -> None:
         "metrics.host",
         "metrics.port",
         "metrics.allow_remote",
+        "traces.otlp_endpoint",
+        "traces.sample_share",
         "server.reflection",
         "tls.certificate_file",
         "tls.key_file",
