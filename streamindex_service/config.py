@@ -266,8 +266,8 @@ class MetricsSettings(_Section):
 
 
 class TraceSettings(_Section):
-    """Spans for an OpenTelemetry collector; needs the extra `otel`. Headers and certificates for it are taken from the
-    exporter's own variables, OTEL_EXPORTER_OTLP_HEADERS and OTEL_EXPORTER_OTLP_CERTIFICATE."""
+    """Spans for an OpenTelemetry collector; needs the extra `otel`. Headers and certificates for it, and the service's
+    name, are taken from OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_CERTIFICATE and OTEL_SERVICE_NAME."""
 
     otlp_endpoint: Annotated[str, Field(pattern=r"^(https?://[^\s/@]+:\d+)?$")] = Field(
         "", description='collector that takes OTLP over gRPC, as http://127.0.0.1:4317; "" for no traces'

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 import uuid
@@ -33,7 +34,7 @@ class OtlpTracing(SpanTracing):
         self._exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, timeout=settings.export_timeout_s)
         resource = Resource.create(
             {
-                "service.name": "streamindex",
+                "service.name": os.environ.get("OTEL_SERVICE_NAME", "streamindex"),
                 "service.version": __version__,
                 "service.instance.id": str(uuid.uuid4()),
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -111,6 +112,10 @@ def test_a_collector_that_hangs_holds_up_no_call_and_no_stop(collector):
             assert collector.asked.wait(20)
             for _ in range(30):  # many times what may wait
                 calls.search(KIND, cache.id, draw.queries(KIND, 5), 8)
+            (worker,) = service.worker_pids()
+            os.kill(worker, signal.SIGKILL)  # a process is started beside the exporter's call
+            wait_for(lambda: calls.load().worker_restarts == 1 and calls.load().ready)
+            calls.search(KIND, cache.id, draw.queries(KIND, 5), 8)
         assert not collector.spans, "the collector did not hang"
     finally:
         code = service.stop(grace_s=20)
