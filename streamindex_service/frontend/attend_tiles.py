@@ -84,6 +84,8 @@ class AttendTiles:
             )
         self.least = self._need(kv.pages, self._workspace_bytes + self.work.beside_bytes(1), 1)
 
+    name = "attend"
+
     @property
     def service(self) -> Service:
         """Where it runs."""

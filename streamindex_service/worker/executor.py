@@ -39,7 +39,7 @@ class _Issued:
 
     work_id: int
     started: float
-    reply: Callable[[float], pb.FromWorker]
+    reply: Callable[[float, float], pb.FromWorker]  # from seconds on the device, and when it was done
     peak_bytes: int = 0
     start_event: torch.cuda.Event | None = None
     end_event: torch.cuda.Event | None = None
@@ -116,7 +116,7 @@ class Executor:
         """Copy pages from segments to the device."""
         work = self._begin(
             message.operation_id,
-            lambda _: pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.operation_id)),
+            lambda *_: pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.operation_id)),
         )
         try:
             self._copy_pages(message, work)
@@ -167,8 +167,14 @@ class Executor:
     def _tile(self, tile_id: int, issued: queue.Queue[_Issued | None]) -> Iterator[_Issued]:
         """The device is given a tile within; it is reported when it is done, and what was issued before it."""
 
-        def reply(seconds: float) -> pb.FromWorker:
-            done = pb.TileDone(tile_id=tile_id, device_us=int(1e6 * seconds), peak_bytes=work.peak_bytes)
+        def reply(seconds: float, ended: float) -> pb.FromWorker:
+            done = pb.TileDone(
+                tile_id=tile_id,
+                device_us=int(1e6 * seconds),
+                peak_bytes=work.peak_bytes,
+                issued_us=int(1e6 * work.started),
+                ended_us=int(1e6 * ended),
+            )
             return pb.FromWorker(tile_done=done)
 
         work = self._begin(tile_id, reply)
@@ -179,7 +185,7 @@ class Executor:
             raise
         issued.put(work)
 
-    def _begin(self, work_id: int, reply: Callable[[float], pb.FromWorker]) -> _Issued:
+    def _begin(self, work_id: int, reply: Callable[[float, float], pb.FromWorker]) -> _Issued:
         started = time.monotonic()
         with self._lock:
             self._running[work_id] = started
@@ -309,7 +315,7 @@ class Executor:
                 failed = pb.Failed(id=work.work_id, kind=pb.FAILURE_KIND_DEVICE, detail=repr(error))
                 self._send(pb.FromWorker(failed=failed))
                 os._exit(DEVICE_FAILED_EXIT_CODE)  # a CUDA context that has failed once fails for ever
-            self._end(work, work.reply(seconds))
+            self._end(work, work.reply(seconds, time.monotonic()))
 
     def _wait(self, work: _Issued) -> float:
         if work.end_event is None:

@@ -369,14 +369,18 @@ class OperationDone(_message.Message):
     def __init__(self, operation_id: _Optional[int] = ...) -> None: ...
 
 class TileDone(_message.Message):
-    __slots__ = ("tile_id", "device_us", "peak_bytes")
+    __slots__ = ("tile_id", "device_us", "peak_bytes", "issued_us", "ended_us")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_US_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_US_FIELD_NUMBER: _ClassVar[int]
+    ENDED_US_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     device_us: int
     peak_bytes: int
-    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+    issued_us: int
+    ended_us: int
+    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., issued_us: _Optional[int] = ..., ended_us: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("id", "kind", "detail")
