@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -70,11 +71,70 @@ class PagedKvRows:
         return tuple(page[start:].view(PAGE_KEYS, self.scale_bytes) for page in self.pages)
 
     @cached_property
+    def page_words(self) -> Tensor:
+        """The address of each page, [pages] int64 on the CPU, in words of 4 bytes."""
+        return torch.tensor([page.data_ptr() // _WORD_BYTES for page in self.pages], dtype=torch.int64)
+
+    @cached_property
+    def word_table(self) -> Tensor:
+        """See JoinedKvRows."""
+        return JoinedKvRows((self,)).word_table
+
+
+@dataclass(frozen=True)
+class JoinedKvRows:
+    """Rows of several sequences of pages, all of one format on one device, under one numbering: row r of a part is row
+    256 · (pages of the parts before it) + r. What lies between the last row of a part and the next part is nobody's."""
+
+    parts: tuple[PagedKvRows, ...]
+
+    def first_rows(self) -> list[int]:
+        """The number that row 0 of each part has."""
+        first, found = 0, []
+        for part in self.parts:
+            found.append(first)
+            first += PAGE_KEYS * len(part.pages)
+        return found
+
+    @property
+    def row_bytes(self) -> int:
+        """See PagedKvRows."""
+        return self.parts[0].row_bytes
+
+    @property
+    def scale_bytes(self) -> int:
+        """See PagedKvRows."""
+        return self.parts[0].scale_bytes
+
+    @cached_property
+    def length(self) -> int:
+        """Rows that can be named."""
+        return PAGE_KEYS * len(self.pages)
+
+    @cached_property
+    def pages(self) -> tuple[Tensor, ...]:
+        """See PagedKvRows; of all parts."""
+        return tuple(chain.from_iterable(part.pages for part in self.parts))
+
+    @cached_property
+    def data(self) -> tuple[Tensor, ...]:
+        """See PagedKvRows; of all parts."""
+        return tuple(chain.from_iterable(part.data for part in self.parts))
+
+    @cached_property
+    def scales(self) -> tuple[Tensor, ...]:
+        """See PagedKvRows; of all parts."""
+        return tuple(chain.from_iterable(part.scales for part in self.parts))
+
+    @cached_property
     def word_table(self) -> Tensor:
         """Where pages lie, for kernels: [pages] int64 on their device, in words of 4 bytes from the first page."""
-        base = self.pages[0].data_ptr()
-        words = torch.tensor([(page.data_ptr() - base) // _WORD_BYTES for page in self.pages], dtype=torch.int64)
-        if not self.pages[0].is_cuda:
-            return words
-        # pinned, so that the copy does not make the host wait for the device
-        return words.pin_memory().to(self.pages[0].device, non_blocking=True)
+        words = torch.cat([part.page_words for part in self.parts])
+        return on_device(words - words[:1], self.pages[0].device)
+
+
+def on_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on a device. The host does not wait for the copy: it is made from pinned memory."""
+    if device.type != "cuda":
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True)
