@@ -215,7 +215,7 @@ class AttendGroup:
                 first, left = first + rows, left - rows
 
     def _new_series(self) -> batch.TileSeries:
-        self._series = [series for series in self._series if series.runs]
+        # Kept to the end: one that does not run at the moment may have tiles to come.
         self._series.append(series := batch.TileSeries())
         return series
 

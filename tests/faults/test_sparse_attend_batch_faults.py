@@ -197,6 +197,16 @@ def test_more_rows_than_the_device_holds_are_attended_tile_by_tile(with_disk, tm
         step.close()
 
 
+def test_keys_that_pass_through_the_device_in_windows_beside_keys_that_fit():
+    """Of one sequence 4.4 MiB of index keys, where 3 MiB are free."""
+    shape = Shape(key_dim=16, value_dim=16, heads=2, index_heads=2, index_dim=256, ratio=1)
+    with RunningService(SMALL_DEVICE) as service, streamindex_client.connect(service.address) as client:
+        made = [Sequence(client, shape, tokens, 2, seed) for seed, tokens in enumerate((9000, 300, 2500))]
+        results = client.sparse_attend_batch([each.item() for each in made], **ASKED)
+        for sequence, result in zip(made, results, strict=True):
+            sequence.check(result)
+
+
 @pytest.fixture
 def failing(inside, monkeypatch):
     """Tiles for which the device has no memory, by their message; the list has the sequences of tiles of attention."""
