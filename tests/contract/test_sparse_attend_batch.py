@@ -108,9 +108,11 @@ def test_rows_that_no_block_holds_together(client, sequences, calls):
 def test_positions_in_any_order_and_far_apart(client, sequences):
     positions = torch.tensor([8000, 0, 7999, 3, 4000, 8000, 100])
     far = Sequence(client, SHAPE, 8001, 7, 30, positions)
+    failures = client.load().memory_failures
     results = client.sparse_attend_batch([sequences[0].item(), far.item(), sequences[1].item()], **ASKED)
     for sequence, result in zip((sequences[0], far, sequences[1]), results, strict=True):
         sequence.check(result)
+    assert client.load().memory_failures == failures  # nor was any tile tried in vain
     far.cache.delete()
 
 
