@@ -24,7 +24,7 @@ from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tiles import TilePiece
 
-_MOST_MEMBERS = 64  # calls that a group has open at a time
+_MOST_MEMBERS = 64  # calls that a group has open at a time, and a quarter of all that may be open
 
 
 @dataclass(slots=True, eq=False)
@@ -105,8 +105,8 @@ class AttendGroup:
 
     async def _admit(self, waiting: deque[Member], stack: AsyncExitStack) -> None:
         """Open calls of as many members as a block has room for; at least one is taken from the queue."""
-        rows = 0
-        while waiting and len(self._members) < _MOST_MEMBERS:
+        rows, most = 0, max(1, min(_MOST_MEMBERS, self._service.settings.limits.max_open_searches // 4))
+        while waiting and len(self._members) < most:
             member = waiting[0]
             if self._members and rows + member.item.row_count > member.layout.rows:
                 return

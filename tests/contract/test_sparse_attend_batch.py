@@ -221,3 +221,15 @@ def test_sequences_attend_in_one_tile(inside, monkeypatch):
         wait_for(lambda: is_idle(calls.load()))
     assert len(tiles) == 21 + 2
     assert sorted(filter(None, tiles), key=len) == [[2], [1 + seed % 3 for seed in range(20)]]
+
+
+def test_more_items_than_calls_may_be_open(tight_service, tight):
+    """A hundred, where 64 may be open: one call takes no more than half of them at a time."""
+    with streamindex_client.connect(tight_service.address) as client:
+        sequence = Sequence(client, SHAPE, 700, 1, 60)
+        alone = sequence.alone()
+        for result in client.sparse_attend_batch([sequence.item()] * 100, **ASKED):
+            assert result.error is None, result.error
+            assert torch.equal(result.out, alone.out)
+        sequence.cache.delete()
+    wait_for(lambda: is_idle(tight.load()))

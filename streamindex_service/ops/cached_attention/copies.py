@@ -57,13 +57,14 @@ class Copies:
         valid = (wide >= 0) & (wide < self.length)
         entry = torch.arange(indices.shape[1], device=indices.device)
         found = torch.where(valid, self.place + torch.where(self.picks, entry, wide), -1).to(torch.int32)
-        picked = torch.where(valid, wide + self.first_row, -1)
+        named, held, start = wide, valid, self.first_row
         if self.pickers is not None:
-            picked = picked.index_select(0, self.pickers)
+            named, held, start = (each.index_select(0, self.pickers) for each in (wide, valid, self.first_row))
+        picked = torch.where(held, named + start, -1)
         first, count, before = self.runs
         # output_size: else the host would wait for the device to know it
-        start = torch.repeat_interleave(first - before, count, output_size=self.run_rows)
-        run = start + torch.arange(self.run_rows, device=indices.device)
+        shift = torch.repeat_interleave(first - before, count, output_size=self.run_rows)
+        run = shift + torch.arange(self.run_rows, device=indices.device)
         return torch.cat([picked.flatten(), run]), found
 
 
