@@ -1,12 +1,16 @@
 """KV rows in pages of 256, wherever the pages lie, as a cache holds them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from streamindex_service.ops.extent_pages import ExtentPages, addresses_of, to_device
 from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 
@@ -29,7 +33,7 @@ class PagedKvRows:
 
     length: rows that hold something; those behind them are never read.
     pages: ceil(length / 256) tensors [page_bytes] uint8 on one device, aligned to 16 bytes: 256 rows, then, for a
-    format with scales beside the rows, the scales of these 256.
+    format with scales beside the rows, the scales of these 256; a tuple or `ExtentPages`.
 
     Raises ValueError if the parts disagree.
     """
@@ -37,13 +41,19 @@ class PagedKvRows:
     format: KvFormat
     key_dim: int
     length: int
-    pages: tuple[Tensor, ...]
+    pages: Sequence[Tensor]
 
     def __post_init__(self) -> None:
         expected = -(-self.length // PAGE_KEYS)
         if self.length < 0 or len(self.pages) != expected:
             raise ValueError(f"pages: {self.length} rows need {expected} pages of {PAGE_KEYS}, got {len(self.pages)}")
         size = PAGE_KEYS * (self.row_bytes + self.scale_bytes)
+        if isinstance(self.pages, ExtentPages):  # all alike
+            if (self.pages.page_shape, self.pages.dtype) != ((size,), torch.uint8):
+                raise ValueError(
+                    f"pages: expected [{size}] uint8, got {list(self.pages.page_shape)} {self.pages.dtype}"
+                )
+            return
         for number, page in enumerate(self.pages):
             if page.shape != (size,) or page.dtype != torch.uint8 or not page.is_contiguous():
                 raise ValueError(f"pages[{number}]: expected contiguous [{size}] uint8, got {list(page.shape)}")
@@ -71,9 +81,14 @@ class PagedKvRows:
         return tuple(page[start:].view(PAGE_KEYS, self.scale_bytes) for page in self.pages)
 
     @cached_property
-    def page_words(self) -> Tensor:
-        """The address of each page, [pages] int64 on the CPU, in words of 4 bytes."""
-        return torch.tensor([page.data_ptr() // _WORD_BYTES for page in self.pages], dtype=torch.int64)
+    def anchor(self) -> Tensor:
+        """The first page."""
+        return self.pages[0]
+
+    @cached_property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """[pages] int64, of each page."""
+        return addresses_of(self.pages)
 
     @cached_property
     def word_table(self) -> Tensor:
@@ -109,12 +124,12 @@ class JoinedKvRows:
     @cached_property
     def length(self) -> int:
         """Rows that can be named."""
-        return PAGE_KEYS * len(self.pages)
+        return PAGE_KEYS * sum(len(part.pages) for part in self.parts)
 
     @cached_property
-    def pages(self) -> tuple[Tensor, ...]:
-        """See PagedKvRows; of all parts."""
-        return tuple(chain.from_iterable(part.pages for part in self.parts))
+    def anchor(self) -> Tensor:
+        """The first page of all."""
+        return next(part.anchor for part in self.parts if part.length)
 
     @cached_property
     def data(self) -> tuple[Tensor, ...]:
@@ -129,12 +144,5 @@ class JoinedKvRows:
     @cached_property
     def word_table(self) -> Tensor:
         """Where pages lie, for kernels: [pages] int64 on their device, in words of 4 bytes from the first page."""
-        words = torch.cat([part.page_words for part in self.parts])
-        return on_device(words - words[:1], self.pages[0].device)
-
-
-def on_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on a device. The host does not wait for the copy: it is made from pinned memory."""
-    if device.type != "cuda":
-        return numbers
-    return numbers.pin_memory().to(device, non_blocking=True)
+        addresses = np.concatenate([part.addresses for part in self.parts])
+        return to_device((addresses - addresses[0]) // _WORD_BYTES, self.anchor.device)

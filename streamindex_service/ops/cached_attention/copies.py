@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows, on_device
+from streamindex_service.ops.extent_pages import to_device
+from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,16 @@ def lay_out(
         start, stop = _window(sequence, own, window)
         # the copy of token 0 is so many before that of the first token copied
         window_rows.append(run(first_row + start - sequence.first_window_row, stop - start) - start)
-    columns = _of_tokens(
-        counts, [part.length for part in compressed], first_rows[: len(counts)], places, picks, window_rows
-    )
-    picking = columns[3].bool()
-    columns[2, picking] = width * torch.arange(int(picking.sum()))
-    pickers = None if picking.all() else on_device(torch.nonzero(picking).flatten(), device)
-    columns = on_device(columns, device)
-    length, first, place, pick = (column[:, None] for column in columns[:4])
+    lengths = [part.length for part in compressed]
+    columns = np.array([lengths, first_rows[: len(counts)], places, picks, window_rows], dtype=np.int64)
+    columns = np.repeat(columns, counts, axis=1)  # of sequences, then of their queries
+    pickers = np.flatnonzero(columns[3])
+    columns[2, pickers] = width * np.arange(len(pickers))
+    length, first, place, pick, window_row = to_device(columns, device)
     return Copies(
-        source, length, first, place, pick.bool(), columns[4], pickers,
-        on_device(torch.tensor(runs, dtype=torch.int64).T.contiguous(), device), after - picked,
+        source, length[:, None], first[:, None], place[:, None], pick[:, None].bool(), window_row,
+        None if len(pickers) == len(positions) else to_device(pickers, device),
+        to_device(np.ascontiguousarray(np.array(runs, dtype=np.int64).T), device), after - picked,
     )  # fmt: skip
 
 
@@ -127,8 +128,3 @@ def _window(sequence: CachedSequence, positions: Tensor, window: int) -> tuple[i
     first = max(0, int(positions.min()) - window + 1)
     held = sequence.first_window_row + sequence.window_rows.length
     return first, max(first, min(held, int(positions.max()) + 1))
-
-
-def _of_tokens(counts: list[int], *columns: list[int] | list[bool]) -> Tensor:
-    """Numbers of sequences as those of their queries: [columns, tokens] int64."""
-    return torch.tensor(columns, dtype=torch.int64).repeat_interleave(torch.tensor(counts), dim=1)

@@ -59,5 +59,5 @@ def gather_rows(rows: Rows, wanted: Tensor, data: Tensor, scales: Tensor | None 
     with scales beside the rows, else None. implementation: a name in GATHERS; raises KeyError for another.
     """
     run = GATHERS[implementation]
-    if len(wanted) and rows.pages:
+    if len(wanted) and rows.length:
         run(rows, wanted, data, scales)

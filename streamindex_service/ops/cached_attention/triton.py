@@ -55,7 +55,7 @@ def _launch(rows: PagedKvRows | JoinedKvRows, wanted: Tensor, out: Tensor, row_b
     block = triton.next_power_of_2(words)
     at_once = max(1, _TILE_WORDS // block)
     gather_kernel[(triton.cdiv(len(wanted), at_once),)](
-        rows.pages[0].view(torch.int32), rows.word_table, wanted, out.view(torch.int32), rows.length, len(wanted),
+        rows.anchor.view(torch.int32), rows.word_table, wanted, out.view(torch.int32), rows.length, len(wanted),
         WORDS=words, SKIP=skip_bytes // _WORD_BYTES, PAGE=PAGE_KEYS, ROWS=at_once, BLOCK=block,
         num_warps=4,
     )  # fmt: skip
