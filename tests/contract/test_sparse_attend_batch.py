@@ -11,10 +11,11 @@ import torch
 from streamindex_client import AttendBatchItem, InputError
 
 from streamindex_service.ops.kv_rows import KvFormat
+from streamindex_service.testing.service import RunningService
 from tests.support.attend_batch import ASKED, SCALE, Sequence
 from tests.support.attention import Shape
 from tests.support.calls import Calls
-from tests.support.services import is_idle, wait_for
+from tests.support.services import ROOMY, is_idle, wait_for
 
 SHAPE = Shape()
 SHAPES = [
@@ -223,13 +224,12 @@ def test_sequences_attend_in_one_tile(inside, monkeypatch):
     assert sorted(filter(None, tiles), key=len) == [[2], [1 + seed % 3 for seed in range(20)]]
 
 
-def test_more_items_than_calls_may_be_open(tight_service, tight):
+def test_more_items_than_calls_may_be_open():
     """A hundred, where 64 may be open: one call takes no more than half of them at a time."""
-    with streamindex_client.connect(tight_service.address) as client:
+    settings = {**ROOMY, "limits": {"max_open_searches": 64}}
+    with RunningService(settings) as service, streamindex_client.connect(service.address) as client:
         sequence = Sequence(client, SHAPE, 700, 1, 60)
         alone = sequence.alone()
         for result in client.sparse_attend_batch([sequence.item()] * 100, **ASKED):
             assert result.error is None, result.error
             assert torch.equal(result.out, alone.out)
-        sequence.cache.delete()
-    wait_for(lambda: is_idle(tight.load()))
