@@ -94,40 +94,50 @@ def frozen(service):
     freeze(False)
 
 
-@pytest.mark.parametrize("moment", ["while indices are found", "while rows attend"])
-def test_a_worker_killed_in_the_middle_fails_items_that_can_be_asked_again(moment, monkeypatch):
+@pytest.fixture(scope="module")
+def killable() -> Iterator[tuple[InProcessServer, set[int]]]:
+    """A server whose workers may die, and the processes that are not its workers."""
     others = set(process_children(os.getpid()))
     with InProcessServer(ROOMY) as server:
-        (worker,) = set(process_children(os.getpid())) - others
-        step = Step.of(server.target, [(1901, 1), (40, 3), (700, 2), (2400, 5)])
-        step.ask()
-        before = step.ledgers()
-        device, killed = server.server.service.device, []
-        submit = device.submit
+        yield server, others
 
-        def kill_then_submit(views, block, request_key, message):
-            attends = message(0).HasField("attend_tile")
-            if not killed and attends == (moment == "while rows attend"):
-                killed.append(worker)
-                os.kill(worker, signal.SIGKILL)
-            return submit(views, block, request_key, message)
 
-        monkeypatch.setattr(device, "submit", kill_then_submit)
-        results = step.ask()
-        failed = [result.error for result in results if result.error is not None]
-        assert len(failed) == 4 if moment == "while rows attend" else failed
-        for error in failed:
-            assert isinstance(error, WorkerLostError)
-            assert error.retry_after_s is not None
-        again = step.client.sparse_attend_batch(
+@pytest.mark.parametrize("moment", ["while indices are found", "while rows attend"])
+def test_a_worker_killed_in_the_middle_fails_items_that_can_be_asked_again(killable, moment, monkeypatch):
+    server, others = killable
+    (worker,) = set(process_children(os.getpid())) - others
+    step = Step.of(server.target, [(1901, 1), (40, 3), (700, 2), (2400, 5)])
+    step.ask()
+    before, restarts = step.ledgers(), step.calls.load().worker_restarts
+    device, killed = server.server.service.device, []
+    submit = device.submit
+
+    def kill_then_submit(views, block, request_key, message):
+        attends = message(0).HasField("attend_tile")
+        if not killed and attends == (moment == "while rows attend"):
+            killed.append(worker)
+            os.kill(worker, signal.SIGKILL)
+        return submit(views, block, request_key, message)
+
+    monkeypatch.setattr(device, "submit", kill_then_submit)
+    results = step.ask()
+    failed = [result.error for result in results if result.error is not None]
+    assert len(failed) == 4 if moment == "while rows attend" else failed
+    for error in failed:
+        assert isinstance(error, WorkerLostError)
+        assert error.retry_after_s is not None
+    again = iter(
+        step.client.sparse_attend_batch(
             [item for item, result in zip(step.items, results, strict=True) if result.error is not None], **ASKED
         )
-        left = iter(again)
-        step.check([next(left) if result.error is not None else result for result in results])
-        assert step.calls.load().worker_restarts == 1
-        wait_for(lambda: is_idle(step.calls.load()))
-        assert step.ledgers() == before
-        step.close()
+    )
+    step.check([next(again) if result.error is not None else result for result in results])
+    assert step.calls.load().worker_restarts == restarts + 1
+    wait_for(lambda: is_idle(step.calls.load()))
+    assert step.ledgers() == before
+    for each in step.sequences:
+        each.cache.delete()
+    step.close()
 
 
 def test_a_cancelled_batch_gives_everything_back(step, frozen):
@@ -176,35 +186,48 @@ def test_caches_deleted_under_a_step_are_answered_and_then_gone(service, frozen)
     step.close()
 
 
-@pytest.mark.parametrize("with_disk", [False, True], ids=["evicted", "spilled"])
-def test_more_rows_than_the_device_holds_are_attended_tile_by_tile(with_disk, tmp_path):
-    """KV rows of 3.8 MiB where 3 are free; in the second case rows of 16.6 MiB where the host holds 14: what finds no
-    room beside the others comes after them."""
-    settings = small_host(tmp_path) if with_disk else SMALL_DEVICE
-    with RunningService(settings) as service:
-        step = Step.of(service.address, [(24_000, 1 + seed % 2) for seed in range(4 if with_disk else 5)])
-        if with_disk:
-            wait_for(lambda: any(each.cache.refresh().spilled_bytes for each in step.sequences))
-        step.ask()
-        step.check(step.ask())
-        load = step.calls.load()
-        assert load.device.evicted_pages > 0
-        for ledger in load.ledgers:
-            assert ledger.peak_bytes <= ledger.limit_bytes
-        for each in step.sequences:
-            each.cache.delete()
-        wait_for(lambda: is_idle(step.calls.load()))
-        step.close()
+@pytest.fixture(scope="module")
+def small_device() -> Iterator[RunningService]:
+    with RunningService(SMALL_DEVICE) as running:
+        yield running
 
 
-def test_keys_that_pass_through_the_device_in_windows_beside_keys_that_fit():
+def attend_twice(step: Step) -> None:
+    """Right though pages come and go, within all budgets."""
+    step.ask()
+    step.check(step.ask())
+    load = step.calls.load()
+    assert load.device.evicted_pages > 0
+    for ledger in load.ledgers:
+        assert ledger.peak_bytes <= ledger.limit_bytes
+    for each in step.sequences:
+        each.cache.delete()
+    wait_for(lambda: is_idle(step.calls.load()))
+    step.close()
+
+
+def test_more_rows_than_the_device_holds_are_attended_tile_by_tile(small_device):
+    """KV rows of 3.8 MiB where 3 are free."""
+    attend_twice(Step.of(small_device.address, [(24_000, 1 + seed % 2) for seed in range(5)]))
+
+
+def test_what_finds_no_room_in_host_memory_beside_the_others_comes_after_them(tmp_path):
+    """Rows of 16.6 MiB where the host holds 14."""
+    with RunningService(small_host(tmp_path)) as service:
+        step = Step.of(service.address, [(24_000, 1 + seed % 2) for seed in range(4)])
+        wait_for(lambda: any(each.cache.refresh().spilled_bytes for each in step.sequences))
+        attend_twice(step)
+
+
+def test_keys_that_pass_through_the_device_in_windows_beside_keys_that_fit(small_device):
     """Of one sequence 4.4 MiB of index keys, where 3 MiB are free."""
     shape = Shape(key_dim=16, value_dim=16, heads=2, index_heads=2, index_dim=256, ratio=1)
-    with RunningService(SMALL_DEVICE) as service, streamindex_client.connect(service.address) as client:
+    with streamindex_client.connect(small_device.address) as client:
         made = [Sequence(client, shape, tokens, 2, seed) for seed, tokens in enumerate((9000, 300, 2500))]
         results = client.sparse_attend_batch([each.item() for each in made], **ASKED)
         for sequence, result in zip(made, results, strict=True):
             sequence.check(result)
+            sequence.cache.delete()
 
 
 @pytest.fixture
