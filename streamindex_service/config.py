@@ -121,10 +121,12 @@ class LimitSettings(_Section):
         ByteSize(16 * _MIB), description="bytes of an upload that may be on their way"
     )
     max_message_bytes: Annotated[ByteSize, Field(ge=_MIB, le=1024 * _MIB)] = Field(
-        ByteSize(64 * _MIB), description="one message of any call; a SearchBatch is one message"
+        ByteSize(64 * _MIB), description="one message of any call; a SearchBatch, a SparseAttendBatch is one message"
     )
-    max_batch_items: Count = Field(1024, description="items of a SearchBatch")
-    max_batch_rows: Count = Field(4096, description="query rows of a SearchBatch; rows that an item appends")
+    max_batch_items: Count = Field(1024, description="items of a SearchBatch or a SparseAttendBatch")
+    max_batch_rows: Count = Field(
+        4096, description="query rows of a SearchBatch or a SparseAttendBatch; rows that an item appends"
+    )
     max_open_searches: Count = Field(4096, description="searches between header and end; one more gets QUEUE_FULL")
     slow_consumer_s: Seconds = Field(30.0, description="a stream whose caller does not read or send for so long ends")
 

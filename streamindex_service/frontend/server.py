@@ -260,7 +260,7 @@ class Server:
             ),
             generic_handler(
                 attention_pb2.DESCRIPTOR.services_by_name["AttentionService"],
-                {"SparseAttend": attention.sparse_attend},
+                {"SparseAttend": attention.sparse_attend, "SparseAttendBatch": attention.sparse_attend_batch},
                 {"SparseAttend": framing.parse_attend_request},
             ),
             generic_handler(

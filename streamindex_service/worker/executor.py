@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops.cached_attention import CachedSequence
 from streamindex_service.ops.paged_keys import PagedKeys
-from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.topk import Order, TopkResult, topk
-from streamindex_service.worker.attention import AttendTensors, attend, kv_of
+from streamindex_service.worker.attention import AttendTensors, attend, sequences_of
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
 from streamindex_service.worker.memory import DeviceMemory, MemoryWatch
@@ -155,13 +155,13 @@ class Executor:
     def attend_tile(self, message: pb.AttendTile) -> None:
         """Attention of some rows; the answers are in the message's spans when TileDone is sent."""
         with self._tile(message.tile_id, self._attending) as work:
-            rows = kv_of(message, self.store)
-            host = AttendTensors.of(message, rows[0].key_dim, self.segments)
+            sequences = sequences_of(message, self.store)
+            host = AttendTensors.of(message, sequences[0].compressed.key_dim, self.segments)
             if self._device.is_cuda:
                 with self._memory.peak_of(work):
-                    self._attend_on_gpu(message, rows, host, work)
+                    self._attend_on_gpu(message, sequences, host, work)
             else:
-                attend(message, rows, host.q, host.indices, host.positions, self._attention, host.out, host.lse)
+                attend(message, sequences, host.q, host.indices, host.positions, self._attention, host.out, host.lse)
 
     @contextmanager
     def _tile(self, tile_id: int, issued: queue.Queue[_Issued | None]) -> Iterator[_Issued]:
@@ -277,7 +277,7 @@ class Executor:
         self._copy_answers(pairs, computed, work)
 
     def _attend_on_gpu(
-        self, message: pb.AttendTile, rows: tuple[PagedKvRows, PagedKvRows], host: AttendTensors, work: _Issued
+        self, message: pb.AttendTile, sequences: Sequence[CachedSequence], host: AttendTensors, work: _Issued
     ) -> None:
         device = self._device.torch_device
         with torch.cuda.stream(self._copy_in):
@@ -289,7 +289,7 @@ class Executor:
                 tensor.record_stream(self._attend)
             work.start_event = _event(timing=True)
             work.start_event.record()
-            result = attend(message, rows, q, indices, host.positions, self._attention)
+            result = attend(message, sequences, q, indices, host.positions, self._attention)
             computed = _event(timing=True)
             computed.record()
         self._copy_answers(host.answers(result), computed, work)
