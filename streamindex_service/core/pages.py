@@ -25,7 +25,9 @@ class PageSlot(NamedTuple):
 class _Extent:
     page_bytes: int
     slots: int
-    free: list[int] = field(default_factory=list)  # a stack
+    # A stack. The places themselves, made once: layers move by thousands of pages, and new objects for each of them
+    # cost more than all else that is done for one.
+    free: list[PageSlot] = field(default_factory=list)
 
 
 class PagePool:
@@ -73,14 +75,14 @@ class PagePool:
             heapq.heappop(self._with_room[page_bytes])  # the extent itself: pages come from the first of the heap
         self.pages_in_use += len(taken)
         self._free_pages[page_bytes] -= len(taken)
-        return [PageSlot(extent_id, slot * page_bytes) for slot in taken]
+        return taken
 
     def free(self, page: PageSlot) -> None:
         """Give a page back."""
         extent = self._extents[page.extent_id]
         if not extent.free:
             heapq.heappush(self._with_room[extent.page_bytes], page.extent_id)
-        extent.free.append(page.offset_bytes // extent.page_bytes)
+        extent.free.append(page)
         self.pages_in_use -= 1
         self._free_pages[extent.page_bytes] += 1
         assert len(extent.free) <= extent.slots, "a page was freed twice"
@@ -133,7 +135,8 @@ class PagePool:
             self.ledger.release(slots * page_bytes)
             raise
         self._next_extent_id += 1
-        self._extents[extent_id] = _Extent(page_bytes, slots, list(range(slots - 1, -1, -1)))
+        places = [PageSlot(extent_id, slot * page_bytes) for slot in range(slots - 1, -1, -1)]
+        self._extents[extent_id] = _Extent(page_bytes, slots, places)
         self._free_pages[page_bytes] = self._free_pages.get(page_bytes, 0) + slots
         heapq.heappush(self._with_room.setdefault(page_bytes, []), extent_id)
         return extent_id
