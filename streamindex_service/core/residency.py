@@ -42,12 +42,13 @@ class Residency:
         self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
         self.kept: Callable[[], Sequence[Sequence[Page]]] = tuple
         self._load = load
-        self._resident: dict[Page, None] = {}  # least recently used first
+        self._unpinned: dict[Page, None] = {}  # pages on the device without pins, least recently used first
+        self._pages = 0  # on the device, pinned or not
         self._pinned: dict[int, _Pinned] = {}  # by the identity of the sequence
         self._idle: dict[int, _Pinned] = {}  # of them, those that no tile uses; idle for longest first
 
     def __len__(self) -> int:
-        return len(self._resident)
+        return self._pages
 
     def missing_bytes(self, pages: Sequence[Page]) -> int:
         """Bytes that would have to be brought to the device."""
@@ -64,13 +65,13 @@ class Residency:
         if pinned is not None:
             return self._place_again(pinned, workspace_bytes)
         # Pinned first: pages may be shared with a layer that is about to be evicted for this very search.
-        _pin(pages)
+        self._pin(pages)
         if not self._reserve(workspace_bytes):
-            _unpin(pages)
+            self._unpin(pages)
             return False
         if not self._promote(pages, workspace_bytes):
             self.hbm.release(workspace_bytes)
-            _unpin(pages)
+            self._unpin(pages)
             return False
         self._pinned[id(pages)] = _Pinned(pages)
         return True
@@ -93,7 +94,7 @@ class Residency:
         """Drop every page that is not pinned, kept or not."""
         for pinned in list(self._idle.values()):
             self._let_go(pinned)
-        for page in [page for page in self._resident if page.pins == 0]:
+        for page in list(self._unpinned):
             self._evict(page)
 
     def drop(self, page: Page) -> None:
@@ -102,17 +103,20 @@ class Residency:
         self.device.free(page.device)
         page.displace()
         self.resident_bytes -= page.page_bytes
+        self._pages -= 1
         self.moves += 1
-        del self._resident[page]
+        del self._unpinned[page]
 
     def forget(self) -> None:
         """What was on the device is lost, pins and all."""
-        for page in self._resident:
-            page.displace()
+        pinned = (page for each in self._pinned.values() for page in each.pages)
+        for page in (*self._unpinned, *pinned):
             page.pins = 0
+            if page.device is not None:  # several sequences may have it
+                page.displace()
         self.moves += 1
-        self.resident_bytes = 0
-        self._resident.clear()
+        self.resident_bytes = self._pages = 0
+        self._unpinned.clear()
         self._pinned.clear()
         self._idle.clear()
         self.device.reset()
@@ -128,8 +132,7 @@ class Residency:
     def _let_go(self, pinned: _Pinned) -> None:
         """Pins without a tile go: the pages are like any others, used just now."""
         del self._idle[id(pinned.pages)], self._pinned[id(pinned.pages)]
-        _unpin(pinned.pages)
-        self._touch(pinned.pages)
+        self._unpin(pinned.pages)
 
     def _reserve(self, size_bytes: int) -> bool:
         victims: Iterator[Page] | None = None
@@ -166,13 +169,8 @@ class Residency:
             self._load(page)
         self.resident_bytes += sum(page.page_bytes for page in missing)
         self.promoted_pages += len(missing)
-        self._touch(pages)
+        self._pages += len(missing)
         return True
-
-    def _touch(self, pages: Sequence[Page]) -> None:
-        for page in pages:  # the most recently used are last
-            self._resident.pop(page, None)
-            self._resident[page] = None
 
     def _evict_some(self, victims: Iterator[Page]) -> bool:
         """An extent's worth of them. False: all that are left are pinned or kept."""
@@ -196,15 +194,20 @@ class Residency:
             if id(pinned.pages) not in ids:  # the others' pages would not be evicted anyway
                 self._let_go(pinned)
         spared = {page for pages in kept if id(pages) not in self._pinned for page in pages}
-        return (page for page in list(self._resident) if page.pins == 0 and page not in spared)
+        return (page for page in list(self._unpinned) if page not in spared)
 
+    def _pin(self, pages: Sequence[Page]) -> None:
+        unpinned = self._unpinned
+        for page in pages:
+            if not page.pins:
+                unpinned.pop(page, None)  # it may not be on the device yet
+            page.pins += 1
 
-def _pin(pages: Sequence[Page]) -> None:
-    for page in pages:
-        page.pins += 1
-
-
-def _unpin(pages: Sequence[Page]) -> None:
-    for page in pages:
-        page.pins -= 1
-        assert page.pins >= 0, "a page was unpinned twice"
+    def _unpin(self, pages: Sequence[Page]) -> None:
+        """The most recently used are last."""
+        unpinned = self._unpinned
+        for page in pages:
+            page.pins -= 1
+            assert page.pins >= 0, "a page was unpinned twice"
+            if not page.pins and page.device is not None:
+                unpinned[page] = None

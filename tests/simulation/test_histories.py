@@ -75,7 +75,11 @@ def forgotten_pump(patch):
 
 
 def pins_that_are_not_looked_at(patch):
-    patch.setattr(Residency, "_victims", lambda self: iter(list(self._resident)))
+    def pin(self, pages):
+        for page in pages:
+            page.pins += 1
+
+    patch.setattr(Residency, "_pin", pin)
 
 
 def a_ledger_without_a_limit(patch):
@@ -111,7 +115,7 @@ def waits_that_never_end(patch):
 
 def a_device_that_is_not_forgotten(patch):
     def forget(self):
-        self._resident.clear()
+        self._unpinned.clear()
         self.device.reset()
 
     patch.setattr(Residency, "forget", forget)
@@ -138,10 +142,10 @@ def alone_in_name_only(patch):
 def a_copy_that_is_left_out(patch):
     promote = Residency._promote
 
-    def lazy(self, pages):
+    def lazy(self, pages, leave_bytes):
         load, self._load = self._load, lambda page: None
         try:
-            return promote(self, pages)
+            return promote(self, pages, leave_bytes)
         finally:
             self._load = load
 
