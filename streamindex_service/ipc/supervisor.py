@@ -314,14 +314,8 @@ class Supervisor:
 
     def _spawn(self) -> WorkerLink:
         ours, theirs = link.make_pair()
-        # The descriptor's number is not 0, 1 or 2; nothing else of ours is inherited.
         with theirs:
-            process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "streamindex_service.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **self._options.environment},
-            )
+            process = self._start_process(theirs)
         worker = WorkerLink(ours, process, self._events)
         configure = pb.Configure(
             device=self._options.device,
@@ -333,6 +327,15 @@ class Supervisor:
         )
         worker.send(pb.ToWorker(configure=configure))
         return worker
+
+    def _start_process(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        # The descriptor's number is not 0, 1 or 2; nothing else of ours is inherited.
+        return subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "streamindex_service.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **self._options.environment},
+        )
 
     async def _watch(self, worker: WorkerLink) -> bool:
         """Until the worker is gone; True if it hung and was killed for it."""

@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import threading
@@ -44,7 +43,7 @@ from tests.support.calls import (
     search_header,
     start_message,
 )
-from tests.support.resources import ProcessFigures, figures_of
+from tests.support.resources import ProcessFigures, figures_of, fill_ingress, more_than
 from tests.support.services import CPU, MIB, is_idle, wait_for
 from tests.support.tensors import Draw, Kind, expected
 
@@ -52,16 +51,15 @@ CLEAN_BYTES, ABORTED_BYTES = 16, 128  # that resident memory may grow by, a cach
 KIND = Kind(heads=2, head_dim=32)
 KEYS, CHUNK_KEYS, ROWS, TOP_K = 600, 300, 4, 8
 VARIANTS = 16
-BLOCK_BYTES, BLOCKS = MIB // 4, 16
 # Small extents, so that segments come and go all the time; what is aborted goes after a second.
 SETTINGS: dict[str, dict[str, Any]] = {
     "server": {"sweep_s": 0.1, "upload_ttl_s": 1.0},
     "memory": {
         "device_budget_bytes": 64 * MIB,
         "host_budget_bytes": 64 * MIB,
-        "ingress_budget_bytes": BLOCKS * BLOCK_BYTES,
+        "ingress_budget_bytes": 4 * MIB,
         "extent_bytes": 65_536,
-        "search_block_bytes": BLOCK_BYTES,
+        "search_block_bytes": MIB // 4,
         "search_blocks": 2,
         "workspace_bytes": 16 * MIB,
         "workspace_floor_bytes": 16 * MIB,
@@ -76,7 +74,6 @@ QUIET_S = 60.0  # the longest wait for everything to come back
 LINE_SAMPLES = 5
 CALM_LOOKS = 20  # that are alike: nothing is on its way any more
 PROCESSES = ("frontend", "worker")
-COUNTED = ("descriptors", "threads", "segments", "mapped_segments")
 
 
 class Variant:
@@ -211,14 +208,10 @@ class Outcome:
         """What did not come back, or grew too much."""
         found = []
         for process in PROCESSES:
-            before = asdict(getattr(self.clean.samples[0], process))
+            before = getattr(self.clean.samples[0], process)
             for half in (self.clean, self.aborted):
-                after = asdict(getattr(half.samples[-1], process))
-                found += [
-                    f"{process}, {half.kind}: {before[name]} {name} became {after[name]}"
-                    for name in COUNTED
-                    if after[name] > before[name]
-                ]
+                after = getattr(half.samples[-1], process)
+                found += [f"{process}, {half.kind}: {more}" for more in more_than(before, after)]
                 grown, limit = half.growth_bytes(process), half.caches * half.limit_bytes + self.allowance_bytes
                 if grown > limit:
                     found.append(f"{process}: {half.caches} {half.kind} caches: {grown:.0f} bytes more, limit {limit}")
@@ -264,7 +257,7 @@ class Soak:
         """
         outcome = Outcome(allowance_bytes=allowance_bytes)
         each = max(1, caches // (2 * rounds))
-        self._fill_blocks()
+        fill_ingress(self._observer, self._service.worker_pids()[0])
         self._many(warm_up, clean=False)
         for half, end in ((outcome.clean, seconds / 2), (outcome.aborted, seconds)):
             clean = half is outcome.clean
@@ -306,26 +299,6 @@ class Soak:
         for done in [self._pool.submit(work, caller) for caller in self._callers]:
             done.result()
 
-    def _fill_blocks(self) -> None:
-        """Every block of ingress memory in use at once: their segments stay, and no later search makes another."""
-        (worker,) = self._service.worker_pids()
-        variant, calls = Variant(0), self._observer
-        with calls.cache(KIND) as cache:
-            calls.upload(KIND, cache.id, Draw(0).keys(KIND, KEYS))
-            os.kill(worker, signal.SIGSTOP)
-            try:
-                made = []
-                for _ in range(2 * BLOCKS):
-                    call = calls.search_call()
-                    call.send(search_header(KIND, cache.id, TOP_K, start_position=KEYS), variant.rows)
-                    call.half_close()
-                    made.append(call)
-                wait_for(lambda: calls.ledger("ingress").reserved_bytes == BLOCKS * BLOCK_BYTES)
-            finally:
-                os.kill(worker, signal.SIGCONT)
-            for call in made:
-                assert call.rest()[-1].done.row_count == ROWS
-
     def _sample(self, caches: int, base: Sample | None) -> Sample:
         """Wait until nothing is left of any cache, and look."""
 
@@ -356,11 +329,7 @@ class Soak:
 
 def _more(one: Sample, other: Sample) -> bool:
     """Whether one has more of anything that is counted, memory left aside."""
-    return any(
-        getattr(getattr(one, process), name) > getattr(getattr(other, process), name)
-        for process in PROCESSES
-        for name in COUNTED
-    )
+    return any(more_than(getattr(other, process), getattr(one, process)) for process in PROCESSES)
 
 
 def header(command: list[str]) -> dict[str, Any]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.calls import Calls, query_chunk, search_header
+from tests.support.services import wait_for
+from tests.support.tensors import Draw, Kind
+
+COUNTED = ("descriptors", "threads", "segments", "mapped_segments")
 _MEMFD = "memfd:streamindex"  # how the system calls a segment
 
 
@@ -20,6 +26,15 @@ class ProcessFigures:
     segments: int
     mapped_segments: int
     resident_bytes: int
+
+
+def more_than(base: ProcessFigures, now: ProcessFigures) -> list[str]:
+    """What a process has more of than before, memory left aside."""
+    return [
+        f"{getattr(base, name)} {name} became {getattr(now, name)}"
+        for name in COUNTED
+        if getattr(now, name) > getattr(base, name)
+    ]
 
 
 def figures_of(pid: int) -> ProcessFigures:
@@ -41,3 +56,25 @@ def descriptors_of(pid: int) -> list[str]:
         except FileNotFoundError:  # closed meanwhile
             continue
     return names
+
+
+def fill_ingress(calls: Calls, worker: int) -> None:
+    """Have every block of ingress memory in use at once. Their segments stay with the service, and are as many as they
+    ever will be."""
+    kind, draw = Kind(heads=2, head_dim=32), Draw(0)
+    ledger = calls.ledger("ingress")
+    with calls.cache(kind, draw.keys(kind, 300)) as cache:
+        rows = query_chunk(kind, draw.queries(kind, 4, start_position=300), 0, 4)
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            made = []
+            for _ in range(32):
+                call = calls.search_call()
+                call.send(search_header(kind, cache.id, 8, start_position=300), rows)
+                call.half_close()
+                made.append(call)
+            wait_for(lambda: calls.ledger("ingress").reserved_bytes == ledger.limit_bytes)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        for call in made:
+            assert call.rest()[-1].done.row_count == 4
