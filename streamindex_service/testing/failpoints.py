@@ -15,6 +15,7 @@ before they start; they are started by tests. See docs/decisions/0027.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import signal
@@ -79,6 +80,7 @@ class Action(StrEnum):
     KILL_WORKER = "kill-worker"  # SIGKILL
     STOP_WORKER = "stop-worker"  # SIGSTOP: it hangs
     KILL_FRONTEND = "kill-frontend"
+    FAIL_CALL = "fail-call"  # what is done there raises OSError, as when the system has no memory left
 
 
 class Failpoints:
@@ -155,6 +157,11 @@ def _wrapped(inner: Callable[..., Any], seam: Seam, come_by: Callable[[Point], N
         return result
 
     return wrapper
+
+
+def fail_call() -> None:
+    """Raises OSError."""
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 def act_on_worker(pids: Sequence[int], action: Action) -> None:

@@ -31,6 +31,7 @@ from streamindex_service.testing.failpoints import (
     Point,
     Seam,
     act_on_worker,
+    fail_call,
     install,
     workers_of,
 )
@@ -107,6 +108,8 @@ def _come_by(points: Failpoints, source_pid: int, point: Point) -> None:
     action = points.take(point)
     if action is Action.KILL_FRONTEND:
         os.kill(os.getpid(), signal.SIGKILL)
+    elif action is Action.FAIL_CALL:
+        fail_call()
     elif action is not None:
         act_on_worker(workers_of(os.getpid(), [source_pid]), action)
 

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from streamindex_service.ipc.v1 import worker_pb2 as pb
-from streamindex_service.testing.failpoints import Action, Failpoints, Point, Seam, install
+from streamindex_service.testing.failpoints import Action, Failpoints, Point, Seam, fail_call, install
 from streamindex_service.worker import __main__ as worker
 from streamindex_service.worker import canary, executor
 from streamindex_service.worker.commands import Commands
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> None:
     while True:
         _, fds, _, _ = socket.recv_fds(frontend, 16, 1)
         if not fds:
-            return
+            os._exit(0)  # nothing is to be tidied up, and torch takes its time for it
         frontend.send(str(_fork_twice(frontend, fds[0])).encode())
         os.close(fds[0])
 
@@ -52,12 +53,13 @@ def _fork_twice(frontend: socket.socket, fd: int) -> int:
     reading, writing = os.pipe()
     between = os.fork()
     if between == 0:
+        parent = os.getpid()
         child = os.fork()
         if child == 0:
             os.close(reading)
             os.close(writing)
             frontend.close()
-            _run_worker(fd)
+            _run_worker(fd, parent)
         os.write(writing, str(child).encode())
         os._exit(0)
     os.close(writing)
@@ -66,7 +68,9 @@ def _fork_twice(frontend: socket.socket, fd: int) -> int:
         return int(pipe.read())
 
 
-def _run_worker(fd: int) -> None:
+def _run_worker(fd: int, first_parent: int) -> None:
+    while os.getppid() == first_parent:  # it ends at once, and a worker ends with its parent
+        time.sleep(0.001)
     try:
         sys.argv = [sys.argv[0], str(fd)]
         worker.main()
@@ -83,7 +87,9 @@ def _come_by(points: Failpoints, point: Point) -> None:
 
 
 def _act(action: Action) -> None:
-    if action is Action.KILL_FRONTEND:
+    if action is Action.FAIL_CALL:
+        fail_call()
+    elif action is Action.KILL_FRONTEND:
         os.kill(os.getppid(), signal.SIGKILL)
     else:
         os.kill(os.getpid(), signal.SIGKILL if action is Action.KILL_WORKER else signal.SIGSTOP)

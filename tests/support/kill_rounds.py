@@ -8,14 +8,14 @@ is there. A caller without retries is answered right, or told WORKER_LOST and wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def settings(spill_dir: Path) -> dict[str, dict[str, Any]]:
         "heartbeat_s": 0.2,
         "heartbeat_timeout_s": 1.5,
         "restart_backoff_s": 0.05,
+        "ready_timeout_s": 10.0,  # it is forked
         "poison_deaths": 1_000_000,  # the same requests come again and again
     }
     return {**base, "memory": memory, "worker": worker}
@@ -76,6 +77,7 @@ class KillRounds:
         self._wanted = expected(KIND, self._keys, self._plain, TOP_K)[0]
         self._first: dict[tuple[int, str], torch.Tensor] = {}  # answers as they were undisturbed
         self._figures: ProcessFigures | None = None
+        self._options = streamindex_client.ClientOptions()
 
     def undisturbed(self) -> None:
         """A round in which a worker is killed between two calls: it shows the answers, and what is held after it."""
@@ -88,43 +90,53 @@ class KillRounds:
                 wait_for(lambda: worker not in self._service.worker_pids())
                 self._search(caches)
                 calls.wait_health(SERVING)
-                self._at_work_together(caches, lambda at_work: None, ends=False)
+                self._at_work_together(caches, lambda at_work: None)
             self._wait_for_nothing(calls)
             figures = figures_of(self._service.process.pid)
             while (later := _settled(self._service.process.pid)) != figures:
                 figures = later
         self._figures = figures
 
-    def play(self, point: Point, action: Action) -> None:
-        """A round in which this happens. Raises AssertionError for a promise that is not kept."""
-        before = self._service.processes()
+    def play(self, points: Sequence[Point], action: Action) -> None:
+        """A round in which this happens at one point after another. Raises AssertionError for a promise not kept."""
+        assert points
+        if self._figures is None:
+            self.undisturbed()
         with Calls(self._service.address) as calls:
-            restarts = calls.load().worker_restarts
-        try:
-            self._disturbed(point, action)
-        finally:
-            self._service.points.disarm()
-        if action is Action.KILL_FRONTEND:
-            self._after_the_frontend(before)
-            return
-        with Calls(self._service.address) as calls:
+            try:
+                with self._caches() as caches:
+                    self._at_work_together(
+                        caches, lambda at_work: [self._have_happen(calls, each, action, at_work) for each in points]
+                    )
+            finally:
+                self._service.points.disarm()
             calls.wait_health(SERVING)
-            assert calls.load().worker_restarts > restarts or point in ONLY_AT_START
             self._wait_for_nothing(calls)
         self._wait_for_no_more()
         assert len(self._service.worker_pids()) == 1
 
-    def _disturbed(self, point: Point, action: Action) -> None:
-        gone = action is Action.KILL_FRONTEND
-        try:
-            with self._caches() as caches:
-                self._at_work_together(caches, lambda at_work: self._have_happen(point, action, at_work), ends=gone)
-        except (grpc.RpcError, streamindex_client.StreamIndexError):
-            if not gone:
-                raise
+    def play_frontend(self, point: Point) -> None:
+        """A round in which the frontend is killed at a point. No process and no file is left; another service starts in
+        its place, and knows none of its caches."""
+        processes = self._service.processes()
+        # to try again is of no use
+        self._options = streamindex_client.ClientOptions(retry=streamindex_client.RetryPolicy(max_attempts=1))
+        with contextlib.suppress(grpc.RpcError, streamindex_client.StreamIndexError), self._caches() as caches:
+            self._at_work_together(caches, lambda at_work: self._end_frontend(point), ends=True)
+        self._options = streamindex_client.ClientOptions()
+        assert self._service.points.was_reached(point)
+        self._service.process.wait(10)
+        wait_for(lambda: all(is_gone(pid) for pid in processes))
+        assert os.listdir(self._spill_dir) == []
+        self._service.start()
+        with Calls(self._service.address) as calls:
+            assert calls.load().key_caches == 0
+        self._figures = None  # another process
 
-    def _at_work_together(self, caches: list[Any], meanwhile: Callable[[list[Any]], None], ends: bool) -> None:
-        """Callers at work until something has happened, and once more. `ends`: it may be the end of the service."""
+    def _at_work_together(
+        self, caches: list[Any], meanwhile: Callable[[list[Any]], object], *, ends: bool = False
+    ) -> None:
+        """Callers at work until something has happened, and once more. `ends`: it is the end of the service."""
         over = threading.Event()
 
         def until_over(work: Callable[[], None]) -> None:
@@ -154,22 +166,37 @@ class KillRounds:
             for done in at_work:
                 done.result()
 
-    def _have_happen(self, point: Point, action: Action, at_work: list[Any]) -> None:
+    def _have_happen(self, calls: Calls, point: Point, action: Action, at_work: list[Any]) -> None:
+        """It happens at a point, and another worker is ready, if it is the end of one."""
+        restarts = calls.load().worker_restarts
         self._service.points.arm(point, action)
         if point in ONLY_AT_START:
             for worker in self._service.worker_pids():
                 os.kill(worker, signal.SIGKILL)
-        end = time.monotonic() + POINT_S
-        while not self._service.points.was_reached(point):
+
+        def happened() -> bool:
             assert not any(each.done() for each in at_work), [each.exception() for each in at_work if each.done()]
-            assert time.monotonic() < end, f"nobody came by {point}"
-            time.sleep(0.005)
+            return self._service.points.was_reached(point)
+
+        wait_for(happened, POINT_S)
+        if action is Action.FAIL_CALL:
+            return
+
+        def ready_again() -> bool:
+            load = calls.load()
+            return load.ready and load.worker_restarts > restarts
+
+        wait_for(ready_again, POINT_S)
+
+    def _end_frontend(self, point: Point) -> None:
+        self._service.points.arm(point, Action.KILL_FRONTEND)
+        wait_for(lambda: self._service.points.was_reached(point), POINT_S)
 
     # What callers do.
 
-    @contextmanager
+    @contextlib.contextmanager
     def _caches(self) -> Iterator[list[Any]]:
-        with streamindex_client.connect(self._service.address) as client:
+        with streamindex_client.connect(self._service.address, options=self._options) as client:
             caches = [SHAPE.create(client) for _ in self._rows]
             for cache, rows in zip(caches, self._rows, strict=True):
                 rows.upload(cache)
@@ -196,7 +223,7 @@ class KillRounds:
 
     def _upload(self) -> None:
         """A cache in parts; each of them is there once it is acknowledged."""
-        with streamindex_client.connect(self._service.address) as client:
+        with streamindex_client.connect(self._service.address, options=self._options) as client:
             cache, keys = SHAPE.create(client), self._rows[0].keys
             part = len(keys) // PARTS
             for number in range(PARTS):
@@ -251,16 +278,6 @@ class KillRounds:
         while more := more_than(base, figures_of(pid)):
             assert time.monotonic() < end, more
             time.sleep(0.02)
-
-    def _after_the_frontend(self, processes: list[int]) -> None:
-        """No process and no file is left; another service starts in its place, and knows none of its caches."""
-        self._service.process.wait(10)
-        wait_for(lambda: all(is_gone(pid) for pid in processes))
-        assert os.listdir(self._spill_dir) == []
-        self._service.start()
-        with Calls(self._service.address) as calls:
-            assert calls.load().key_caches == 0
-        self.undisturbed()
 
 
 def _settled(pid: int) -> ProcessFigures:

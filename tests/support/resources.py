@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass
@@ -12,17 +13,23 @@ from tests.support.services import wait_for
 from tests.support.tensors import Draw, Kind
 
 COUNTED = ("descriptors", "threads", "segments", "mapped_segments")
+_GRPC_POOL = "event_engine"
 _MEMFD = "memfd:streamindex"  # how the system calls a segment
 
 
 @dataclass(frozen=True)
 class ProcessFigures:
-    """What a process holds. `segments`: descriptors of shared memory; `mapped_segments`: those in its address space;
-    `resident_bytes`: memory of its own and shared memory, in RAM and in swap, but no pages of files, which the system
-    brings and drops as it likes."""
+    """What a process holds.
+
+    `threads` are without those of gRPC's own pool, `grpc_threads`, which are more after a crowd of events and fewer
+    after a rest, as gRPC thinks fit. `segments`: descriptors of shared memory; `mapped_segments`: those in its address
+    space. `resident_bytes`: memory of its own and shared memory, in RAM and in swap, but no pages of files, which the
+    system brings and drops as it likes.
+    """
 
     descriptors: int
     threads: int
+    grpc_threads: int
     segments: int
     mapped_segments: int
     resident_bytes: int
@@ -44,7 +51,17 @@ def figures_of(pid: int) -> ProcessFigures:
     kib = sum(int(status[name].split()[0]) for name in ("RssAnon", "RssShmem", "VmSwap"))
     mapped = sum(_MEMFD in line for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
     segments = sum(_MEMFD in name for name in names)
-    return ProcessFigures(len(names), int(status["Threads"]), segments, mapped, 1024 * kib)
+    grpc_threads = _threads_called(pid, _GRPC_POOL)
+    threads = int(status["Threads"]) - grpc_threads
+    return ProcessFigures(len(names), threads, grpc_threads, segments, mapped, 1024 * kib)
+
+
+def _threads_called(pid: int, name: str) -> int:
+    count = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            count += (task / "comm").read_text().strip() == name
+    return count
 
 
 def descriptors_of(pid: int) -> list[str]:
