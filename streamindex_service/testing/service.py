@@ -136,6 +136,10 @@ class RunningService:
                 start_new_session=True,
             )
 
+    def redirect_log(self, path: Path) -> None:
+        """Have standard error go there and not to a file of its own. For before the start."""
+        self._stderr_path.symlink_to(path)
+
     def worker_pids(self) -> list[int]:
         """Processes that the frontend started."""
         return process_children(self.process.pid)
@@ -146,7 +150,7 @@ class RunningService:
             return ""
         with self._stderr_path.open("rb") as log:
             log.seek(max(0, self._stderr_path.stat().st_size - _LOG_TAIL_BYTES))
-            return log.read().decode(errors="replace")
+            return log.read(_LOG_TAIL_BYTES).decode(errors="replace")
 
     def stop(self, grace_s: float = 30.0) -> int | None:
         """SIGTERM, wait, then SIGKILL; remove the directory. Gives the exit code, None when it was never started.

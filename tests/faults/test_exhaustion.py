@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -30,7 +32,7 @@ def settings(spill_dir):
         "ingress_budget_bytes": 4 * MIB,
         "extent_bytes": 65_536,
         "spare_bytes": 0,
-        "ingest_threads": 2,
+        "ingest_threads": 1,
         "spill_dir": str(spill_dir),
         "spill_bytes": 64 * MIB,
         "spill_pause_s": 0.05,
@@ -44,6 +46,9 @@ def service(tmp_path_factory):
         with Calls(running.address) as calls:
             (worker,) = running.worker_pids()
             fill_ingress(calls, worker)
+            world = World(calls)  # every thread that there is has had something to do
+            world.fill_host()
+            world.close()
         yield running
 
 
@@ -71,7 +76,8 @@ class World:
         for keys in self.keys:
             self.ids.append(calls.create(KIND).id)
             calls.upload(KIND, self.ids[-1], keys)
-        self.search(0)
+        self.more = draw.keys(KIND, 4 * KEYS)
+        assert self.search(0)
 
     def search(self, number):
         """Right, or a refusal that may be retried; whether it was right."""
@@ -89,7 +95,37 @@ class World:
         refused = messages[-1].refused
         assert refused.reason in RETRYABLE_REASONS, refused
         assert refused.HasField("retry_after_ms")
+        print(refused)
         return False
+
+    def upload_is_refused(self):
+        """For want of memory, and may be tried again."""
+        upload, _ = self.calls.start_upload(self.ids[0], len(self.more), KEYS)
+        with upload:
+            upload.send(*key_chunks(KIND, self.more, KEYS))
+            refusal = upload.refusal()
+        assert (refusal.code, refusal.error.reason) == (EXHAUSTED, "HOST_MEMORY")
+
+    def upload_goes_on(self):
+        """There is room again; nothing of what was there has changed."""
+
+        def taken():
+            with contextlib.suppress(grpc.RpcError):
+                return self.calls.upload(KIND, self.ids[0], self.more, KEYS, chunk_rows=KEYS) == KEYS + len(self.more)
+
+        wait_for(taken)
+        self.keys[0] += self.more
+        wait_for(lambda: self.search(0) and self.search(1))
+
+    def fill_host(self):
+        """More than the host holds: what is idle goes to disk, and comes back."""
+        draw = Draw(3)
+        for _ in range(3):
+            self.keys.append(draw.keys(KIND, 6 * KEYS))
+            self.ids.append(self.calls.create(KIND).id)
+            self.calls.upload(KIND, self.ids[-1], self.keys[-1], chunk_rows=KEYS)
+        for number in range(len(self.ids)):
+            wait_for(lambda: self.search(number))  # noqa: B023
 
     def close(self):
         for cache_id in self.ids:
@@ -107,7 +143,7 @@ def world(service):
         made.close()
         wait_for(lambda: is_idle(calls.load()))
         wait_for(lambda: not any(ledger.reserved_bytes for ledger in calls.load().ledgers))
-        wait_for(lambda: not more_than(before, figures_of(pid)) or print(more_than(before, figures_of(pid))))
+        wait_for(lambda: not more_than(before, figures_of(pid)))
         assert calls.load().worker_restarts == 0
 
 
@@ -118,28 +154,55 @@ def highest_descriptor(pid):
 @pytest.mark.parametrize("free", [0, 1, 3])
 def test_no_descriptors(service, world, free):
     """Nobody who has a connection loses it; searches are right or refused; connections that come wait."""
-    with (
-        limited(service, resource.RLIMIT_NOFILE, highest_descriptor(service.process.pid) + 1 + free),
-        ThreadPoolExecutor(8) as pool,
-    ):
-        assert world.search(0)  # it needs none
-        world.search(1)  # its pages have to be brought
-        for _ in range(3):
-            upload, _ = world.calls.start_upload(world.ids[0], 8 * KEYS)
-            with upload:
-                upload.send(*key_chunks(KIND, Draw(2).keys(KIND, 8 * KEYS), KEYS))
-                refusal = upload.refusal()
-            assert (refusal.code, refusal.error.reason) == (EXHAUSTED, "HOST_MEMORY")
-        connections = [Calls(service.address) for _ in range(8)]
-        waiting = [
-            pool.submit(connection.server.GetLoad, server_pb2.GetLoadRequest(), wait_for_ready=True, timeout=60)
-            for connection in connections
-        ]
-        world.search(1)
+    most = highest_descriptor(service.process.pid) + 1 + free
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(8))
+        with limited(service, resource.RLIMIT_NOFILE, most):
+            assert world.search(0)
+            assert world.search(1)  # its pages have to be brought, in segments that the worker has not seen
+            for _ in range(3):
+                world.upload_is_refused()
+            connections = [stack.enter_context(Calls(service.address)) for _ in range(8)]
+            waiting = [pool.submit(load_when_connected, connection) for connection in connections]
+            assert world.search(0)
+            assert world.search(1)
+            assert sum(each.done() for each in waiting) <= free
+        for each in waiting:
+            assert each.result().ready
+    world.upload_goes_on()
+
+
+def load_when_connected(calls):
+    return calls.server.GetLoad(server_pb2.GetLoadRequest(), wait_for_ready=True, timeout=60)
+
+
+def test_no_disk_and_no_memory(service, world):
+    """Neither the directory for spilled keys nor shared memory takes a byte: as with RLIMIT_FSIZE, so with ENOSPC."""
+    spilled = world.calls.load().spill.spilled_pages
+    with limited(service, resource.RLIMIT_FSIZE, 1):
         assert world.search(0)
-        assert sum(each.done() for each in waiting) <= free
-    for each in waiting:
-        each.result()
-    for connection in connections:
-        connection.close()
-    wait_for(lambda: world.search(0) and world.search(1))
+        assert world.search(1)
+        world.upload_is_refused()
+        assert world.calls.load().spill.spilled_pages == spilled
+        assert world.search(0)
+        assert world.search(1)
+    world.upload_goes_on()
+    world.fill_host()
+    assert world.calls.load().spill.spilled_pages > spilled
+
+
+def test_a_log_on_a_full_disk_costs_lines_and_nothing_else():
+    """Every write to standard error fails, from the first to the last, and a worker dies meanwhile."""
+    running = RunningService(ROOMY)
+    running.redirect_log(Path("/dev/full"))
+    with running as service, Calls(service.address) as calls:
+        world = World(calls)
+        (worker,) = service.worker_pids()
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: calls.load().worker_restarts == 1 and calls.load().ready)
+        assert world.search(0)
+        with calls.search_call() as call:  # a refusal is a line as well
+            call.send(search_header(KIND, "absent", TOP_K))
+            assert call.refusal().error.reason == "CACHE_NOT_FOUND"
+        world.close()
+        assert service.stop() == 0
