@@ -5,11 +5,8 @@ python -m tests.faults.kill_loop does the same for as long as one likes.
 
 from __future__ import annotations
 
-import ast
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,6 @@ from tests.support.faulty_service import FaultyService, is_gone
 from tests.support.kill_rounds import KillRounds, settings
 from tests.support.services import wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {
     "start": ("canary", "ready"),
     "segments": ("segment",),
@@ -122,25 +118,11 @@ def test_wrappers_come_by_before_or_after_and_only_where_they_are_asked_to():
 
 
 def test_the_service_has_no_way_to_its_failpoints():
-    """No module of it imports them, no module of it reads what arms them, and a process that serves has not loaded
-    them."""
+    """No module outside of the tests' tools imports or names them; test_import_rules sees what a process loads."""
     package = Path(failpoints.__file__).parents[1]
     modules = [path for path in package.rglob("*.py") if "testing" not in path.relative_to(package).parts]
     assert len(modules) > 100
     for path in modules:
-        names = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-        assert not any("failpoints" in name or "faulty" in name for name in names), path
-        assert "failpoint" not in path.read_text(), path
-    program = (
-        "import sys\n"
-        "import streamindex_service.cli, streamindex_service.frontend.server, streamindex_service.worker.__main__\n"
-        "sys.exit(any(name.startswith('streamindex_service.testing') for name in sys.modules))"
-    )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, check=False)
-    assert run.returncode == 0
+        text = path.read_text()
+        assert "failpoint" not in text, path
+        assert "faulty" not in text, path

@@ -1,21 +1,18 @@
 """Caches come and go, and nothing of them stays: the short form of `python -m tests.faults.soak`.
 
-So few caches say nothing of 16 bytes each by what a process holds of the system: what is counted must be the same to the
-last one, resident memory may move by the allocator's own steps. So the objects of a server in this process are counted
-too, where one that stays for every cache is seen after a few dozen.
+So few caches say nothing of 16 bytes each by what a process holds of the system: what is counted must be the same to
+the last one, resident memory may move by the allocator's own steps. So the objects of a server in this process are
+counted too, where one that stays for every cache is seen after a few dozen.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import Counter
-from dataclasses import replace
-from types import SimpleNamespace
 
 from streamindex_service.testing.service import RunningService
-from tests.faults.soak import ABORTED_BYTES, CLEAN_BYTES, SETTINGS, Caller, Half, Outcome, Sample, Soak, Variant
+from tests.faults.soak import SETTINGS, Caller, Soak, Variant
 from tests.support.calls import Calls
-from tests.support.resources import ProcessFigures
 from tests.support.services import MIB, is_idle, wait_for
 
 CACHES = 160

@@ -57,7 +57,7 @@ RULES = {
         SERVICE / "worker",
         {"worker", "ops", "ipc", "core", "errors", "telemetry"},
         {"torch", "numpy", "google"},
-        never_loaded={"grpc", "grpc_health", "streamindex", "prometheus_client", f"{OURS}.frontend"},
+        never_loaded={"grpc", "grpc_health", "streamindex", "prometheus_client", f"{OURS}.frontend", f"{OURS}.testing"},
     ),
     "telemetry": Rule(
         SERVICE / "telemetry",
@@ -69,7 +69,7 @@ RULES = {
         SERVICE / "frontend",
         {"frontend", "core", "ipc", "errors", "config", "telemetry", ""},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "structlog", "prometheus_client"} | CONTRACT,
-        never_loaded={"torch", "triton", f"{OURS}.ops", f"{OURS}.worker"},
+        never_loaded={"torch", "triton", f"{OURS}.ops", f"{OURS}.worker", f"{OURS}.testing"},
     ),
     "client": Rule(
         CLIENT / "streamindex_client",
