@@ -435,8 +435,10 @@ class Governor:
         turn.open_search.turns -= 1
         turn.open_search.grants += 1
         turn.open_search.used[id(need.pages)] = need.pages
-        # Elastic: what is free anyway makes the tiles larger. Nothing is evicted for it.
-        more = max(0, min(need.want_bytes - need.floor_bytes, self.hbm.free_bytes))
+        # Elastic: what is free anyway makes the tiles larger. Nothing is evicted for it, and the next is left its floor,
+        # so that its keys come while this one runs.
+        free_bytes = self.hbm.free_bytes - (need.floor_bytes if len(self.scheduler) else 0)
+        more = max(0, min(need.want_bytes - need.floor_bytes, free_bytes))
         reserved = self.hbm.try_reserve(more)
         assert reserved
         grant = Grant(turn, need.floor_bytes + more, self._clock() - turn.arrived_at, self._epoch)

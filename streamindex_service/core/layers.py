@@ -87,12 +87,18 @@ class Page:
         """It is on the device now."""
         assert self.device is None, "a page has two places"
         self.device = slot
-        self._count(1)
+        if self.layer is not None:
+            self.layer.resident_pages += 1
+        if self.forks is not None:
+            self._count_in_forks(1)
 
     def displace(self) -> None:
         """It is not any more."""
         self.device = None
-        self._count(-1)
+        if self.layer is not None:
+            self.layer.resident_pages -= 1
+        if self.forks is not None:
+            self._count_in_forks(-1)
 
     def show_in(self, layer: Layer) -> None:
         """One more layer has it."""
@@ -120,8 +126,9 @@ class Page:
             yield self.layer
         yield from self.forks or ()
 
-    def _count(self, pages: int) -> None:
-        for layer in self.layers():
+    def _count_in_forks(self, pages: int) -> None:
+        assert self.forks is not None
+        for layer in self.forks:
             layer.resident_pages += pages
 
     def _count_spilled(self, pages: int) -> None:

@@ -58,9 +58,12 @@ class PagePool:
         pages = self.try_allocate_some(page_bytes, 1)
         return pages[0] if pages else None
 
-    def try_allocate_some(self, page_bytes: int, most: int) -> list[PageSlot]:
-        """Take up to `most` pages of one extent, fewer if it has fewer; none when the budget does not allow any."""
-        extent_id = self._extent_with_room(page_bytes) or self._add_extent(page_bytes)
+    def try_allocate_some(self, page_bytes: int, most: int, leave_bytes: int = 0) -> list[PageSlot]:
+        """Take up to `most` pages of one extent, fewer if it has fewer; none when the budget does not allow any.
+
+        leave_bytes: of the budget, what no new extent may take.
+        """
+        extent_id = self._extent_with_room(page_bytes) or self._add_extent(page_bytes, leave_bytes)
         if extent_id is None:
             return []
         free = self._extents[extent_id].free
@@ -119,9 +122,9 @@ class PagePool:
             heapq.heappop(heap)
         return None
 
-    def _add_extent(self, page_bytes: int) -> int | None:
-        slots = min(max(1, self.extent_bytes // page_bytes), self.ledger.free_bytes // page_bytes)
-        if slots == 0 or not self.ledger.try_reserve(slots * page_bytes):
+    def _add_extent(self, page_bytes: int, leave_bytes: int) -> int | None:
+        slots = min(max(1, self.extent_bytes // page_bytes), (self.ledger.free_bytes - leave_bytes) // page_bytes)
+        if slots <= 0 or not self.ledger.try_reserve(slots * page_bytes):
             return None
         extent_id = self._next_extent_id
         try:

@@ -30,7 +30,7 @@ class Residency:
     """The pages on one worker's device.
 
     `load` is called for every page to be copied there, in the order of the decisions; what is sent to the worker after
-    that finds the page in place. `kept` gives the pages that are not evicted for others, pinned or not.
+    that finds the page in place. `kept` gives the sequences of pages that are not evicted for others, pinned or not.
     """
 
     def __init__(self, hbm: Ledger, device: PagePool, load: Callable[[Page], None]) -> None:
@@ -40,7 +40,7 @@ class Residency:
         self.promoted_pages = 0
         self.resident_bytes = 0
         self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
-        self.kept: Callable[[], set[Page]] = set
+        self.kept: Callable[[], Sequence[Sequence[Page]]] = tuple
         self._load = load
         self._resident: dict[Page, None] = {}  # least recently used first
         self._pinned: dict[int, _Pinned] = {}  # by the identity of the sequence
@@ -68,7 +68,7 @@ class Residency:
         if not self._reserve(workspace_bytes):
             _unpin(pages)
             return False
-        if not self._promote(pages):
+        if not self._promote(pages, workspace_bytes):
             self.hbm.release(workspace_bytes)
             _unpin(pages)
             return False
@@ -91,7 +91,9 @@ class Residency:
 
     def evict_all(self) -> None:
         """Drop every page that is not pinned, kept or not."""
-        for page in self._unpinned():
+        for pinned in list(self._idle.values()):
+            self._let_go(pinned)
+        for page in [page for page in self._resident if page.pins == 0]:
             self._evict(page)
 
     def drop(self, page: Page) -> None:
@@ -139,23 +141,31 @@ class Residency:
             self._evict(page)
         return True
 
-    def _promote(self, pages: Sequence[Page]) -> bool:
+    def _promote(self, pages: Sequence[Page], leave_bytes: int) -> bool:
+        """Bring what is missing. Pages are evicted before new extents take the last `leave_bytes`, which the workspace
+        of the next tile will need: an extent comes back only once all its pages have gone, whoever's they are."""
         missing = [page for page in pages if page.device is None]
-        placed: list[tuple[Page, PageSlot]] = []
-        for page in missing:
-            slot = self.device.try_allocate(page.page_bytes)
-            while slot is None:
-                if not self._evict_some():
-                    for _, taken in placed:
-                        self.device.free(taken)
-                    return False
-                slot = self.device.try_allocate(page.page_bytes)
-            placed.append((page, slot))
-        for page, slot in placed:
+        slots: list[PageSlot] = []
+        victims: Iterator[Page] | None = None
+        while len(slots) < len(missing):
+            some = self.device.try_allocate_some(missing[0].page_bytes, len(missing) - len(slots), leave_bytes)
+            slots += some
+            if some:
+                continue
+            victims = self._victims() if victims is None else victims
+            if self._evict_some(victims):
+                continue
+            if leave_bytes:
+                leave_bytes = 0
+            else:
+                for slot in slots:
+                    self.device.free(slot)
+                return False
+        for page, slot in zip(missing, slots, strict=True):
             page.place(slot)
-            self.resident_bytes += page.page_bytes
             self._load(page)
-        self.promoted_pages += len(placed)
+        self.resident_bytes += sum(page.page_bytes for page in missing)
+        self.promoted_pages += len(missing)
         self._touch(pages)
         return True
 
@@ -164,10 +174,10 @@ class Residency:
             self._resident.pop(page, None)
             self._resident[page] = None
 
-    def _evict_some(self) -> bool:
-        """An extent's worth of the pages used longest ago. False: all that are left are pinned."""
+    def _evict_some(self, victims: Iterator[Page]) -> bool:
+        """An extent's worth of them. False: all that are left are pinned or kept."""
         freed_bytes = 0
-        for page in self._victims():
+        for page in victims:
             self._evict(page)
             freed_bytes += page.page_bytes
             if freed_bytes >= self.device.extent_bytes:
@@ -179,13 +189,14 @@ class Residency:
         self.evicted_pages += 1
 
     def _victims(self) -> Iterator[Page]:
+        """What may be evicted, used longest ago first. To be used up before anything else changes."""
         kept = self.kept()
-        return iter([page for page in self._unpinned() if page not in kept])
-
-    def _unpinned(self) -> list[Page]:
+        ids = {id(pages) for pages in kept}
         for pinned in list(self._idle.values()):
-            self._let_go(pinned)
-        return [page for page in self._resident if page.pins == 0]
+            if id(pinned.pages) not in ids:  # the others' pages would not be evicted anyway
+                self._let_go(pinned)
+        spared = {page for pages in kept if id(pages) not in self._pinned for page in pages}
+        return (page for page in list(self._resident) if page.pins == 0 and page not in spared)
 
 
 def _pin(pages: Sequence[Page]) -> None:

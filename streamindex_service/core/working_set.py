@@ -123,9 +123,9 @@ class WorkingSet:
             self._leave(page_set)
         self._forget_unused(page_set)
 
-    def kept_pages(self) -> set[Page]:
-        """Pages that are not evicted for others."""
-        return {page for page_set in self._admitted for page in page_set.pages}
+    def kept_pages(self) -> list[Sequence[Page]]:
+        """Pages that are not evicted for others, set by set."""
+        return [page_set.pages for page_set in self._admitted]
 
     def interval_s(self, page_set: PageSet) -> float:
         """How long others of its band wait at most before the next is displaced, once this one was brought."""

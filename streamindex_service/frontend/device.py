@@ -295,18 +295,30 @@ class DeviceWorker:
         loads = deque(page for page in self._loads if page.device is not None)
         self._loads.clear()
         while loads:
-            page_bytes, pages = loads[0].page_bytes, []
-            message = pb.LoadPages(operation_id=worker.next_id(), page_bytes=page_bytes)
-            while loads and loads[0].page_bytes == page_bytes and len(message.extent_ids) < PAGES_PER_MESSAGE:
+            page_bytes = loads[0].page_bytes
+            pages: list[Page] = []
+            segment_ids, segment_offsets, extent_ids, extent_offsets = [], [], [], []
+            shared, host_extent = None, -1
+            while loads and loads[0].page_bytes == page_bytes and len(pages) < PAGES_PER_MESSAGE:
                 page = loads.popleft()
-                assert page.device is not None
-                shared = self.extents.segment(page.in_host)
-                self._map(worker, shared)
-                message.segment_ids.append(shared.segment_id)
-                message.segment_offsets.append(page.in_host.offset_bytes)
-                message.extent_ids.append(page.device.extent_id)
-                message.extent_offsets.append(page.device.offset_bytes)
+                source, target = page.in_host, page.device
+                assert target is not None
+                if shared is None or source.extent_id != host_extent:
+                    shared, host_extent = self.extents.segment(source), source.extent_id
+                    self._map(worker, shared)
+                segment_ids.append(shared.segment_id)
+                segment_offsets.append(source.offset_bytes)
+                extent_ids.append(target.extent_id)
+                extent_offsets.append(target.offset_bytes)
                 pages.append(page)
+            message = pb.LoadPages(
+                operation_id=worker.next_id(),
+                page_bytes=page_bytes,
+                segment_ids=segment_ids,
+                segment_offsets=segment_offsets,
+                extent_ids=extent_ids,
+                extent_offsets=extent_offsets,
+            )
             loaded = worker.request(pb.ToWorker(load_pages=message), message.operation_id)
             self._watch(loaded)
             loaded.add_done_callback(partial(_copied, pages))

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from streamindex_service.ops.extent_pages import ExtentPages, addresses_of, to_device
 from streamindex_service.ops.formats import KeyFormat
 
 PAGE_KEYS = 256
@@ -30,7 +31,8 @@ class PagedKeys:
     """One layer's keys as pages of 256; pages may lie in several device allocations ("extents").
 
     length: valid keys. Rows past it hold anything, NaN too, and never influence a result.
-    pages: ceil(length / 256) tensors [256, head_dim], contiguous, of the format's element type, on one device.
+    pages: ceil(length / 256) tensors [256, head_dim], contiguous, of the format's element type, on one device; a tuple
+    or `ExtentPages`.
     scale_pages: as many tensors [256] float32 for a format with scales, else None.
 
     Raises ValueError if the parts disagree.
@@ -39,8 +41,8 @@ class PagedKeys:
     format: KeyFormat
     head_dim: int
     length: int
-    pages: tuple[Tensor, ...]
-    scale_pages: tuple[Tensor, ...] | None = None
+    pages: Sequence[Tensor]
+    scale_pages: Sequence[Tensor] | None = None
 
     def __post_init__(self) -> None:
         expected = -(-self.length // PAGE_KEYS)
@@ -99,11 +101,15 @@ class PagedKeys:
         first, last = start // PAGE_KEYS, -(-stop // PAGE_KEYS)
         inside = slice(start - first * PAGE_KEYS, stop - first * PAGE_KEYS)
         k = torch.cat([page.to(dtype) for page in self.pages[first:last]])[inside]
-        scales = None if self.scale_pages is None else torch.cat(self.scale_pages[first:last])[inside]
+        scales = None if self.scale_pages is None else torch.cat(tuple(self.scale_pages[first:last]))[inside]
         return k, scales
 
 
 def _check_pages(name: str, pages: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if isinstance(pages, ExtentPages):  # all alike
+        if (pages.page_shape, pages.dtype) != (shape, dtype):
+            raise ValueError(f"{name}: expected {list(shape)} {dtype}, got {list(pages.page_shape)} {pages.dtype}")
+        return
     for number, page in enumerate(pages):
         if tuple(page.shape) != shape or page.dtype != dtype or not page.is_contiguous():
             raise ValueError(
@@ -132,13 +138,9 @@ def _page_table(name: str, pages: Sequence[Tensor]) -> PageTable:
         raise ValueError(f"{name}: an empty key set has no page table")
     anchor = pages[0]
     step = OFFSET_ALIGNMENT_ELEMENTS * anchor.element_size()
-    base = anchor.data_ptr()
-    distances = [page.data_ptr() - base for page in pages]
-    for number, distance in enumerate(distances):
-        if distance % step or base % 16:
-            raise ValueError(f"{name}[{number}]: not aligned to {step} bytes from the first page")
-    offsets = torch.tensor([distance // anchor.element_size() for distance in distances], dtype=torch.int64)
-    if anchor.is_cuda:
-        # pinned, so that the copy does not make the host wait for the device
-        offsets = offsets.pin_memory().to(anchor.device, non_blocking=True)
-    return PageTable(anchor, offsets)
+    addresses = addresses_of(pages)
+    distances = addresses - addresses[0]
+    if addresses[0] % 16 or (distances % step).any():
+        number = int((distances % step != 0).argmax())
+        raise ValueError(f"{name}[{number}]: not aligned to {step} bytes from the first page")
+    return PageTable(anchor, to_device(distances // anchor.element_size(), anchor.device))

@@ -1,11 +1,13 @@
 """KV rows in pages of 256, wherever the pages lie, as a cache holds them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from streamindex_service.ops.extent_pages import ExtentPages, addresses_of, to_device
 from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 
@@ -28,7 +30,7 @@ class PagedKvRows:
 
     length: rows that hold something; those behind them are never read.
     pages: ceil(length / 256) tensors [page_bytes] uint8 on one device, aligned to 16 bytes: 256 rows, then, for a
-    format with scales beside the rows, the scales of these 256.
+    format with scales beside the rows, the scales of these 256; a tuple or `ExtentPages`.
 
     Raises ValueError if the parts disagree.
     """
@@ -36,13 +38,19 @@ class PagedKvRows:
     format: KvFormat
     key_dim: int
     length: int
-    pages: tuple[Tensor, ...]
+    pages: Sequence[Tensor]
 
     def __post_init__(self) -> None:
         expected = -(-self.length // PAGE_KEYS)
         if self.length < 0 or len(self.pages) != expected:
             raise ValueError(f"pages: {self.length} rows need {expected} pages of {PAGE_KEYS}, got {len(self.pages)}")
         size = PAGE_KEYS * (self.row_bytes + self.scale_bytes)
+        if isinstance(self.pages, ExtentPages):  # all alike
+            if (self.pages.page_shape, self.pages.dtype) != ((size,), torch.uint8):
+                raise ValueError(
+                    f"pages: expected [{size}] uint8, got {list(self.pages.page_shape)} {self.pages.dtype}"
+                )
+            return
         for number, page in enumerate(self.pages):
             if page.shape != (size,) or page.dtype != torch.uint8 or not page.is_contiguous():
                 raise ValueError(f"pages[{number}]: expected contiguous [{size}] uint8, got {list(page.shape)}")
@@ -72,9 +80,5 @@ class PagedKvRows:
     @cached_property
     def word_table(self) -> Tensor:
         """Where pages lie, for kernels: [pages] int64 on their device, in words of 4 bytes from the first page."""
-        base = self.pages[0].data_ptr()
-        words = torch.tensor([(page.data_ptr() - base) // _WORD_BYTES for page in self.pages], dtype=torch.int64)
-        if not self.pages[0].is_cuda:
-            return words
-        # pinned, so that the copy does not make the host wait for the device
-        return words.pin_memory().to(self.pages[0].device, non_blocking=True)
+        addresses = addresses_of(self.pages)
+        return to_device((addresses - addresses[0]) // _WORD_BYTES, self.pages[0].device)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from streamindex_service.ipc.v1 import worker_pb2 as pb
@@ -126,13 +127,8 @@ class Executor:
 
     def _copy_pages(self, message: pb.LoadPages, work: _Issued) -> None:
         pairs = [
-            (
-                self.store.page(extent, to, message.page_bytes),
-                self.segments.bytes_at(segment, start, message.page_bytes),
-            )
-            for segment, start, extent, to in zip(
-                message.segment_ids, message.segment_offsets, message.extent_ids, message.extent_offsets, strict=True
-            )
+            (self.store.bytes_at(extent, to, size), self.segments.bytes_at(segment, start, size))
+            for segment, start, extent, to, size in _runs(message)
         ]
         if self._device.is_cuda:
             with torch.cuda.stream(self._copy_in):
@@ -322,6 +318,20 @@ class Executor:
         if work.start_event is None:
             return time.monotonic() - work.started
         return float(work.start_event.elapsed_time(work.end_event)) / 1000
+
+
+def _runs(message: pb.LoadPages) -> Iterator[tuple[int, int, int, int, int]]:
+    """(segment, start there, extent, start there, bytes) of pages that follow each other in both: one copy each."""
+    if not message.segment_ids:
+        return
+    lists = (message.segment_ids, message.segment_offsets, message.extent_ids, message.extent_offsets)
+    pages = np.array([list(numbers) for numbers in lists], dtype=np.int64)
+    follows = (0, message.page_bytes, 0, message.page_bytes)
+    breaks = (np.diff(pages) != np.array(follows)[:, None]).any(axis=0)
+    firsts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
+    for first, end in zip(firsts, [*firsts[1:], pages.shape[1]], strict=True):
+        segment, start, extent, to = pages[:, first].tolist()
+        yield segment, start, extent, to, (end - first) * message.page_bytes
 
 
 def _stream(device: Device) -> torch.cuda.Stream:

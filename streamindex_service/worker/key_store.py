@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from streamindex_service.ipc.segments import Segment
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops.extent_pages import ExtentPages
 from streamindex_service.ops.formats import KeyFormat
 from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.paged_keys import PAGE_KEYS, PagedKeys
@@ -29,6 +32,8 @@ KV_FORMATS = {1: KvFormat.BF16, 2: KvFormat.FP8_D512, 3: KvFormat.FP8_D576}
 
 
 _SCALE_BYTES = 4
+# of some pages: the extent of each, and where in it the page begins
+_Slots = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 class MissingMemoryError(Exception):
@@ -96,7 +101,7 @@ class KeyStore:
         self._extents: dict[int, torch.Tensor] = {}  # [bytes] uint8
         self._views: dict[int, PagedKeys] = {}
         self._kv_views: dict[int, PagedKvRows] = {}
-        self._partial: dict[int, list[torch.Tensor]] = {}
+        self._partial: dict[int, list[_Slots]] = {}
 
     def allocate(self, extent_id: int, extent_bytes: int) -> None:
         """Take device memory. Raises torch.OutOfMemoryError."""
@@ -106,31 +111,34 @@ class KeyStore:
         """Give it back. An extent whose allocation failed is not there."""
         self._extents.pop(extent_id, None)
 
-    def page(self, extent_id: int, offset_bytes: int, page_bytes: int) -> torch.Tensor:
-        """A page's bytes, [page_bytes] uint8. Raises MissingMemoryError."""
-        extent = self._extents.get(extent_id)
-        if extent is None:
-            raise MissingMemoryError(f"extent {extent_id}")
-        return extent[offset_bytes : offset_bytes + page_bytes]
+    def bytes_at(self, extent_id: int, offset_bytes: int, size_bytes: int) -> torch.Tensor:
+        """A part of an extent, [size_bytes] uint8. Raises MissingMemoryError."""
+        return self._extent(extent_id)[offset_bytes : offset_bytes + size_bytes]
 
     def define_view(self, message: pb.DefineView) -> None:
         """Add pages to a view; the last message makes it usable. Raises MissingMemoryError for a missing extent."""
-        page_bytes = PAGE_KEYS * sum(_row_sizes(message))
-        pages = self._partial.setdefault(message.view_id, [])
-        pages += [
-            self.page(extent_id, offset, page_bytes)
-            for extent_id, offset in zip(message.extent_ids, message.extent_offsets, strict=True)
-        ]
+        slots = self._partial.setdefault(message.view_id, [])
+        slots.append((_numbers(message.extent_ids), _numbers(message.extent_offsets)))
         if not message.complete:
             return
         del self._partial[message.view_id]
+        extent_ids, starts = (np.concatenate(parts) for parts in zip(*slots, strict=True))
+        used, which = np.unique(extent_ids, return_inverse=True)
+        extents = [self._extent(int(extent_id)) for extent_id in used]
+        row_bytes, scale_bytes = _row_sizes(message)
+
+        def pages(skipped_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> ExtentPages:
+            return ExtentPages(extents, which, starts + skipped_bytes, shape, dtype)
+
         if message.kv_format:
+            whole = pages(0, (PAGE_KEYS * (row_bytes + scale_bytes),), torch.uint8)
             kv_format = KV_FORMATS[message.kv_format]
-            self._kv_views[message.view_id] = PagedKvRows(
-                kv_format, message.head_dim, message.length_keys, tuple(pages)
-            )
-        else:
-            self._views[message.view_id] = _paged_keys(message, pages)
+            self._kv_views[message.view_id] = PagedKvRows(kv_format, message.head_dim, message.length_keys, whole)
+            return
+        key_format = FORMATS[message.key_format]
+        values = pages(0, (PAGE_KEYS, message.head_dim), key_format.torch_dtype)
+        scales = pages(PAGE_KEYS * row_bytes, (PAGE_KEYS,), torch.float32) if key_format.has_scales else None
+        self._views[message.view_id] = PagedKeys(key_format, message.head_dim, message.length_keys, values, scales)
 
     def view(self, view_id: int) -> PagedKeys:
         """A view. Raises MissingMemoryError."""
@@ -150,6 +158,12 @@ class KeyStore:
         self._kv_views.pop(view_id, None)
         self._partial.pop(view_id, None)
 
+    def _extent(self, extent_id: int) -> torch.Tensor:
+        extent = self._extents.get(extent_id)
+        if extent is None:
+            raise MissingMemoryError(f"extent {extent_id}")
+        return extent
+
 
 def _row_sizes(message: pb.DefineView) -> tuple[int, int]:
     """Bytes of a row of the view's pages, and of the scales beside it."""
@@ -159,14 +173,8 @@ def _row_sizes(message: pb.DefineView) -> tuple[int, int]:
     return message.head_dim * key_format.element_bytes, _SCALE_BYTES * key_format.has_scales
 
 
-def _paged_keys(message: pb.DefineView, pages: list[torch.Tensor]) -> PagedKeys:
-    key_format = FORMATS[message.key_format]
-    end = PAGE_KEYS * _row_sizes(message)[0]
-    values = tuple(page[:end].view(key_format.torch_dtype).view(PAGE_KEYS, message.head_dim) for page in pages)
-    scales = tuple(page[end:].view(torch.float32) for page in pages) if key_format.has_scales else None
-    return PagedKeys(
-        format=key_format, head_dim=message.head_dim, length=message.length_keys, pages=values, scale_pages=scales
-    )
+def _numbers(values: Iterable[int]) -> npt.NDArray[np.int64]:
+    return np.array(list(values), dtype=np.int64)
 
 
 def _read_only_tensor(segment: Segment) -> torch.Tensor:

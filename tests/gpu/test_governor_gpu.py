@@ -116,7 +116,7 @@ def test_a_process_that_hogs_the_device():
             assert refusal.error.retry_after_ms
         refused = calls.load().device.memory.failures
         assert refused > 0
-        with hog(left_bytes=(256 + 128) * MIB):  # the keys, and a small workspace
+        with hog(left_bytes=(256 + 64) * MIB):  # the keys, and a small workspace
             in_pieces, _ = calls.search(kind, large.id, queries, TOP_K)
         load = calls.load()
         assert load.device.memory.failures > refused

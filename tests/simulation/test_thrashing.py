@@ -165,11 +165,11 @@ def test_four_times_what_fits_is_no_slower(options, name):
 
 def nothing_is_held_back(patch):
     patch.setattr(Governor, "held_s", lambda self, turn: 0.0)
-    patch.setattr(WorkingSet, "kept_pages", lambda self: set())
+    patch.setattr(WorkingSet, "kept_pages", lambda self: ())
 
 
 def pages_that_are_not_kept(patch):
-    patch.setattr(WorkingSet, "kept_pages", lambda self: set())
+    patch.setattr(WorkingSet, "kept_pages", lambda self: ())
     patch.setattr(WorkingSet, "fits", lambda self, page_set, workspace_bytes, room_bytes: True)
 
 

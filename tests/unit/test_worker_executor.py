@@ -51,3 +51,43 @@ def test_tiles_of_a_view_that_is_not_there_hold_no_place(executor, sent, finishe
     assert executor.oldest_running_ms() == 0
     executor.load_pages(pb.LoadPages(operation_id=100, page_bytes=64))
     assert sent.get(timeout=20).operation_done.operation_id == 100
+
+
+class _Counted:
+    """Stands in for segments and extents: notes what is asked for."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.memory = torch.randint(0, 255, (2, size_bytes), dtype=torch.uint8)
+        self.asked: list[tuple[int, int, int]] = []
+
+    def bytes_at(self, number: int, offset_bytes: int, size_bytes: int) -> torch.Tensor:
+        self.asked.append((number, offset_bytes, size_bytes))
+        return self.memory[number][offset_bytes : offset_bytes + size_bytes]
+
+
+def test_pages_that_follow_each_other_are_one_copy(executor, sent):
+    """Only those that do so on both sides, whatever order they come in."""
+    page, host, device = 64, _Counted(1024), _Counted(1024)
+    executor.segments, executor.store = host, device
+    pages = [  # segment, page there, extent, page there
+        (0, 3, 1, 5), (0, 4, 1, 6), (0, 5, 1, 7),  # three in a row
+        (0, 6, 1, 9),  # a gap on the device
+        (0, 8, 1, 10),  # a gap in the segment
+        (1, 9, 1, 11),  # another segment
+        (1, 10, 0, 12),  # another extent
+        (1, 9, 0, 11),  # backwards
+        (1, 9, 0, 13),  # the same page once more
+    ]  # fmt: skip
+    columns = list(zip(*pages, strict=True))
+    message = pb.LoadPages(
+        operation_id=1, page_bytes=page,
+        segment_ids=columns[0], segment_offsets=[page * n for n in columns[1]],
+        extent_ids=columns[2], extent_offsets=[page * n for n in columns[3]],
+    )  # fmt: skip
+    executor.load_pages(message)
+    assert sent.get(timeout=20).operation_done.operation_id == 1
+    assert host.asked[0] == (0, 3 * page, 3 * page)
+    assert [size for _, _, size in host.asked[1:]] == [page] * 6
+    for segment, source, extent, target in pages:
+        copied = device.memory[extent][target * page : (target + 1) * page]
+        assert torch.equal(copied, host.memory[segment][source * page : (source + 1) * page])

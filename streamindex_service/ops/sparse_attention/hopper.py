@@ -35,7 +35,7 @@ MISSING = [
     for module, names in (
         (gl, ("warp_specialize", "allocate_shared_memory", "NVMMADistributedLayout")),
         (hopper, ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared")),
-        (async_copy, ("async_copy_global_to_shared", "mbarrier_arrive")),
+        (async_copy, ("async_copy_global_to_shared", "commit_group", "mbarrier_arrive", "wait_group")),
     )
     for name in names
     if not hasattr(module, name)

@@ -3,9 +3,12 @@
 Both fill one ring of stages, each a block of rows in bf16 [BLOCK, DIM] as the products read it, the rest of the keys
 [BLOCK, TAIL], and a bias [BLOCK] that is 0 for a valid entry and −inf for another, whose row is zeros.
 
-Packed rows pass through registers. A thread holds a quarter of each 64 elements of a row: 16 bytes come with one load,
-and the two stores of 16 bytes that they become meet no bank of shared memory twice. A piece of 64 elements is loaded
-for the rows after as soon as it was stored for these, so a whole step of rows is on its way at any time.
+Packed rows are copied as they are into their own stage, to its upper part, and widened there in place. What is copied
+takes half of what it becomes, so a piece of 64 elements, written to its place from below, has never reached the pieces
+that were not read yet. Copies need no registers, so all of a block is under way at once, and two pieces at a time are
+read before they are written: one piece would need twice the barriers, four more registers than there are. A thread
+holds a quarter of each 64 elements of a row: the 16 bytes that it reads, and the two times 16 bytes that they become,
+meet no bank of shared memory twice.
 """
 
 from triton.experimental import gluon
@@ -13,8 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-STEP = gl.constexpr(32)  # packed rows that are under way at a time
 _WORDS = gl.constexpr(16)  # of four e4m3 values, or 32 of two bf16: 64 elements, a column of the swizzled stage
+_TOGETHER = gl.constexpr(2)  # pieces of 64 elements that are widened between two barriers
 # Four e4m3 values to bf16: their bits, moved to where bf16 has them, are the value times 2^-120. Exact, subnormals too.
 _MOVE = """{
     .reg .b32 a, b, t, u;
@@ -100,17 +103,8 @@ def copy_rows(
 
 
 @gluon.jit
-def _index(entries, place, end, rows, layout: gl.constexpr):
-    """A step of entries, and which of them name a row; 0 for those that do not."""
-    lane = place + gl.arange(0, STEP, layout=layout)
-    index = gl.load(entries + lane, mask=lane < end, other=-1)
-    valid = (index >= 0) & (index < rows)
-    return gl.where(valid, index, 0).to(gl.int64), valid
-
-
-@gluon.jit
 def _load_scales(data, scales, index, valid, NARROW: gl.constexpr, ROW: gl.constexpr):
-    """The scales of a step of rows: 8 exponent bytes as one number, or four float32 numbers as they are in memory."""
+    """The scales of a block of rows: 8 exponent bytes as one number, or four float32 numbers as they are in memory."""
     if NARROW == 448:
         found = (gl.load(scales + index, mask=valid, other=0),)
     else:
@@ -125,11 +119,37 @@ def _load_scales(data, scales, index, valid, NARROW: gl.constexpr, ROW: gl.const
 
 
 @gluon.jit
-def _load_words(data, index, valid, first: gl.constexpr, COUNT: gl.constexpr, ROW: gl.constexpr, layout: gl.constexpr):
-    """Words of a step of rows from the `first` on, as they are in memory. Bytes would be held in a register each."""
-    column = gl.expand_dims(first + gl.arange(0, COUNT, layout=gl.SliceLayout(0, layout)), 0)
-    place = gl.expand_dims(index * (ROW // 4), 1) + column
-    return gl.load(data + place, mask=gl.expand_dims(valid, 1) & (column >= 0), other=0)
+def _packed_pieces(keys, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """A stage as pieces of packed words, one behind the other: [DIM / 32, BLOCK, 16] int32, 4 KiB each for 64 rows."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    return keys._reinterpret(gl.int32, [DIM // 32, BLOCK, _WORDS], flat)
+
+
+@gluon.jit
+def _start_copies(
+    data, index, valid, keys, tail, NARROW: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr, ROW: gl.constexpr,
+    ROTARY: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Have a block of rows copied: piece i of the packed values to where column (PIECES + i) / 2 of the stage will be,
+    rotary values to their place. Zeros where not valid. As words: bytes would be copied one by one."""
+    PIECES: gl.constexpr = NARROW // 64
+    # the layout of the stage, in words of two elements
+    as_words: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    row = data + gl.expand_dims(index * (ROW // 4), 1)
+    column = gl.expand_dims(gl.arange(0, _WORDS, layout=gl.SliceLayout(0, layout)), 0)
+    mask = gl.expand_dims(valid, 1)
+    pieces = _packed_pieces(keys, BLOCK, DIM)
+    for piece in gl.static_range(PIECES):
+        async_copy.async_copy_global_to_shared(
+            pieces.index(PIECES + piece), row + (piece * _WORDS + column), mask=mask & (column >= 0)
+        )
+    if NARROW < DIM:
+        rotary = keys._reinterpret(gl.int32, [BLOCK, DIM // 2], as_words).slice(NARROW // 2, 2 * _WORDS, dim=1)
+    else:
+        rotary = tail._reinterpret(gl.int32, [BLOCK, 2 * _WORDS], as_words)
+    column = gl.expand_dims(gl.arange(0, 2 * _WORDS, layout=gl.SliceLayout(0, layout)), 0)
+    async_copy.async_copy_global_to_shared(rotary, row + (ROTARY // 4 + column), mask=mask & (column >= 0))
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -139,8 +159,8 @@ def _twice(x):
 
 
 @gluon.jit
-def _widen(words, scales, piece: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr):
-    """64 elements of a step of rows in bf16: [STEP, 64]."""
+def _widen(words, scales, piece: gl.constexpr, BLOCK: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr):
+    """64 elements of a block of rows in bf16: [BLOCK, 64]."""
     kind: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16)
     if NARROW == 448:
         # an exponent byte is the exponent field of a bf16
@@ -157,15 +177,24 @@ def _widen(words, scales, piece: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.c
         a, b, c, d = gl.inline_asm_elementwise(
             _TIMES_SUM, "=h,=h,=h,=h,r,r,r", [words, high_bits, low_bits], dtype=kind, is_pure=True, pack=1
         )
-    return gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), (STEP, 64))
+    return gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), (BLOCK, 64))
 
 
 @gluon.jit
-def _halves(words):
-    """Words of two bf16 as such: [STEP, 64]."""
-    kind: gl.constexpr = (gl.bfloat16, gl.bfloat16)
-    a, b = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=kind, is_pure=True, pack=1)
-    return gl.reshape(gl.join(a, b), (STEP, 64))
+def _widen_in_place(
+    keys, scales, BLOCK: gl.constexpr, DIM: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Turn what _start_copies brought into rows as the products read them."""
+    PIECES: gl.constexpr = NARROW // 64
+    pieces = _packed_pieces(keys, BLOCK, DIM)
+    for first in gl.static_range(0, PIECES, _TOGETHER):
+        words = ()
+        for piece in gl.static_range(first, min(first + _TOGETHER, PIECES)):
+            words += (pieces.index(PIECES + piece).load(layout),)
+        for piece in gl.static_range(first, min(first + _TOGETHER, PIECES)):
+            wide = _widen(words[piece - first], scales, piece, BLOCK, NARROW, GROUP)
+            keys.slice(piece * 64, 64, dim=1).store(wide)
 
 
 @gluon.jit
@@ -176,39 +205,24 @@ def unpack_rows(
 ):  # fmt: skip
     """Keep the ring full with packed rows, widened. data: [rows, ROW / 4] int32; scales: [rows] int64, if beside."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    PIECES: gl.constexpr = NARROW // 64
+    lane = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
     done = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         token, _, _, begin, end = span(ends, item, splits, width, HEADS // 64, BLOCK, HAS_ENDS)
         entries = indices + token * width
-        index, valid = _index(entries, begin, end, rows, gl.SliceLayout(1, layout))
-        scale = _load_scales(data, scales, index, valid, NARROW, ROW)
-        values = ()
-        for piece in gl.static_range(PIECES):
-            values += (_load_words(data, index, valid, piece * _WORDS, _WORDS, ROW, layout),)
-        turned = _load_words(data, index, valid, ROTARY // 4, 2 * _WORDS, ROW, layout)
-        index, next_valid = _index(entries, begin + STEP, end, rows, gl.SliceLayout(1, layout))
+        following = gl.load(entries + begin + lane, mask=begin + lane < end, other=-1)
         for start in range(begin, end, BLOCK):
             slot = done % STAGES
+            valid = (following >= 0) & (following < rows)
+            index = gl.where(valid, following, 0).to(gl.int64)
+            scale = _load_scales(data, scales, index, valid, NARROW, ROW)
+            following = gl.load(entries + start + BLOCK + lane, mask=start + BLOCK + lane < end, other=-1)
             hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
-            for step in gl.static_range(BLOCK // STEP):
-                keys = key_smem.index(slot).slice(step * STEP, STEP, dim=0)
-                bias = bias_smem.index(slot).slice(step * STEP, STEP, dim=0)
-                bias.store(gl.where(valid, 0.0, float("-inf")))
-                next_scale = _load_scales(data, scales, index, next_valid, NARROW, ROW)
-                coming = ()
-                for piece in gl.static_range(PIECES):
-                    keys.slice(piece * 64, 64, dim=1).store(_widen(values[piece], scale, piece, NARROW, GROUP))
-                    coming += (_load_words(data, index, next_valid, piece * _WORDS, _WORDS, ROW, layout),)
-                if NARROW < DIM:
-                    keys.slice(NARROW, 64, dim=1).store(_halves(turned))
-                else:
-                    tail_smem.index(slot).slice(step * STEP, STEP, dim=0).store(_halves(turned))
-                turned = _load_words(data, index, next_valid, ROTARY // 4, 2 * _WORDS, ROW, layout)
-                values, scale, valid = coming, next_scale, next_valid
-                index, next_valid = _index(
-                    entries, start + (step + 2) * STEP, end, rows, gl.SliceLayout(1, layout)
-                )  # fmt: skip
+            keys = key_smem.index(slot)
+            _start_copies(data, index, valid, keys, tail_smem.index(slot), NARROW, BLOCK, DIM, ROW, ROTARY, layout)
+            bias_smem.index(slot).store(gl.where(valid, 0.0, float("-inf")))
+            async_copy.wait_group(0)
+            _widen_in_place(keys, scale, BLOCK, DIM, NARROW, GROUP, layout)
             hopper.fence_async_shared()
             hopper.mbarrier.arrive(full.index(slot), count=1)
             done += 1
