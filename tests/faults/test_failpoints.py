@@ -6,16 +6,22 @@ python -m tests.faults.kill_loop does the same for as long as one likes.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 
+import grpc
+import numpy as np
 import pytest
 
 from streamindex_service.testing import failpoints
 from streamindex_service.testing.failpoints import Action, Failpoints, Point, Seam, install, process_state
+from streamindex_service.worker.__main__ import LINK_FAILED_EXIT_CODE
+from tests.support.calls import Calls, query_chunks, search_header
 from tests.support.faulty_service import FaultyService, is_gone
 from tests.support.kill_rounds import KillRounds, settings
 from tests.support.services import wait_for
+from tests.support.tensors import Draw, Kind, expected
 
 GROUPS = {
     "start": ("canary", "ready"),
@@ -63,6 +69,23 @@ def test_every_point_has_its_turn():
 
 def test_a_worker_that_hangs_at_a_hand_over_is_replaced(rounds):
     rounds.play([Point.SEGMENT_RECEIVED, Point.TILE_TORN], Action.STOP_WORKER)
+
+
+def test_a_worker_that_can_take_no_descriptor_is_replaced_at_once(service, rounds):
+    kind, draw = Kind(heads=2, head_dim=64), Draw(8)
+    keys, queries = draw.keys(kind, 900), draw.queries(kind, 3, start_position=900)
+    (worker,) = service.worker_pids()
+    with Calls(service.address) as calls, calls.cache(kind, keys) as cache:
+        _, hard = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (3, hard))
+        with calls.search_call() as call:
+            call.send(search_header(kind, cache.id, 9, start_position=900), *query_chunks(kind, queries, 3))
+            refusal = call.refusal()
+        assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+        found, _ = calls.search(kind, cache.id, queries, 9)
+        assert np.array_equal(found, expected(kind, keys, queries, 9)[0])
+        assert worker not in service.worker_pids()
+    assert f'"exit_code": {LINK_FAILED_EXIT_CODE}, "hung": false' in service.log_tail()
 
 
 def test_a_frontend_killed_at_a_hand_over_leaves_nothing(rounds):
