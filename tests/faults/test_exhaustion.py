@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ from streamindex.v1 import server_pb2
 
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import Calls, answers, key_chunks, query_chunks, search_header
+from tests.support.faulty_service import FaultyService
 from tests.support.resources import figures_of, fill_ingress, more_than
 from tests.support.services import MIB, ROOMY, is_idle, wait_for
 from tests.support.tensors import Draw, Kind, expected
@@ -46,9 +48,11 @@ def service(tmp_path_factory):
         with Calls(running.address) as calls:
             (worker,) = running.worker_pids()
             fill_ingress(calls, worker)
+            blocks = figures_of(running.process.pid).segments
             world = World(calls)  # every thread that there is has had something to do
             world.fill_host()
             world.close()
+            wait_for(lambda: figures_of(running.process.pid).segments == blocks)
         yield running
 
 
@@ -146,14 +150,17 @@ def world(service):
         assert calls.load().worker_restarts == 0
 
 
-def highest_descriptor(pid):
-    return max(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+def limit_with(pid, free):
+    """The limit under which a process can open so many descriptors more."""
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    unused = (number for number in itertools.count() if number not in used)
+    return next(itertools.islice(unused, free, None))
 
 
 @pytest.mark.parametrize("free", [0, 1, 3])
 def test_no_descriptors(service, world, free):
     """Nobody who has a connection loses it; searches are right or refused; connections that come wait."""
-    most = highest_descriptor(service.process.pid) + 1 + free
+    most = limit_with(service.process.pid, free)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(8))
         with limited(service, resource.RLIMIT_NOFILE, most):
@@ -192,7 +199,7 @@ def test_no_disk_and_no_memory(service, world):
 
 def test_a_log_on_a_full_disk_costs_lines_and_nothing_else():
     """Every write to standard error fails, from the first to the last, and a worker dies meanwhile."""
-    running = RunningService(ROOMY)
+    running = FaultyService(ROOMY)  # whose next worker is ready at once
     running.redirect_log(Path("/dev/full"))
     with running as service, Calls(service.address) as calls:
         world = World(calls)

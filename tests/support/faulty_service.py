@@ -25,7 +25,8 @@ class FaultyService(RunningService):
 
     def worker_pids(self) -> list[int]:
         """See RunningService; without the process that forks them."""
-        return workers_of(self.process.pid, [self._source_pid()])
+        source = Path(self._folder.name) / "source.pid"
+        return workers_of(self.process.pid, [int(source.read_text())] if source.exists() else [])
 
     def processes(self) -> list[int]:
         """The frontend and everything that it started."""
@@ -41,9 +42,6 @@ class FaultyService(RunningService):
             return super().stop(grace_s)
         finally:
             self._folder.cleanup()
-
-    def _source_pid(self) -> int:
-        return int((Path(self._folder.name) / "source.pid").read_text())
 
 
 def is_gone(pid: int) -> bool:
