@@ -169,10 +169,7 @@ class KillRounds:
     def _have_happen(self, calls: Calls, point: Point, action: Action, at_work: list[Any]) -> None:
         """It happens at a point, and another worker is ready, if it is the end of one."""
         restarts = calls.load().worker_restarts
-        self._service.points.arm(point, action)
-        if point in ONLY_AT_START:
-            for worker in self._service.worker_pids():
-                os.kill(worker, signal.SIGKILL)
+        self._arm(point, action)
 
         def happened() -> bool:
             assert not any(each.done() for each in at_work), [each.exception() for each in at_work if each.done()]
@@ -188,8 +185,14 @@ class KillRounds:
 
         wait_for(ready_again, POINT_S)
 
+    def _arm(self, point: Point, action: Action) -> None:
+        self._service.points.arm(point, action)
+        if point in ONLY_AT_START:
+            for worker in self._service.worker_pids():
+                os.kill(worker, signal.SIGKILL)
+
     def _end_frontend(self, point: Point) -> None:
-        self._service.points.arm(point, Action.KILL_FRONTEND)
+        self._arm(point, Action.KILL_FRONTEND)
         wait_for(lambda: self._service.points.was_reached(point), POINT_S)
 
     # What callers do.
