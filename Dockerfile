@@ -32,7 +32,7 @@ RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(gre
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY streamindex_service streamindex_service
-RUN pip install --no-cache-dir --constraint constraints.txt './client[fast]' .
+RUN pip install --no-cache-dir --constraint constraints.txt './client[fast]' '.[otel]'
 
 FROM build AS build-load
 RUN pip install --no-cache-dir --constraint constraints.txt '.[load,bench]'

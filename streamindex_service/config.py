@@ -121,10 +121,12 @@ class LimitSettings(_Section):
         ByteSize(16 * _MIB), description="bytes of an upload that may be on their way"
     )
     max_message_bytes: Annotated[ByteSize, Field(ge=_MIB, le=1024 * _MIB)] = Field(
-        ByteSize(64 * _MIB), description="one message of any call; a SearchBatch is one message"
+        ByteSize(64 * _MIB), description="one message of any call; a SearchBatch, a SparseAttendBatch is one message"
     )
-    max_batch_items: Count = Field(1024, description="items of a SearchBatch")
-    max_batch_rows: Count = Field(4096, description="query rows of a SearchBatch; rows that an item appends")
+    max_batch_items: Count = Field(1024, description="items of a SearchBatch or a SparseAttendBatch")
+    max_batch_rows: Count = Field(
+        4096, description="query rows of a SearchBatch or a SparseAttendBatch; rows that an item appends"
+    )
     max_open_searches: Count = Field(4096, description="searches between header and end; one more gets QUEUE_FULL")
     slow_consumer_s: Seconds = Field(30.0, description="a stream whose caller does not read or send for so long ends")
 
@@ -265,6 +267,23 @@ class MetricsSettings(_Section):
         return self
 
 
+class TraceSettings(_Section):
+    """Spans for an OpenTelemetry collector; needs the extra `otel`. Headers and certificates for it, and the service's
+    name, are taken from OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_CERTIFICATE and OTEL_SERVICE_NAME."""
+
+    otlp_endpoint: Annotated[str, Field(pattern=r"^(https?://[^\s/@]+:\d+)?$")] = Field(
+        "", description='collector that takes OTLP over gRPC, as http://127.0.0.1:4317; "" for no traces'
+    )
+    sample_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="part of the calls that are traced, of those whose callers do not say",
+    )
+    max_tiles: Count = Field(32, description="tiles of a call with spans of their own; later ones are told in groups")
+    max_queued_spans: Count = Field(4096, description="spans that wait for the collector; one more drops the oldest")
+    export_timeout_s: Seconds = Field(5.0, description="the collector may take so long for what it is sent")
+    flush_s: Seconds = Field(2.0, description="at the end, spans that are left have so long to go")
+
+
 class Settings(BaseSettings):
     """All settings."""
 
@@ -281,6 +300,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
     metrics: MetricsSettings = MetricsSettings()
+    traces: TraceSettings = TraceSettings()
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:

@@ -7,21 +7,22 @@ the doctor down.
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from streamindex_service import doctor_files
 from streamindex_service.config import Settings
+from streamindex_service.findings import Finding, Level
 from streamindex_service.ipc.segments import Segment
+
+__all__ = ["Finding", "Level", "examine"]
 
 _PROBE_TIMEOUT_S = 90.0
 _MIB = 1 << 20
@@ -57,24 +58,6 @@ print(json.dumps(found))
 """
 
 
-class Level(enum.StrEnum):
-    """How bad a finding is."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was looked at, how it is, and for a warning or a failure what to do about it."""
-
-    name: str
-    level: Level
-    text: str
-    remedy: str = ""
-
-
 def examine(settings: Settings, is_service: Callable[[str], bool]) -> Iterator[Finding]:
     """Look at everything, cheapest first. `is_service(target)` tells whether a StreamIndex service answers there."""
     yield check_python(sys.version_info[:2])
@@ -86,8 +69,11 @@ def examine(settings: Settings, is_service: Callable[[str], bool]) -> Iterator[F
         yield check_tcp(settings.server.tcp_address, is_service)
     if settings.server.unix_socket:
         yield check_unix_socket(settings.server.unix_socket, is_service)
-    if settings.metrics.port:
-        yield check_metrics_port(settings)
+    yield from doctor_files.check_tls(settings.tls)
+    yield from doctor_files.check_callers(settings.auth)
+    yield from doctor_files.check_spill(settings.memory)
+    yield from doctor_files.check_metrics_port(settings.metrics)
+    yield from doctor_files.check_traces(settings.traces)
     found = probe_torch()
     yield check_torch(found)
     yield check_driver(found)
@@ -189,32 +175,13 @@ def check_tcp(address: str, is_service: Callable[[str], bool]) -> Finding:
     if port == "0":
         return Finding("tcp port", Level.OK, f"{address}: a free one will be taken")
     try:
-        _try_to_bind(host, int(port))
+        doctor_files.try_to_bind(host, int(port))
     except OSError as error:
         if is_service(address):
             return Finding("tcp port", Level.OK, f"{address}: a StreamIndex service answers there")
         remedy = "Stop what listens there, or choose another address with --tcp HOST:PORT (port 0 takes a free one)."
         return Finding("tcp port", Level.FAIL, f"{address}: {error.strerror or error}", remedy)
     return Finding("tcp port", Level.OK, f"{address} is free")
-
-
-def check_metrics_port(settings: Settings) -> Finding:
-    """The metrics port is free; one that a running service holds cannot be told from another's."""
-    host, port = settings.metrics.host, settings.metrics.port
-    try:
-        _try_to_bind(host, port)
-    except OSError as error:
-        remedy = "If that is not this service, choose another metrics.port (0 switches it off)."
-        return Finding("metrics port", Level.WARN, f"{host}:{port}: {error.strerror or error}", remedy)
-    return Finding("metrics port", Level.OK, f"{host}:{port} is free")
-
-
-def _try_to_bind(host: str, port: int) -> None:
-    """Raises OSError."""
-    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(target)
 
 
 def check_unix_socket(path: str, is_service: Callable[[str], bool]) -> Finding:

@@ -20,6 +20,7 @@ from streamindex_client.aio_client import (
     connect_async,
 )
 from streamindex_client.attend import AttendPart, AttendSummary
+from streamindex_client.attend_batch import AttendBatchItem, AttendBatchResult
 from streamindex_client.batch import BatchItem, BatchResult
 from streamindex_client.client import AttendStream, Client, KeyCache, SearchStream, connect
 from streamindex_client.credentials import Tls
@@ -68,6 +69,8 @@ __all__ = [
     "AsyncClient",
     "AsyncKeyCache",
     "AsyncSearchStream",
+    "AttendBatchItem",
+    "AttendBatchResult",
     "AttendPart",
     "AttendResult",
     "AttendStream",

@@ -10,6 +10,7 @@ import grpc.aio
 from streamindex_client import operations
 from streamindex_client.aio_driver import AioDriver
 from streamindex_client.attend import AttendPart
+from streamindex_client.attend_batch import AttendBatchItem, AttendBatchResult, build_attend_batch
 from streamindex_client.attend_requests import attend_source
 from streamindex_client.batch import BatchItem, BatchResult, build_batch
 from streamindex_client.credentials import Tls, call_metadata, channel_credentials, tls_options
@@ -143,6 +144,33 @@ class AsyncClient:
         """
         batch = build_batch(items, top_k=top_k, order=order, mode=mode, want_scores=want_scores, priority=priority)
         return await self._driver.run(operations.search_batch(self._env, batch, timeout))
+
+    async def sparse_attend_batch(
+        self,
+        items: Sequence[AttendBatchItem],
+        *,
+        scale: float,
+        top_k: int | None = None,
+        window: int = 0,
+        sink: Any = None,
+        want_lse: bool = False,
+        want_indices: bool = False,
+        priority: Priority | str | None = None,
+        timeout: float | None = None,
+    ) -> list[AttendBatchResult]:
+        """Sparse attention of a ragged decode step in one round trip: a few rows in each of many caches.
+
+        `top_k` names how many index keys are found for a row; None: items carry `indices`. window, scale, sink and
+        want_lse are those of `KeyCache.sparse_attend`, the same for all items, as of one layer of a model;
+        `want_indices`: what was found comes with the outputs. `priority`: of all items; None is INTERACTIVE, whatever
+        the caches' are. A failed item has its `error` set and fails no other; rows are answered as `sparse_attend`
+        answers them, to the bit. Raises InputError naming the item.
+        """
+        batch = build_attend_batch(
+            items, top_k=top_k, window=window, scale=scale, sink=sink, want_lse=want_lse, want_indices=want_indices,
+            priority=priority,
+        )  # fmt: skip
+        return await self._driver.run(operations.sparse_attend_batch(self._env, batch, timeout))
 
     async def capabilities(self, *, timeout: float | None = None) -> Capabilities:
         """Limits, formats and implementations."""

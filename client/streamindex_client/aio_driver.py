@@ -16,6 +16,7 @@ from streamindex_client.aio_stream import AioStream
 from streamindex_client.contract import REQUEST_ID, Method
 from streamindex_client.effects import Call, Close, Emit, Notify, Open, Read, Sleep
 from streamindex_client.errors import UnavailableError, from_rpc
+from streamindex_client.propagation import trace_headers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -80,7 +81,7 @@ class AioDriver:
             raise UnavailableError(str(error), reason="CLOSED") from None
 
     def _tag(self, request_id: str) -> grpc.aio.Metadata:
-        return grpc.aio.Metadata(*self._metadata, (REQUEST_ID, request_id))
+        return grpc.aio.Metadata(*self._metadata, *trace_headers(self._metadata), (REQUEST_ID, request_id))
 
 
 class Run(Generic[_Result]):

@@ -24,10 +24,10 @@ from streamindex_client.tensors import (
 )
 
 if TYPE_CHECKING:
-    from streamindex_client.model import KeyCacheInfo, KeyCacheSpec
+    from streamindex_client.model import KeyCacheInfo, KeyCacheSpec, KvSpec
     from streamindex_client.retry import Environment
 
-__all__ = ["AttendSource", "attend_source"]
+__all__ = ["AttendForm", "AttendSource", "attend_source", "check_attended", "finite", "index_width", "sink_logits"]
 
 _BF16 = ("bfloat16", "uint16")
 
@@ -41,7 +41,7 @@ class AttendSource:
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
+class AttendForm:
     """What rows of a call consist of: `width` indices that come with them, None where they are searched for."""
 
     spec: KeyCacheSpec
@@ -53,6 +53,12 @@ class _Form:
         """A chunk of an iterator, for messages."""
         names = ["q", *(("indices",) if self.width is not None else ("index_q", "index_w"))]
         return "(" + ", ".join(names + ["positions"] * self.explicit) + ")"
+
+    def check_search(self, index_q: Any, index_w: Any) -> None:
+        """That a search's tensors are there exactly where it is made. Raises InputError."""
+        for name, tensor in (("index_q", index_q), ("index_w", index_w)):
+            if (tensor is None) != (self.width is not None):
+                raise InputError(name, "is required with top_k" if tensor is None else "is not used with indices")
 
     def block(self, q: Any, index_q: Any, index_w: Any, indices: Any, positions: Any) -> AttendBlock:
         """Check the tensors of some rows."""
@@ -101,20 +107,17 @@ def attend_source(
 ) -> AttendSource:
     """A session for tensors, or for an iterator of chunks."""
     spec = info.spec
-    if spec.kv is None:
-        raise InputError("q", "the cache holds index keys alone: it was made without kv")
+    kv = check_attended(spec)
     if (top_k is None) == (indices is None):
         raise InputError("top_k", "give top_k, or indices")
-    if not math.isfinite(scale):
-        raise InputError("scale", f"got {scale}, expected a finite number")
     header = attention_pb2.SparseAttendHeader(
         key_cache_id=info.id,
         layer=check_layer(layer, spec),
         query_format=spec.key_format.wire,
         convention=spec.convention if convention is None else convention,
         window=unsigned("window", window, 32),
-        scale=scale,
-        sink=_sink(sink, spec.kv.heads),
+        scale=finite("scale", scale),
+        sink=sink_logits(sink, kv.heads),
         want_lse=bool(want_lse),
         request_key=env.new_key(),
     )
@@ -125,13 +128,11 @@ def attend_source(
     if top_k is not None:
         header.top_k = unsigned("top_k", top_k, 31, 1)
     else:
-        width = header.given_indices = _width(indices, is_tensor(q))
-    form = _Form(spec, width, start_position is None)
-    session = AttendSession(header, env.options, form.chunk, spec.kv.heads, spec.kv.value_dim)
+        width = header.given_indices = index_width(indices, is_tensor(q))
+    form = AttendForm(spec, width, start_position is None)
+    session = AttendSession(header, env.options, form.chunk, kv.heads, kv.value_dim)
     if is_tensor(q):
-        for name, tensor in (("index_q", index_q), ("index_w", index_w)):
-            if (tensor is None) != (width is not None):
-                raise InputError(name, "is required with top_k" if tensor is None else "is not used with indices")
+        form.check_search(index_q, index_w)
         block = form.block(q, index_q, index_w, indices, positions)
         header.row_count = block.count
         session.take_all(block)
@@ -143,7 +144,7 @@ def attend_source(
     return AttendSource(session, q)
 
 
-def _width(indices: Any, all_at_once: bool) -> int:
+def index_width(indices: Any, all_at_once: bool) -> int:
     """Indices of a row: of the tensor, or the number itself where q is an iterator."""
     if not all_at_once:
         return unsigned("indices", indices, 31)
@@ -153,12 +154,28 @@ def _width(indices: Any, all_at_once: bool) -> int:
     return int(shape[1])
 
 
-def _sink(sink: Any, heads: int) -> list[float]:
+def check_attended(spec: KeyCacheSpec) -> KvSpec:
+    """The form of its KV rows, if a cache has such. Raises InputError."""
+    if spec.kv is None:
+        raise InputError("q", "the cache holds index keys alone: it was made without kv")
+    return spec.kv
+
+
+def finite(argument: str, value: float) -> float:
+    """A number that is one. Raises InputError."""
+    if not math.isfinite(value):
+        raise InputError(argument, f"got {value}, expected a finite number")
+    return value
+
+
+def sink_logits(sink: Any, heads: int | None) -> list[float]:
+    """[heads] float32, or None for none; `heads` None: any number. Raises InputError."""
     if sink is None:
         return []
     values = np.asarray(sink.detach().cpu() if hasattr(sink, "detach") else sink, dtype=np.float32)
-    if values.shape != (heads,):
-        raise InputError("sink", f"has shape {list(values.shape)}, expected [heads] = [{heads}]")
+    if values.ndim != 1 or (heads is not None and len(values) != heads):
+        wanted = "any" if heads is None else str(heads)
+        raise InputError("sink", f"has shape {list(values.shape)}, expected [heads] = [{wanted}]")
     if np.isnan(values).any():
         raise InputError("sink", "holds a NaN")
     found: list[float] = values.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,13 +15,21 @@ from streamindex_client.requests import check_layer, key_rows, query_block
 from streamindex_client.tensors import maker_like, position_rows, unsigned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
     from streamindex_client.model import KeyCacheInfo
 
-__all__ = ["BatchItem", "BatchRequest", "BatchResult", "build_batch"]
+__all__ = [
+    "BatchItem",
+    "BatchRequest",
+    "BatchResult",
+    "build_batch",
+    "check_count",
+    "item_positions",
+    "naming_item",
+]
 
 
 class _Cache(Protocol):
@@ -79,8 +88,7 @@ class BatchRequest:
 
     def results(self, answer: search_pb2.SearchBatchResponse) -> list[BatchResult]:
         """One result an item; notes the layers' lengths in the caches. Raises ProtocolError."""
-        if len(answer.results) != len(self.items):
-            raise ProtocolError(f"{len(answer.results)} results came for {len(self.items)} items")
+        check_count(answer.results, self.items)
         return [self._result(index, result) for index, result in enumerate(answer.results)]
 
     def _result(self, index: int, result: search_pb2.SearchBatchResult) -> BatchResult:
@@ -120,12 +128,36 @@ def build_batch(
         message.priority = member(Priority, "priority", priority).wire
     request = BatchRequest(message, list(items))
     for index, item in enumerate(request.items):
-        try:
+        with naming_item(index):
             message.items.append(_item(item))
-        except InputError as error:
-            raise InputError(f"items[{index}].{error.field}", error.message.partition(": ")[2]) from None
         request.makers.append(maker_like(item.q))
     return request
+
+
+def check_count(results: Sequence[Any], items: Sequence[Any]) -> None:
+    """One result must have come for each item. Raises ProtocolError."""
+    if len(results) != len(items):
+        raise ProtocolError(f"{len(results)} results came for {len(items)} items")
+
+
+@contextlib.contextmanager
+def naming_item(index: int) -> Iterator[None]:
+    """What is wrong with an item is told with its number."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"items[{index}].{error.field}", error.message.partition(": ")[2]) from None
+
+
+def item_positions(start_position: int | None, positions: Any, rows: int) -> list[int]:
+    """Where an item's rows stand. Raises InputError."""
+    if (start_position is None) == (positions is None):
+        raise InputError("positions", "give either start_position or positions")
+    if positions is not None:
+        found: list[int] = position_rows("positions", positions, rows).tensor.tolist()
+        return found
+    start = unsigned("start_position", start_position, 63)
+    return list(range(start, start + rows))
 
 
 def _item(item: BatchItem) -> search_pb2.SearchBatchItem:
@@ -141,13 +173,7 @@ def _item(item: BatchItem) -> search_pb2.SearchBatchItem:
         block = query_block(spec, item.q, item.w, None)
         rows = block.q.count
         wire.row_count, wire.q, wire.w = rows, bytes(block.q.view(0, rows)), bytes(block.w.view(0, rows))
-        if (item.start_position is None) == (item.positions is None):
-            raise InputError("positions", "give either start_position or positions")
-        if item.positions is not None:
-            wire.positions.extend(position_rows("positions", item.positions, rows).tensor.tolist())
-        else:
-            start = unsigned("start_position", item.start_position, 63)
-            wire.positions.extend(range(start, start + rows))
+        wire.positions.extend(item_positions(item.start_position, item.positions, rows))
     elif item.keys is None:
         raise InputError("q", "give q and w, or keys to append, or both")
     if item.keys is not None:

@@ -22,6 +22,7 @@ __all__ = [
     "SEARCH",
     "SEARCH_BATCH",
     "SPARSE_ATTEND",
+    "SPARSE_ATTEND_BATCH",
     "TRUNCATE_KEYS",
     "WATCH_LOAD",
     "Method",
@@ -56,6 +57,7 @@ QUERY_UPLOAD = _method(key_cache_pb2, "KeyCacheService", "QueryUpload")
 SEARCH = _method(search_pb2, "SearchService", "Search")
 SEARCH_BATCH = _method(search_pb2, "SearchService", "SearchBatch")
 SPARSE_ATTEND = _method(attention_pb2, "AttentionService", "SparseAttend")
+SPARSE_ATTEND_BATCH = _method(attention_pb2, "AttentionService", "SparseAttendBatch")
 GET_CAPABILITIES = _method(server_pb2, "ServerService", "GetCapabilities")
 GET_LOAD = _method(server_pb2, "ServerService", "GetLoad")
 WATCH_LOAD = _method(server_pb2, "ServerService", "WatchLoad")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from streamindex_client.attend import AttendSession
+    from streamindex_client.attend_batch import AttendBatchRequest, AttendBatchResult
     from streamindex_client.batch import BatchRequest, BatchResult
     from streamindex_client.formats import RowKind
     from streamindex_client.retry import Deadline, Environment
@@ -39,6 +40,7 @@ __all__ = [
     "search",
     "search_batch",
     "sparse_attend",
+    "sparse_attend_batch",
     "truncate_keys",
     "wait_ready",
 ]
@@ -179,6 +181,14 @@ def wait_ready(env: Environment, timeout_s: float) -> Operation[None]:
 def search_batch(env: Environment, batch: BatchRequest, timeout_s: float | None) -> Operation[list[BatchResult]]:
     """A ragged decode step; safe to repeat, as rows are written at an index."""
     answer = yield from unary(env, contract.SEARCH_BATCH, batch.message, env.deadline(timeout_s))
+    return batch.results(answer)
+
+
+def sparse_attend_batch(
+    env: Environment, batch: AttendBatchRequest, timeout_s: float | None
+) -> Operation[list[AttendBatchResult]]:
+    """A ragged decode step of attention; safe to repeat, as it writes nothing."""
+    answer = yield from unary(env, contract.SPARSE_ATTEND_BATCH, batch.message, env.deadline(timeout_s))
     return batch.results(answer)
 
 

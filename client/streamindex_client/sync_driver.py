@@ -15,6 +15,7 @@ import grpc
 from streamindex_client.contract import REQUEST_ID, Method
 from streamindex_client.effects import Call, Close, Emit, Notify, Open, Read, Sleep
 from streamindex_client.errors import UnavailableError, from_rpc
+from streamindex_client.propagation import trace_headers
 from streamindex_client.sync_stream import SyncStream
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class SyncDriver:
             raise UnavailableError(str(error), reason="CLOSED") from None
 
     def _tag(self, request_id: str) -> Metadata:
-        return (*self._metadata, (REQUEST_ID, request_id))
+        return (*self._metadata, *trace_headers(self._metadata), (REQUEST_ID, request_id))
 
 
 class Run(Generic[_Result]):

@@ -72,7 +72,7 @@ class Governor:
         self.limits = limits
         self.speed = speed or DeviceSpeed()
         self.scheduler = Scheduler(limits.queue)
-        self.working_set = WorkingSet(limits.working_set, residency.hbm.limit_bytes, limits.active_s)
+        self.working_set = WorkingSet(limits.working_set, residency.hbm, limits.active_s)
         residency.kept = self.working_set.kept_pages
         self.meter = Meter()
         self._clock = clock
@@ -435,8 +435,8 @@ class Governor:
         turn.open_search.turns -= 1
         turn.open_search.grants += 1
         turn.open_search.used[id(need.pages)] = need.pages
-        # Elastic: what is free anyway makes the tiles larger. Nothing is evicted for it, and the next is left its floor,
-        # so that its keys come while this one runs.
+        # Elastic: what is free anyway makes the tiles larger. Nothing is evicted for it, and the next is left its
+        # floor, so that its keys come while this one runs.
         free_bytes = self.hbm.free_bytes - (need.floor_bytes if len(self.scheduler) else 0)
         more = max(0, min(need.want_bytes - need.floor_bytes, free_bytes))
         reserved = self.hbm.try_reserve(more)

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamindex_service.core.layers import Page
+from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.scheduler import Band
 
 
@@ -68,13 +69,14 @@ class _Gate:
 class WorkingSet:
     """The page sets that are in use, and which of them are admitted. Pure: it is told the time.
 
-    given_s: estimated device seconds of all turns that went to the device.
+    hbm: device memory, whose limit a worker may change when it starts. given_s: estimated device seconds of all turns
+    that went to the device.
     """
 
-    def __init__(self, limits: WorkingSetLimits, budget_bytes: int, active_s: float) -> None:
+    def __init__(self, limits: WorkingSetLimits, hbm: Ledger, active_s: float) -> None:
         self.limits = limits
         self.given_s = 0.0
-        self._budget_bytes = budget_bytes
+        self._hbm = hbm
         self._active_s = active_s
         self._known: dict[Page, PageSet] = {}  # by the first page
         self._admitted: dict[PageSet, None] = {}  # for longest first
@@ -138,7 +140,7 @@ class WorkingSet:
 
     def room_bytes(self, band: Band, now: float, *, displacing: bool = False) -> int:
         """Device memory for a page set of this band and its tiles. displacing: others of the band make room."""
-        room_bytes = self._budget_bytes - self._admitted_bytes
+        room_bytes = self._hbm.limit_bytes - self._admitted_bytes
         for other in self._admitted:
             goes = other.band > band or (displacing and other.band == band)
             if goes or self._lapses_at(other, band) <= now:
@@ -147,13 +149,13 @@ class WorkingSet:
 
     def fits(self, page_set: PageSet, workspace_bytes: int, room_bytes: int) -> bool:
         """Whether so much room is enough. Nobody needs more than all that there is."""
-        return min(page_set.size_bytes + workspace_bytes, self._budget_bytes) <= room_bytes
+        return min(page_set.size_bytes + workspace_bytes, self._hbm.limit_bytes) <= room_bytes
 
     def admit(self, page_set: PageSet, workspace_bytes: int, now: float, *, through_gate: bool) -> None:
         """It takes part from now on; those make room that must. through_gate: which is to be closed if any did."""
         band, displaced = page_set.band, False
         for other in self._in_order(band, now):
-            if self.fits(page_set, workspace_bytes, self._budget_bytes - self._admitted_bytes):
+            if self.fits(page_set, workspace_bytes, self._hbm.limit_bytes - self._admitted_bytes):
                 break
             displaced |= other.band <= band and self._lapses_at(other, band) > now
             self._leave(other)

@@ -22,12 +22,14 @@ async def admit_attention(
     layer: int,
     parameters: AttendParameters,
     deadline_s: Callable[[], float | None],
-    version_is_right: Callable[[int], None],
+    version_is_right: Callable[[int], None] = lambda version: None,
+    *,
+    among_others: bool = False,
 ) -> AdmittedAttention:
     """Open a call on a cache that the caller has just found, once the layer's rows are in host memory.
 
     deadline_s: the caller's remaining time; `version_is_right` raises for a version of the layer. Both are asked when
-    the rows are there. Raises ServiceError.
+    the rows are there. among_others: rows of other calls lie in the same blocks. Raises ServiceError.
     """
     found = [service.caches.layer(cache, layer, kind) for kind in RowKind]
 
@@ -38,18 +40,25 @@ async def admit_attention(
         if cache.deleted:  # while its rows were brought
             raise CacheNotFoundError
         version_is_right(sum(rows.version for rows in found))
-        return AdmittedAttention(service, cache, layer, parameters, deadline_s())
+        return AdmittedAttention(service, cache, layer, parameters, deadline_s(), among_others)
 
 
 class AdmittedAttention(OpenCall):
     """An open call of attention: `index` finds indices, where the caller does not give them, and `attend` the outputs.
 
-    `layout` is that of the blocks through which rows pass; `version` that of the layer, all kinds of its rows together.
-    Raises NoKvRowsError where index keys have no KV rows.
+    `layout` is that of the blocks through which rows pass, the same for all calls of a kind whose rows lie
+    `among_others`; `version` that of the layer, all kinds of its rows together. Raises NoKvRowsError where index
+    keys have no KV rows.
     """
 
     def __init__(
-        self, service: Service, cache: KeyCache, layer: int, parameters: AttendParameters, deadline_s: float | None
+        self,
+        service: Service,
+        cache: KeyCache,
+        layer: int,
+        parameters: AttendParameters,
+        deadline_s: float | None,
+        among_others: bool = False,
     ) -> None:
         super().__init__(service, cache)
         self.keys, self.kv, self.window = (self._hold(layer, kind) for kind in RowKind)
@@ -62,12 +71,13 @@ class AdmittedAttention(OpenCall):
                     service,
                     self.keys,
                     parameters.search,
-                    lambda scored: self._layout(parameters, scored).only(SEARCHED),
+                    lambda scored: self._layout(parameters, scored or among_others).only(SEARCHED),
                     lambda: self.search,
                 )
                 self._operations.append(self.index)
                 service.governor.refuse_what_never_fits(self.index.least)
-            self.layout = self._layout(parameters, self.index is not None and self.index.in_parts)
+            in_parts = self.index is not None and self.index.in_parts
+            self.layout = self._layout(parameters, in_parts or among_others)
             self.attend = AttendTiles(
                 service,
                 self.kv,

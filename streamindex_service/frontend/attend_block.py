@@ -42,7 +42,7 @@ def attend_layout(spec: CacheSpec, parameters: AttendParameters, keeps_scores: b
         spec.heads * GATE_BYTES * searched,
         POSITION_BYTES,
         parameters.width * INDEX_BYTES,
-        parameters.width * SCORE_BYTES * keeps_scores,
+        parameters.width * SCORE_BYTES * (keeps_scores and searched),
         kv.heads * kv.key_dim * BF16_BYTES,
         kv.heads * kv.value_dim * BF16_BYTES,
         kv.heads * LSE_BYTES * parameters.want_lse,

@@ -37,6 +37,10 @@ class AttendParameters:
     request_key: str
 
 
+Asked = attention_pb2.SparseAttendHeader | attention_pb2.SparseAttendBatchRequest
+_Named = attention_pb2.SparseAttendHeader | attention_pb2.SparseAttendBatchItem
+
+
 def attend_parameters(
     header: attention_pb2.SparseAttendHeader, spec: CacheSpec, settings: Settings
 ) -> AttendParameters:
@@ -44,45 +48,81 @@ def attend_parameters(
 
     Raises InvalidArgumentError naming field and limit, ConventionMismatchError, NoKvRowsError.
     """
-    if spec.kv is None:
-        raise NoKvRowsError("the cache holds index keys alone", field="header.key_cache_id")
-    most = settings.limits.max_top_k
-    selection = header.WhichOneof("selection")
-    if selection == "top_k":
-        requests.within("header.top_k", header.top_k, 1, most)
-        requests.check_same_kind(header.query_format, header.convention, spec, "header.")
-        width = header.top_k
-    elif selection == "given_indices":
-        width = requests.within("header.given_indices", header.given_indices, 0, most)
-        requests.check_convention(header.convention, spec, "header.")
-    else:
-        raise InvalidArgumentError("header needs top_k or given_indices", field="header.top_k")
-    requests.within("header.window", header.window, 0, requests.MAX_WINDOW)
-    if not math.isfinite(header.scale):
-        raise InvalidArgumentError("header.scale must be finite", field="header.scale")
-    sink = tuple(header.sink)
-    if sink and (len(sink) != spec.kv.heads or any(math.isnan(value) for value in sink)):
-        raise InvalidArgumentError(
-            f"header.sink must have {spec.kv.heads} numbers, or none, and no NaN", field="header.sink"
-        )
-    requests.within("header.priority", header.priority, 0, max(types_pb2.Priority.values()))
+    _refuse_without_kv(spec, "header.")
+    check_asked(header, settings, "header.")
     requests.check_request_key(header.request_key)
     start, row_count = requests.start_and_count(header)
     band = Band(header.priority or spec.priority)
-    search = None
+    return _parameters(header, header, spec, band, start, row_count, header.request_key, "header.")
+
+
+def item_parameters(
+    request: attention_pb2.SparseAttendBatchRequest, item: attention_pb2.SparseAttendBatchItem, spec: CacheSpec
+) -> AttendParameters:
+    """Check an item of a batch against its cache; the request has been checked by `check_asked`. Raises likewise."""
+    _refuse_without_kv(spec, "")
+    band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
+    return _parameters(request, item, spec, band, None, item.row_count, "", "")
+
+
+def check_asked(asked: Asked, settings: Settings, prefix: str = "") -> None:
+    """Check what is asked, whatever the cache. Raises InvalidArgumentError naming field and limit."""
+    most = settings.limits.max_top_k
+    selection = asked.WhichOneof("selection")
     if selection == "top_k":
+        requests.within(f"{prefix}top_k", asked.top_k, 1, most)
+    elif selection == "given_indices":
+        requests.within(f"{prefix}given_indices", asked.given_indices, 0, most)
+    else:
+        raise InvalidArgumentError(
+            f"{prefix.rstrip('.') or 'the request'} needs top_k or given_indices", field=f"{prefix}top_k"
+        )
+    requests.within(f"{prefix}window", asked.window, 0, requests.MAX_WINDOW)
+    if not math.isfinite(asked.scale):
+        raise InvalidArgumentError(f"{prefix}scale must be finite", field=f"{prefix}scale")
+    if any(math.isnan(value) for value in asked.sink):
+        raise InvalidArgumentError(f"{prefix}sink must have no NaN", field=f"{prefix}sink")
+    requests.within(f"{prefix}priority", asked.priority, 0, max(types_pb2.Priority.values()))
+
+
+def _refuse_without_kv(spec: CacheSpec, prefix: str) -> None:
+    if spec.kv is None:
+        raise NoKvRowsError("the cache holds index keys alone", field=f"{prefix}key_cache_id")
+
+
+def _parameters(
+    asked: Asked,
+    named: _Named,
+    spec: CacheSpec,
+    band: Band,
+    start: int | None,
+    row_count: int,
+    request_key: str,
+    prefix: str,
+) -> AttendParameters:
+    """What is asked, of the cache that is named."""
+    kv = spec.kv
+    assert kv is not None, "the cache holds index keys alone"
+    search = None
+    if asked.WhichOneof("selection") == "top_k":
+        requests.check_same_kind(named.query_format, named.convention, spec, prefix)
         # Attention does not care for the order; that of the rows is the better one to read them in.
-        search = SearchParameters(width, types_pb2.RESULT_ORDER_INDEX, False, band, start, row_count)
+        search = SearchParameters(asked.top_k, types_pb2.RESULT_ORDER_INDEX, False, band, start, row_count)
+    else:
+        requests.check_convention(named.convention, spec, prefix)
+    sink = tuple(asked.sink)
+    if sink and len(sink) != kv.heads:
+        raise InvalidArgumentError(f"{prefix}sink must have {kv.heads} numbers, or none", field=f"{prefix}sink")
     return AttendParameters(
-        spec.kv,
+        kv,
         search,
-        width,
-        header.window,
-        header.scale,
+        search.top_k if search is not None else asked.given_indices,
+        asked.window,
+        asked.scale,
         sink,
-        header.want_lse,
+        asked.want_lse,
         band,
         start,
         row_count,
-        header.request_key,
+        request_key,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 
 import numpy as np
 
@@ -70,19 +69,22 @@ class AttendTiles:
             attention_terms(service.require_worker_info().attention.terms),
         )
         floor = int(service.settings.memory.workspace_floor_bytes)
-        self._workspace_bytes = max(floor, self.work.workspace_bytes())
+        self.workspace_bytes = max(floor, self.work.workspace_bytes())
         kv_bytes = len(kv.pages) * parameters.kv.form.page_bytes
-        room = service.hbm.limit_bytes - kv_bytes - self._workspace_bytes
+        room = service.hbm.limit_bytes - kv_bytes - self.workspace_bytes
         self._most_rows = self.work.rows_within(room, layout.rows)
         if not self._most_rows:
             raise ExceedsBudgetError(
                 "the KV rows of the layer and the smallest workspace do not fit the device memory budget",
                 metadata={
-                    "needed_bytes": kv_bytes + self._workspace_bytes + self.work.beside_bytes(1),
+                    "needed_bytes": kv_bytes + self.workspace_bytes + self.work.beside_bytes(1),
                     "budget_bytes": service.hbm.limit_bytes,
                 },
             )
-        self.least = self._need(kv.pages, self._workspace_bytes + self.work.beside_bytes(1), 1)
+        least_bytes = self.workspace_bytes + self.work.beside_bytes(1)
+        self.least = Need(kv.pages, least_bytes, least_bytes, self.work.flop(1), speed=service.attention_speed)
+
+    name = "attend"
 
     @property
     def service(self) -> Service:
@@ -123,23 +125,29 @@ class AttendTiles:
         smallest: bool = False,
     ) -> SearchTurn:
         """Ask for a turn. See `TileOperation`; there is but one size of workspace."""
-        return self._service.governor.request(self._search(), self._need_of(piece), granted, refused, alone=alone)
+        need = need_together([(self, piece)])
+        return self._service.governor.request(self._search(), need, granted, refused, alone=alone)
 
     def grow(self, turn: SearchTurn, piece: TilePiece) -> None:
         """A tile that still waits has become this one."""
-        self._service.governor.grow(turn, self._need_of(piece))
+        self._service.governor.grow(turn, need_together([(self, piece)]))
 
     def submit(self, piece: TilePiece, grant: Grant, due: TileDue, request_key: str) -> Submitted:
         """Give the device a tile whose turn was granted. See `TileOperation`."""
-        device = self._service.device
+        return submit_together([(self, piece)], due, request_key)
+
+    def sequence(self, piece: TilePiece) -> tuple[pb.AttendSequence, list[View]]:
+        """What rows of a tile attend, as the worker knows it. For the moment in which a turn is granted; raises
+        WorkerLostError."""
+        device, place = self._service.device, self._place_of(piece)
         self._kv_view = device.view_of(self._kv_view, self._kv, self._kv.pages, self._kv.length_keys)
-        views = [self._kv_view]
-        place = self._place_of(piece)
-        if self._window is not None:
-            self._window_view = self._view_of(self._window, place)
-            views.append(self._window_view)
-        message = partial(self._message, piece=piece, due=due, views=views, place=place)
-        return Submitted(*device.submit(views, piece.block, request_key, message), views)
+        message = pb.AttendSequence(view_id=self._kv_view.view_id, rows=piece.rows)
+        if self._window is None:
+            return message, [self._kv_view]
+        self._window_view = self._view_of(self._window, place)
+        message.window_view_id = self._window_view.view_id
+        message.first_window_row = place.first_page * PAGE_KEYS
+        return message, [self._kv_view, self._window_view]
 
     def drop_views(self) -> None:
         """No tile will come any more."""
@@ -147,16 +155,12 @@ class AttendTiles:
             if view is not None:
                 self._service.device.drop_view(view)
 
-    def _message(
-        self, tile_id: int, piece: TilePiece, due: TileDue, views: Sequence[View], place: _Place
-    ) -> pb.ToWorker:
+    def message(self, piece: TilePiece, due: TileDue, sequences: Sequence[pb.AttendSequence]) -> pb.AttendTile:
+        """The message that asks for a tile, but for its number: rows of the block, whatever they attend."""
         parameters, layout, block = self._parameters, self._layout, piece.block
         at = {tensor: span(block, layout.at(tensor, piece.first)) for tensor in (Q, POSITIONS, INDICES, OUT, LSE)}
-        message = pb.AttendTile(
-            tile_id=tile_id,
-            view_id=views[0].view_id,
-            window_view_id=views[1].view_id if len(views) > 1 else None,
-            first_window_row=place.first_page * PAGE_KEYS,
+        return pb.AttendTile(
+            sequences=sequences,
             window=parameters.window,
             rows=piece.rows,
             heads=parameters.kv.heads,
@@ -164,7 +168,7 @@ class AttendTiles:
             value_dim=parameters.kv.value_dim,
             scale=parameters.scale,
             sink=parameters.sink,
-            workspace_bytes=self._workspace_bytes,
+            workspace_bytes=self.workspace_bytes,
             q=at[Q],
             positions=at[POSITIONS],
             indices=at[INDICES],
@@ -175,7 +179,6 @@ class AttendTiles:
             request_id=due.request_id,
             traceparent=due.traceparent,
         )
-        return pb.ToWorker(attend_tile=message)
 
     def _view_of(self, window: Snapshot, place: _Place) -> View:
         """Window pages as the worker knows them. For the moment in which a turn is granted; raises WorkerLostError."""
@@ -187,22 +190,19 @@ class AttendTiles:
         self._viewed = place
         return device.view_of(self._window_view, window, place.window, max(0, rows))
 
-    def _need_of(self, piece: TilePiece) -> Need:
-        first, stop = self._tokens_of(piece)
-        floor = self._workspace_bytes + self.work.staging_bytes(piece.rows)
-        floor += self.work.copy_bytes(piece.rows, stop - first)
-        return self._need(self._place_of(piece).pages, floor, piece.rows)
+    def pages_of(self, piece: TilePiece) -> Sequence[Page]:
+        """All pages that a tile reads: the same object for as long as they are the same."""
+        return self._place_of(piece).pages
 
-    def _need(self, pages: Sequence[Page], floor_bytes: int, rows: int) -> Need:
-        return Need(
-            pages,
-            floor_bytes,
-            floor_bytes,
-            self.work.flop(rows),
-            self.work.staging_bytes(rows),
-            floor_bytes,
-            self._service.attention_speed,
-        )
+    def bytes_of(self, piece: TilePiece) -> int:
+        """Device memory of all that a tile reads, writes and copies; without the workspace."""
+        pages_bytes = len(self.pages_of(piece)) * self._parameters.kv.form.page_bytes
+        return pages_bytes + self.work.staging_bytes(piece.rows) + self.copy_bytes(piece)
+
+    def copy_bytes(self, piece: TilePiece) -> int:
+        """Device memory of the rows that a tile attends, copied behind each other."""
+        first, stop = self._tokens_of(piece)
+        return self.work.copy_bytes(piece.rows, stop - first)
 
     def _tokens_of(self, piece: TilePiece) -> tuple[int, int]:
         """Tokens that are in the windows of a tile's rows."""
@@ -224,6 +224,38 @@ class AttendTiles:
                 oldest = self._places.pop(next(iter(self._places)))
                 self._service.governor.let_go(self._search(), oldest.pages)
         return place
+
+
+def need_together(parts: Sequence[tuple[AttendTiles, TilePiece]]) -> Need:
+    """What a tile takes whose rows, one after another in a block, are these pieces of calls of one kind."""
+    tiles = parts[0][0]
+    rows = sum(piece.rows for _, piece in parts)
+    pages = parts[0][0].pages_of(parts[0][1])
+    if len(parts) > 1:  # each once, for forks share them
+        pages = tuple(dict.fromkeys(page for each, piece in parts for page in each.pages_of(piece)))
+    staging_bytes = tiles.work.staging_bytes(rows)
+    floor_bytes = tiles.workspace_bytes + staging_bytes + sum(each.copy_bytes(piece) for each, piece in parts)
+    flop = sum(each.work.flop(piece.rows) for each, piece in parts)
+    speed = tiles.service.attention_speed
+    return Need(pages, floor_bytes, floor_bytes, flop, staging_bytes, floor_bytes, speed)
+
+
+def submit_together(parts: Sequence[tuple[AttendTiles, TilePiece]], due: TileDue, request_key: str) -> Submitted:
+    """Give the device such a tile, whose turn was granted. Raises WorkerLostError."""
+    (tiles, first), device = parts[0], parts[0][0].service.device
+    sequences, views = [], []
+    for each, piece in parts:
+        sequence, read = each.sequence(piece)
+        sequences.append(sequence)
+        views += read
+    whole = TilePiece(first.block, first.first, sum(piece.rows for _, piece in parts), 0, 0)
+    message = tiles.message(whole, due, sequences)
+
+    def numbered(tile_id: int) -> pb.ToWorker:
+        message.tile_id = tile_id
+        return pb.ToWorker(attend_tile=message)
+
+    return Submitted(*device.submit(views, first.block, request_key, numbered), views)
 
 
 def attention_terms(message: pb.AttentionTerms) -> AttentionTerms:

@@ -9,6 +9,7 @@ from streamindex.v1 import attention_pb2 as pb
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.attend_admission import admit_attention
+from streamindex_service.frontend.attend_batch import BatchAttention
 from streamindex_service.frontend.attend_requests import attend_parameters
 from streamindex_service.frontend.attend_stream import AttendStream
 from streamindex_service.frontend.identity import Identify
@@ -61,3 +62,9 @@ class AttentionServicer:
         except ServiceError as error:
             await writer.refuse(pb.SparseAttendResponse(refused=to_message(error)))
             raise
+
+    async def sparse_attend_batch(
+        self, request: pb.SparseAttendBatchRequest, context: Any
+    ) -> pb.SparseAttendBatchResponse:
+        """SparseAttendBatch."""
+        return await BatchAttention(self._service, self._identify(context), request, context.time_remaining).run()

@@ -69,6 +69,8 @@ class IndexTiles:
             self.work.flop(1, self.windows[0].keys),
         )
 
+    name = "search"
+
     @property
     def service(self) -> Service:
         """Where it runs."""

@@ -31,6 +31,7 @@ from streamindex_service.frontend.call import CURRENT, Call
 from streamindex_service.frontend.identity import Identify
 from streamindex_service.telemetry import trace
 from streamindex_service.telemetry.counters import Counters
+from streamindex_service.telemetry.spans import Tracing
 
 REQUEST_ID = "x-request-id"
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -224,10 +225,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     `authenticate` gives the caller's identity, or raises; no servicer is reached before it. `admit` raises what a call
     is refused with before it starts (while the server drains, say). `services` are the contract's descriptors.
+    `tracing` makes spans, None none.
     """
 
     def __init__(
-        self, log: Any, authenticate: Identify, admit: Callable[[], None], counters: Counters, services: Sequence[Any]
+        self,
+        log: Any,
+        authenticate: Identify,
+        admit: Callable[[], None],
+        counters: Counters,
+        services: Sequence[Any],
+        tracing: Tracing | None = None,
     ) -> None:
         self._log = log
         self._authenticate = authenticate
@@ -239,6 +247,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         }
         self._admit = admit
         self._counters = counters
+        self._tracing = tracing
         self.running: set[asyncio.Task[Any]] = set()
 
     async def intercept_service(
@@ -296,14 +305,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             raise
 
     def _record(self, details: grpc.HandlerCallDetails) -> Call:
-        request_id, traceparent = "", None
+        request_id, headers = "", {}
         for key, value in details.invocation_metadata or ():
             if key == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
                 request_id = value
-            elif key == trace.TRACEPARENT and isinstance(value, str):
-                traceparent = value
-        method = details.method.rpartition("/")[2]
-        return Call(method, request_id or uuid.uuid4().hex, trace.of_call(traceparent), self._counters.of(method))
+            elif key in trace.HEADERS and isinstance(value, str):
+                headers[key] = value
+        method, request_id = details.method.rpartition("/")[2], request_id or uuid.uuid4().hex
+        counters = self._counters.of(method)
+        if self._tracing is None:
+            return Call(method, request_id, trace.of_call(headers.get(trace.TRACEPARENT)), counters)
+        context, span = self._tracing.start(details.method, request_id, headers)
+        return Call(method, request_id, context, counters, span=span)
 
     async def _call(
         self,
@@ -323,7 +336,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             request_id=record.request_id, trace_id=record.trace.trace_id, method=record.method
         )
         record.counters.running += 1
-        started, code = time.monotonic(), "OK"
+        started, code, reason = time.monotonic(), "OK", ""
         # On its way through gRPC's own thread and back, a unary call goes on.
         metadata = asyncio.ensure_future(context.send_initial_metadata(((REQUEST_ID, record.request_id),)))
         metadata.add_done_callback(_seen)
@@ -346,7 +359,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if not metadata.done():  # neither an answer nor a refusal may overtake it
                     await asyncio.wait([metadata])
         except ServiceError as error:
-            code = error.code.name
+            code, reason = error.code.name, error.reason
             self._counters.refusals[error.reason] += 1
             log = self._log.error if isinstance(error, InternalError) else self._log.info
             log("refused", reason=error.reason, field=error.field, detail=error.detail, **error.metadata)
@@ -356,11 +369,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             raise
         except Exception:
             # Not a refusal but a defect of ours; the caller learns that and no more.
-            code = "INTERNAL"
+            code = reason = InternalError.reason
             self._counters.refusals[InternalError.reason] += 1
             self._log.error("call_failed", exc_info=True)
             await abort(context, InternalError())
         finally:
             record.counters.running -= 1
             record.counters.ended(code, time.monotonic() - started)
+            if record.span is not None:
+                record.span.ended(code, reason)
             self.running.discard(task)

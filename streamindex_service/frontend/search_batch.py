@@ -10,22 +10,15 @@ from streamindex.framing import Chunk
 from streamindex.v1 import search_pb2 as pb
 
 from streamindex_service.core.layers import KeyCache
-from streamindex_service.core.scheduler import Band
-from streamindex_service.core.sizes import MAX_POSITION, SCALE_BYTES, KeyFormat, answer_row_bytes, key_row_bytes
+from streamindex_service.core.sizes import SCALE_BYTES, KeyFormat, answer_row_bytes, key_row_bytes
 from streamindex_service.core.specs import CacheSpec
 from streamindex_service.errors import InvalidArgumentError, ServiceError
-from streamindex_service.frontend import requests, tensors
+from streamindex_service.frontend import batch, requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch, admit
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import INDICES, SCORES, BlockLayout, fill_rows
-from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.staging import commit_upload, write_rows
-from streamindex_service.frontend.tile_run import TileRun
-
-_ITEM_OVERHEAD_BYTES = 1024  # of the answer message: lengths, or an error with its figures
-# Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
-_ITEMS_AT_ONCE = 16
 
 
 class BatchSearch:
@@ -39,30 +32,13 @@ class BatchSearch:
 
     async def run(self) -> pb.SearchBatchResponse:
         """Answer all items. Raises InvalidArgumentError for what concerns the whole call."""
-        request, limits = self._request, self._service.settings.limits
+        request = self._request
         self._parameters = requests.batch_parameters(request, self._service.settings)
+        batch.check_size(self._service, request.items)
         rows = sum(item.row_count for item in request.items)
-        for field, value, most in (
-            ("items", len(request.items), limits.max_batch_items),
-            ("items.row_count", rows, limits.max_batch_rows),
-        ):
-            if value > most:
-                raise InvalidArgumentError(
-                    f"{field}: {value} are more than {most}, the most of one call",
-                    field=field,
-                    metadata={"limit": most},
-                )
         answer_bytes = rows * answer_row_bytes(request.top_k, request.want_scores)
-        most_bytes = int(limits.max_message_bytes) - _ITEM_OVERHEAD_BYTES * len(request.items)
-        if answer_bytes > most_bytes:
-            raise InvalidArgumentError(
-                f"the answers would have {answer_bytes} bytes, more than the {most_bytes} that one message may have",
-                field="items.row_count",
-                metadata={"needed_bytes": answer_bytes, "limit_bytes": most_bytes},
-            )
-        if self._parameters.band > Band.INTERACTIVE:
-            return await self._answer()
-        with self._service.pacing.step():
+        batch.check_answers(self._service, len(request.items), answer_bytes)
+        with batch.step(self._service, self._parameters.band):
             return await self._answer()
 
     async def _answer(self) -> pb.SearchBatchResponse:
@@ -73,7 +49,7 @@ class BatchSearch:
             try:
                 await self._append(item, result)
             except ServiceError as error:
-                self._refuse(result, error)
+                batch.refuse(self._service, result, error)
         searches = [
             (item, result)
             for item, result in zip(request.items, results, strict=True)
@@ -86,7 +62,7 @@ class BatchSearch:
         return pb.SearchBatchResponse(results=results)
 
     async def _search_all(self, searches: Sequence[tuple[pb.SearchBatchItem, pb.SearchBatchResult]]) -> None:
-        turns = asyncio.Semaphore(_ITEMS_AT_ONCE)
+        turns = asyncio.Semaphore(batch.ITEMS_AT_ONCE)
 
         async def search(item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
             async with turns:
@@ -113,16 +89,8 @@ class BatchSearch:
 
     def _check_item(self, item: pb.SearchBatchItem, cache: KeyCache) -> None:
         requests.check_same_kind(item.query_format, item.convention, cache.spec)
-        if len(item.positions) != item.row_count:
-            raise InvalidArgumentError(f"positions must have {item.row_count} numbers", field="positions")
-        if any(position > MAX_POSITION for position in item.positions):
-            raise InvalidArgumentError("positions must be at most 2^62", field="positions")
         q, w, _, _, _ = self._layout(cache.spec).row_bytes
-        for name, data, size in (("q", item.q, q), ("w", item.w, w)):
-            if len(data) != item.row_count * size:
-                raise InvalidArgumentError(
-                    f"{name} has {len(data)} bytes; {item.row_count} rows are {item.row_count * size}", field=name
-                )
+        batch.check_item(item, (("q", item.q, q), ("w", item.w, w)))
 
     def _layout(self, spec: CacheSpec) -> BlockLayout:
         block_bytes = self._service.blocks.block_bytes
@@ -137,11 +105,7 @@ class BatchSearch:
                 result.indices, result.scores = await search.run()
                 self._service.counters.queries += item.row_count
         except ServiceError as error:
-            self._refuse(result, error)
-
-    def _refuse(self, result: pb.SearchBatchResult, error: ServiceError) -> None:
-        self._service.counters.refusals[error.reason] += 1
-        result.error.CopyFrom(to_message(error))
+            batch.refuse(self._service, result, error)
 
     async def _admit(self, cache: KeyCache, layer: int) -> AdmittedSearch:
         return await admit(self._service, cache, layer, self._parameters, lambda: self._deadline_s)
@@ -156,9 +120,8 @@ class _ItemSearch:
         self._tiles = admitted.tiles
         self._layout = admitted.tiles.layout
         self._scored = scored
-        self._running: TileRun | None = None
+        self._series = batch.TileSeries()
         self._block: Block | None = None
-        self._ended = asyncio.Event()
 
     async def run(self) -> tuple[bytes, bytes]:
         """Indices and scores of the rows. Raises ServiceError."""
@@ -174,12 +137,7 @@ class _ItemSearch:
             count = min(len(left), self._tiles.tile_rows(self._tiles.keys_seen(max(left))))
             fill_rows(self._layout, cache, chunk, first, count, block, 0, first, None)
             keys = self._tiles.keys_seen(max(left[:count]))
-            # A step of many callers' sequences: no single one is to blame for a worker's death.
-            self._ended.clear()
-            self._running = run = TileRun(self._tiles, block, 0, count, keys, ended=lambda _: self._ended.set())
-            run.start()
-            await self._ended.wait()
-            run.done.result()
+            await self._series.run(self._tiles, block, 0, count, keys)
             indices.append(self._layout.part(block, INDICES, 0, count).tobytes())
             scores.append(self._layout.part(block, SCORES, 0, count * self._scored).tobytes())
             first += count
@@ -188,13 +146,11 @@ class _ItemSearch:
     @property
     def runs(self) -> bool:
         """Whether the device has something of it, or will have."""
-        return self._running is not None and not self._running.done.done()
+        return self._series.runs
 
     async def stop(self) -> None:
         """Wait for the device."""
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running.done, return_exceptions=True)
+        await self._series.stop()
 
     def give_back(self) -> None:
         """Give the block back."""

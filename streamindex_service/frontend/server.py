@@ -36,7 +36,9 @@ from streamindex_service.frontend.server_servicer import ServerServicer
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tls import TlsError, TlsFiles
 from streamindex_service.frontend.tokens import TokenFile, TokenFileError
+from streamindex_service.frontend.traces import ExtraMissingError, tracing_of
 from streamindex_service.telemetry import logs
+from streamindex_service.telemetry.spans import Tracing
 
 _PIECE_BYTES = 1 << 20
 _METADATA_BYTES = 16_384  # of a call's headers: a token, two ids
@@ -71,10 +73,14 @@ class SpillDirectoryError(ServeError):
     """Keys cannot be spilled where the settings say."""
 
 
-class Server:
-    """A service behind gRPC. `start`, then `stop`."""
+class TracesError(ServeError):
+    """The settings ask for traces, and what makes them is not installed."""
 
-    def __init__(self, settings: Settings, identify: Identify | None = None) -> None:
+
+class Server:
+    """A service behind gRPC. `start`, then `stop`. `tracing` takes the place of what the settings ask for."""
+
+    def __init__(self, settings: Settings, identify: Identify | None = None, tracing: Tracing | None = None) -> None:
         self.settings = settings
         self.service = Service(settings, logs.get("frontend"))
         self._log = self.service.log
@@ -91,7 +97,10 @@ class Server:
                 self.service.counters.of(method.name)
         self._peers: PeerSocket | None = None
         authenticate = identify or _authenticator(settings, self._log, self._uid_of)
-        self._calls = CallInterceptor(self._log, authenticate, self._admit, self.service.counters, services)
+        self._tracing = tracing or _tracing(settings, self._log)
+        self._calls = CallInterceptor(
+            self._log, authenticate, self._admit, self.service.counters, services, self._tracing
+        )
         self._health = health.aio.HealthServicer()
         self._server = self._make_server()
         self._metrics = MetricsServer(self.service, settings.metrics)
@@ -147,6 +156,8 @@ class Server:
             self._peers.stop()
         await self.service.stop()
         await self._metrics.stop()
+        if self._tracing is not None:
+            await self._tracing.stop()
         if self.settings.server.unix_socket:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.settings.server.unix_socket)
@@ -249,7 +260,7 @@ class Server:
             ),
             generic_handler(
                 attention_pb2.DESCRIPTOR.services_by_name["AttentionService"],
-                {"SparseAttend": attention.sparse_attend},
+                {"SparseAttend": attention.sparse_attend, "SparseAttendBatch": attention.sparse_attend_batch},
                 {"SparseAttend": framing.parse_attend_request},
             ),
             generic_handler(
@@ -272,7 +283,7 @@ class Server:
 async def serve(settings: Settings, on_listening: Callable[[Listening], None] | None = None) -> None:
     """Run a server until SIGTERM or SIGINT, then drain; a second signal stops at once.
 
-    Raises SocketInUseError, CredentialsError; UnusableDeviceError when no worker can ever be ready.
+    Raises SocketInUseError, CredentialsError, TracesError; UnusableDeviceError when no worker can ever be ready.
     """
     logs.configure(settings.log.level)
     keep_message_buffers()
@@ -308,6 +319,14 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
         await asyncio.gather(stopping, return_exceptions=True)
         await server.stop(0)
     second.cancel()
+
+
+def _tracing(settings: Settings, log: Any) -> Tracing | None:
+    """Raises TracesError."""
+    try:
+        return tracing_of(settings.traces, log)
+    except ExtraMissingError as error:
+        raise TracesError(str(error)) from error
 
 
 def _authenticator(settings: Settings, log: Any, uid_of: Callable[[str], int | None]) -> Identify:

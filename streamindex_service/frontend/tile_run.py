@@ -20,6 +20,7 @@ from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.tiles import Submitted, TileDue, TileOperation, TilePiece
 from streamindex_service.ipc.supervisor import CancelledTileError
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.telemetry.spans import TracedTile
 
 
 class TileRun:
@@ -46,6 +47,8 @@ class TileRun:
         self.done.add_done_callback(_seen)
         self._operation = operation
         self._call = CURRENT.get()
+        self._span = self._call.span if self._call is not None else None
+        self._asked_at = 0.0  # for the turn that it waits for; of a traced call
         self._block = block
         self._keys = keys
         self._blame_key = blame_key
@@ -78,7 +81,7 @@ class TileRun:
         self._cancelled = True
         if self._turn is not None and self._turn.waiting:
             self._operation.service.governor.cancel(self._turn)
-            self._fail(WorkerLostError("the tile was cancelled"))
+            self._refused(WorkerLostError("the tile was cancelled"), "CANCELLED")
         elif self._on_device is not None:
             self._on_device()
 
@@ -87,13 +90,15 @@ class TileRun:
 
     def _request(self, first: int, rows: int) -> None:
         pieces = self._pieces
+        if self._span is not None:
+            self._asked_at = self._operation.service.clock()
         alone, smallest = (pieces.alone, pieces.smallest) if pieces is not None else (False, False)
         try:
             turn = self._operation.request(
-                self._piece(first, rows), self._granted, self._fail, alone=alone, smallest=smallest
+                self._piece(first, rows), self._granted, self._refused, alone=alone, smallest=smallest
             )
         except Exception as error:  # whoever waits for the end of this must hear of it
-            self._fail(error if isinstance(error, ServiceError) else InternalError(repr(error)))
+            self._refused(error if isinstance(error, ServiceError) else InternalError(repr(error)))
             return
         self._turn = turn  # it may have been granted already
 
@@ -110,7 +115,7 @@ class TileRun:
         except Exception as error:
             # Whoever happened to let this turn run must not fail with it, and what it was granted must come back.
             service.governor.finish(grant)
-            self._fail(error if isinstance(error, ServiceError) else InternalError(repr(error)))
+            self._refused(error if isinstance(error, ServiceError) else InternalError(repr(error)))
             return
         self._on_device = lambda: service.device.cancel(submitted.views[0], [submitted.tile_id])
         given_at = service.clock()
@@ -136,6 +141,8 @@ class TileRun:
             device_s = device_us / 1e6
             transfer_s = self._operation.service.clock() - given_at - device_s
             self._call.counters.tile_done(grant.waited_s, transfer_s, device_s)
+        if self._span is not None:
+            self._trace(given_at, tile_done, "" if error is None else _reason(error))
         assert self._pieces is not None
         if error is None:
             self._step += 1
@@ -159,6 +166,28 @@ class TileRun:
                 self._fail(error)
         else:
             self._fail(error)
+
+    def _trace(self, given_at: float | None, done: pb.TileDone, error: str) -> None:
+        assert self._span is not None
+        current = self._pieces.current if self._pieces is not None else None
+        tile = TracedTile(
+            operation=self._operation.name,
+            rows=self.rows if current is None else current[1],
+            asked_s=self._asked_at,
+            given_s=given_at,
+            issued_s=done.issued_us / 1e6,
+            ended_s=done.ended_us / 1e6,
+            device_s=done.device_us / 1e6,
+            answered_s=self._operation.service.clock(),
+            error=error,
+        )
+        self._span.tile(tile)
+
+    def _refused(self, error: ServiceError, reason: str = "") -> None:
+        """It was not given to the device, and never will be."""
+        if self._span is not None:
+            self._trace(None, pb.TileDone(), reason or error.reason)
+        self._fail(error)
 
     def _no_memory(self, grant: Grant, error: ServiceError) -> DeviceMemoryError:
         """The last of the wants of memory, with the figures: what the smallest piece was to take, and of what."""
@@ -185,6 +214,12 @@ class TileRun:
         self._turn = None
         self.done.set_exception(error)
         self._ended(self)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CancelledTileError):
+        return "CANCELLED"
+    return error.reason if isinstance(error, ServiceError) else InternalError.reason
 
 
 def _seen(future: asyncio.Future[None]) -> None:

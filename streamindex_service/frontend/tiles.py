@@ -44,6 +44,10 @@ class TileOperation(Protocol):
     def service(self) -> Service:
         """Where it runs."""
 
+    @property
+    def name(self) -> str:
+        """What traces call it."""
+
     def steps(self, keys: int) -> int:
         """Turns on the device, one after another, that rows need which see so many keys."""
 

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -78,7 +81,68 @@ class PagedKvRows:
         return tuple(page[start:].view(PAGE_KEYS, self.scale_bytes) for page in self.pages)
 
     @cached_property
+    def anchor(self) -> Tensor:
+        """The first page."""
+        return self.pages[0]
+
+    @cached_property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """[pages] int64, of each page."""
+        return addresses_of(self.pages)
+
+    @cached_property
+    def word_table(self) -> Tensor:
+        """See JoinedKvRows."""
+        return JoinedKvRows((self,)).word_table
+
+
+@dataclass(frozen=True)
+class JoinedKvRows:
+    """Rows of several sequences of pages, all of one format on one device, under one numbering: row r of a part is row
+    256 · (pages of the parts before it) + r. What lies between the last row of a part and the next part is nobody's."""
+
+    parts: tuple[PagedKvRows, ...]
+
+    def first_rows(self) -> list[int]:
+        """The number that row 0 of each part has."""
+        first, found = 0, []
+        for part in self.parts:
+            found.append(first)
+            first += PAGE_KEYS * len(part.pages)
+        return found
+
+    @property
+    def row_bytes(self) -> int:
+        """See PagedKvRows."""
+        return self.parts[0].row_bytes
+
+    @property
+    def scale_bytes(self) -> int:
+        """See PagedKvRows."""
+        return self.parts[0].scale_bytes
+
+    @cached_property
+    def length(self) -> int:
+        """Rows that can be named."""
+        return PAGE_KEYS * sum(len(part.pages) for part in self.parts)
+
+    @cached_property
+    def anchor(self) -> Tensor:
+        """The first page of all."""
+        return next(part.anchor for part in self.parts if part.length)
+
+    @cached_property
+    def data(self) -> tuple[Tensor, ...]:
+        """See PagedKvRows; of all parts."""
+        return tuple(chain.from_iterable(part.data for part in self.parts))
+
+    @cached_property
+    def scales(self) -> tuple[Tensor, ...]:
+        """See PagedKvRows; of all parts."""
+        return tuple(chain.from_iterable(part.scales for part in self.parts))
+
+    @cached_property
     def word_table(self) -> Tensor:
         """Where pages lie, for kernels: [pages] int64 on their device, in words of 4 bytes from the first page."""
-        addresses = addresses_of(self.pages)
-        return to_device((addresses - addresses[0]) // _WORD_BYTES, self.pages[0].device)
+        addresses = np.concatenate([part.addresses for part in self.parts])
+        return to_device((addresses - addresses[0]) // _WORD_BYTES, self.anchor.device)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 TRACEPARENT = "traceparent"
+HEADERS = frozenset((TRACEPARENT, "tracestate"))
 _FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 

@@ -58,7 +58,7 @@ class SimulatedService:
         self.host_extents: dict[int, int] = {}
         self.content: dict[PageSlot, int] = {}  # of host pages
         self.written: dict[Page, int] = {}  # what each page must hold, wherever it is
-        self.hbm, self.host = Ledger("hbm", sizes.hbm_bytes), Ledger("host", sizes.host_bytes)
+        self.hbm, self.host = Ledger("hbm", 2 * sizes.hbm_bytes), Ledger("host", sizes.host_bytes)
         host_pool = PagePool(
             self.host, sizes.extent_bytes, self.host_extents.__setitem__, self.host_extents.__delitem__
         )
@@ -74,6 +74,7 @@ class SimulatedService:
         self.disk = SimulatedDisk(self.time, self.caches, self.content, sizes.disk_bytes, sizes.extent_bytes)
         speed = DeviceSpeed(sizes.copy_bytes_per_s)
         self.governor = Governor(self.residency, self.time, limits, speed, self._wake)
+        self.hbm.limit_bytes = sizes.hbm_bytes  # as when a worker says what it has, which is less than the setting
         self.searches: list[SimulatedSearch] = []
         self.on_taken: Callable[[SearchTurn], None] = lambda turn: None
         self.tiles_out_of_memory: Callable[[], bool] = lambda: False

@@ -85,7 +85,7 @@ class Worker:
             torch.cuda.set_per_process_memory_fraction(fraction, device.torch_device)
         self._commands = Commands(configure.issue_ahead_us / 1e6)
         self._executor = Executor(device, self._implementation, self._attention, self._send, self._commands.finished)
-        canary.run(device, self._implementation)
+        canary.run(device, self._implementation, self._attention)
         if device.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device.torch_device)

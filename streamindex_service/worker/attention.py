@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from streamindex_service.ipc.v1 import worker_pb2 as pb
-from streamindex_service.ops.cached_attention import attend_cached
+from streamindex_service.ops.cached_attention import CachedSequence, attend_cached
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import AttentionResult
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
@@ -48,17 +48,23 @@ class AttendTensors:
             yield self.lse, result.lse
 
 
-def kv_of(message: pb.AttendTile, store: KeyStore) -> tuple[PagedKvRows, PagedKvRows]:
-    """KV rows and window rows of a tile. Raises MissingMemoryError."""
+def sequences_of(message: pb.AttendTile, store: KeyStore) -> list[CachedSequence]:
+    """What the rows of a tile attend. Raises MissingMemoryError."""
+    return [_sequence(each, store) for each in message.sequences]
+
+
+def _sequence(message: pb.AttendSequence, store: KeyStore) -> CachedSequence:
     compressed = store.kv_view(message.view_id)
-    if not message.HasField("window_view_id"):
-        return compressed, PagedKvRows(compressed.format, compressed.key_dim, 0, ())
-    return compressed, store.kv_view(message.window_view_id)
+    if message.HasField("window_view_id"):
+        window_rows = store.kv_view(message.window_view_id)
+    else:
+        window_rows = PagedKvRows(compressed.format, compressed.key_dim, 0, ())
+    return CachedSequence(message.rows, compressed, window_rows, message.first_window_row)
 
 
 def attend(
     message: pb.AttendTile,
-    rows: tuple[PagedKvRows, PagedKvRows],
+    sequences: Sequence[CachedSequence],
     q: torch.Tensor,
     indices: torch.Tensor,
     positions: torch.Tensor,
@@ -69,8 +75,7 @@ def attend(
     """Compute a tile on the device of `q` and `indices`; `positions` are on the CPU."""
     sink = torch.tensor(list(message.sink), dtype=torch.float32) if message.sink else None
     return attend_cached(
-        q, rows[0], indices, rows[1], positions,
-        window=message.window, first_window_row=message.first_window_row, scale=message.scale,
+        q, indices, positions, sequences, window=message.window, scale=message.scale,
         sink=None if sink is None else sink.to(q.device, non_blocking=True),
         value_dim=message.value_dim, implementation=implementation, workspace_bytes=message.workspace_bytes,
         want_lse=message.HasField("lse"), out=out, out_lse=out_lse,

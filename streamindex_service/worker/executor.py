@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.ops.cached_attention import CachedSequence
 from streamindex_service.ops.paged_keys import PagedKeys
-from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.topk import Order, TopkResult, topk
-from streamindex_service.worker.attention import AttendTensors, attend, kv_of
+from streamindex_service.worker.attention import AttendTensors, attend, sequences_of
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
 from streamindex_service.worker.memory import DeviceMemory, MemoryWatch
@@ -39,7 +39,7 @@ class _Issued:
 
     work_id: int
     started: float
-    reply: Callable[[float], pb.FromWorker]
+    reply: Callable[[float, float], pb.FromWorker]  # from seconds on the device, and when it was done
     peak_bytes: int = 0
     start_event: torch.cuda.Event | None = None
     end_event: torch.cuda.Event | None = None
@@ -116,7 +116,7 @@ class Executor:
         """Copy pages from segments to the device."""
         work = self._begin(
             message.operation_id,
-            lambda _: pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.operation_id)),
+            lambda *_: pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.operation_id)),
         )
         try:
             self._copy_pages(message, work)
@@ -155,20 +155,26 @@ class Executor:
     def attend_tile(self, message: pb.AttendTile) -> None:
         """Attention of some rows; the answers are in the message's spans when TileDone is sent."""
         with self._tile(message.tile_id, self._attending) as work:
-            rows = kv_of(message, self.store)
-            host = AttendTensors.of(message, rows[0].key_dim, self.segments)
+            sequences = sequences_of(message, self.store)
+            host = AttendTensors.of(message, sequences[0].compressed.key_dim, self.segments)
             if self._device.is_cuda:
                 with self._memory.peak_of(work):
-                    self._attend_on_gpu(message, rows, host, work)
+                    self._attend_on_gpu(message, sequences, host, work)
             else:
-                attend(message, rows, host.q, host.indices, host.positions, self._attention, host.out, host.lse)
+                attend(message, sequences, host.q, host.indices, host.positions, self._attention, host.out, host.lse)
 
     @contextmanager
     def _tile(self, tile_id: int, issued: queue.Queue[_Issued | None]) -> Iterator[_Issued]:
         """The device is given a tile within; it is reported when it is done, and what was issued before it."""
 
-        def reply(seconds: float) -> pb.FromWorker:
-            done = pb.TileDone(tile_id=tile_id, device_us=int(1e6 * seconds), peak_bytes=work.peak_bytes)
+        def reply(seconds: float, ended: float) -> pb.FromWorker:
+            done = pb.TileDone(
+                tile_id=tile_id,
+                device_us=int(1e6 * seconds),
+                peak_bytes=work.peak_bytes,
+                issued_us=int(1e6 * work.started),
+                ended_us=int(1e6 * ended),
+            )
             return pb.FromWorker(tile_done=done)
 
         work = self._begin(tile_id, reply)
@@ -179,7 +185,7 @@ class Executor:
             raise
         issued.put(work)
 
-    def _begin(self, work_id: int, reply: Callable[[float], pb.FromWorker]) -> _Issued:
+    def _begin(self, work_id: int, reply: Callable[[float, float], pb.FromWorker]) -> _Issued:
         started = time.monotonic()
         with self._lock:
             self._running[work_id] = started
@@ -271,7 +277,7 @@ class Executor:
         self._copy_answers(pairs, computed, work)
 
     def _attend_on_gpu(
-        self, message: pb.AttendTile, rows: tuple[PagedKvRows, PagedKvRows], host: AttendTensors, work: _Issued
+        self, message: pb.AttendTile, sequences: Sequence[CachedSequence], host: AttendTensors, work: _Issued
     ) -> None:
         device = self._device.torch_device
         with torch.cuda.stream(self._copy_in):
@@ -283,7 +289,7 @@ class Executor:
                 tensor.record_stream(self._attend)
             work.start_event = _event(timing=True)
             work.start_event.record()
-            result = attend(message, rows, q, indices, host.positions, self._attention)
+            result = attend(message, sequences, q, indices, host.positions, self._attention)
             computed = _event(timing=True)
             computed.record()
         self._copy_answers(host.answers(result), computed, work)
@@ -309,7 +315,7 @@ class Executor:
                 failed = pb.Failed(id=work.work_id, kind=pb.FAILURE_KIND_DEVICE, detail=repr(error))
                 self._send(pb.FromWorker(failed=failed))
                 os._exit(DEVICE_FAILED_EXIT_CODE)  # a CUDA context that has failed once fails for ever
-            self._end(work, work.reply(seconds))
+            self._end(work, work.reply(seconds, time.monotonic()))
 
     def _wait(self, work: _Issued) -> float:
         if work.end_event is None:

@@ -430,6 +430,7 @@ def test_search_messages_out_of_order(calls, cache, order, reason):
         "KeyCacheService/GetKeyCache",
         "KeyCacheService/QueryUpload",
         "SearchService/SearchBatch",
+        "AttentionService/SparseAttendBatch",
     ],
 )
 def test_garbage_in_a_unary_call(calls, method):

@@ -179,6 +179,29 @@ def test_a_worker_that_hangs_is_replaced(service, calls):
         assert worker not in service.worker_pids()
 
 
+def test_a_request_that_kills_its_workers_is_not_tried_for_ever(service, calls):
+    draw = Draw(6)
+    keys, queries = draw.keys(KIND, 500), draw.queries(KIND, 20, start_position=490)
+    with calls.cache(KIND, keys) as cache:
+        restarts = calls.load().worker_restarts
+        for deaths in (1, 2):
+            call = calls.start_search(KIND, cache.id, 29, start_position=490)
+            worker = kill(service, signal.SIGSTOP)
+            call.send(query_chunk(KIND, queries, 0, 20))
+            wait_for(lambda: calls.load().device.tiles == 1)
+            os.kill(worker, signal.SIGUSR1)  # it ends by itself, as by a fault; from outside it would be SIGKILL
+            os.kill(worker, signal.SIGCONT)
+            assert call.refusal().error.reason == "WORKER_LOST"
+            wait_for(lambda deaths=deaths: restarts + deaths == calls.load().worker_restarts)
+            calls.wait_health(SERVING)
+        with calls.search_call() as again:
+            again.send(search_header(KIND, cache.id, 29, start_position=490))
+            refusal = again.refusal()
+        assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "POISON")
+        found, _ = calls.search(KIND, cache.id, queries, 30)  # another one is served
+        assert np.array_equal(found, expected(KIND, keys, queries, 30)[0])
+
+
 def test_descriptors_do_not_add_up(service, calls):
     """Three workers later the frontend holds no more than before."""
     keys = Draw(5).keys(KIND, 500)

@@ -14,6 +14,7 @@ import torch
 
 from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.testing.service import RunningService
+from tests.support.attend_batch import Sequence
 from tests.support.attention import Queries, Rows, Shape, wrong_rows
 
 pytestmark = [
@@ -134,6 +135,50 @@ def test_no_tile_takes_more_memory_than_was_estimated(service, client):
     for ledger in load.ledgers.values():
         assert ledger.peak_bytes <= ledger.limit_bytes
     cache.delete()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.kv_format.value}-D{s.key_dim}")
+def test_a_ragged_step_is_answered_as_row_by_row(client, shape):
+    """Early and late in their sequences, with fewer rows than indices and with more, one row and several."""
+    sizes = [(9001, 1), (300, 2), (5000, 1), (40, 3), (7777, 1), (2, 1)]
+    asked = {"top_k": TOP_K, "window": WINDOW, "scale": shape.scale}
+    made = [Sequence(client, shape, tokens, rows, seed, **asked) for seed, (tokens, rows) in enumerate(sizes)]
+    sink = torch.randn(shape.heads, generator=torch.Generator().manual_seed(3))
+    results = client.sparse_attend_batch(
+        [each.item() for each in made], **asked, sink=sink, want_lse=True, want_indices=True
+    )
+    for sequence, result in zip(made, results, strict=True):
+        sequence.check(result, sink=sink)
+        assert torch.equal(result.indices, sequence.found())
+    indices = [each.found()[:, :100].contiguous() for each in made]
+    items = [each.given(some) for each, some in zip(made, indices, strict=True)]
+    given = client.sparse_attend_batch(items, **asked | {"top_k": None}, want_lse=True)
+    for sequence, some, result in zip(made, indices, given, strict=True):
+        sequence.check(result, indices=some, index_q=None, index_w=None, top_k=None)
+        sequence.cache.delete()
+    load = client.load()
+    assert load.memory_failures == 0
+    assert load.device_peak_bytes <= 1024 * MIB
+
+
+def test_a_step_whose_worker_is_killed_can_be_asked_again():
+    shape = SHAPES[0]
+    asked = {"top_k": TOP_K, "window": WINDOW, "scale": shape.scale}
+    with RunningService(SETTINGS) as service, streamindex_client.connect(service.address) as client:
+        made = [Sequence(client, shape, 3000 + 100 * seed, 1, seed, **asked) for seed in range(8)]
+        items = [each.item() for each in made]
+        right = client.sparse_attend_batch(items, **asked)
+        (worker,) = service.worker_pids()
+        os.kill(worker, signal.SIGKILL)
+        for _ in range(20):  # items that were with the worker fail; the others wait for the next one
+            results = client.sparse_attend_batch(items, **asked)
+            errors = [result.error for result in results if result.error is not None]
+            assert all(isinstance(error, streamindex_client.WorkerLostError) for error in errors)
+            if not errors:
+                break
+        for before, after in zip(right, results, strict=True):
+            assert torch.equal(before.out, after.out)
+        assert client.load().worker_restarts == 1
 
 
 @pytest.mark.parametrize("kv_format", ["bf16", "fp8_d512", "fp8_d576"])

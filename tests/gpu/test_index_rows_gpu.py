@@ -27,6 +27,20 @@ def test_equal_to_the_reference(window: int, top_k: int, explicit: bool) -> None
     assert torch.equal(*rows)
 
 
+def test_a_row_0_for_each_token() -> None:
+    tokens, generator = 501, torch.Generator("cuda").manual_seed(1)
+    found = torch.randint(-300, 5000, (tokens, 512), generator=generator, device="cuda", dtype=torch.int32).clamp(-1)
+    positions = torch.randint(0, 10_000, (tokens,), generator=generator, device="cuda")
+    window_rows = torch.randint(-500, 10_000, (3, tokens), generator=generator, device="cuda")[1]  # not aligned
+    rows = [
+        assemble_index_rows(
+            found, positions, window=128, window_row=window_rows, compressed_row=20_000, implementation=implementation
+        )
+        for implementation in ("reference", "triton")
+    ]
+    assert torch.equal(*rows)
+
+
 def test_offsets_beyond_32_bits() -> None:
     tokens, top_k = 2**31 // 512 + 100, 512
     found = torch.full((tokens, top_k), 5, dtype=torch.int32, device="cuda")

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from streamindex_service.ops.cached_attention import attend_cached, gather_rows
+from streamindex_service.ops.cached_attention import CachedSequence, attend_cached, gather_rows
 from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import check_sparse_attention
@@ -28,7 +28,7 @@ GATHER = pytest.mark.parametrize(
 
 def paged(rows: KvRows) -> PagedKvRows:
     """The rows in pages that lie scattered, in two allocations, with nonsense behind the last row."""
-    data = rows.data.contiguous().view(torch.uint8).view(rows.rows, -1)
+    data = rows.data.contiguous().view(torch.uint8)
     size = 256 * rows.row_bytes
     count = -(-rows.rows // 256)
     extents = [torch.full((count * size,), 0xFF, dtype=torch.uint8) for _ in range(2)]
@@ -82,9 +82,10 @@ def test_answers_over_pages_are_right(kv_format, key_dim, window):
     first_page = 1  # the first page is not needed: the smallest position less the window is in the second
     held = PagedKvRows(kv_format, key_dim, 800 - 256 * first_page, pages.pages[first_page:])
     scale = key_dim**-0.5
+    sequence = CachedSequence(tokens, paged(compressed), held, 256 * first_page)
     answer = attend_cached(
-        q, paged(compressed), indices, held, positions, window=window, first_window_row=256 * first_page, scale=scale,
-        sink=sink, value_dim=value_dim, implementation="chunked", workspace_bytes=16 << 20, want_lse=True,
+        q, indices, positions, [sequence], window=window, scale=scale, sink=sink, value_dim=value_dim,
+        implementation="chunked", workspace_bytes=16 << 20, want_lse=True,
     )  # fmt: skip
     # the same problem as one tensor: compressed rows first, the tokens behind them
     both = KvRows(
@@ -108,7 +109,7 @@ def test_the_first_tokens_have_shorter_windows():
     q = torch.randn((3, 2, 64), generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)
     positions, none = torch.tensor([0, 1, 200]), torch.empty((3, 0), dtype=torch.int32)
     answer = attend_cached(
-        q, nothing, none, paged(recent), positions, window=128, first_window_row=0, scale=0.1, sink=None,
+        q, none, positions, [CachedSequence(3, nothing, paged(recent))], window=128, scale=0.1, sink=None,
         value_dim=64, implementation="chunked", workspace_bytes=16 << 20,
     )  # fmt: skip
     assert torch.equal(answer.out[0], recent.data[0].expand(2, 64))
@@ -125,9 +126,10 @@ def test_neighbours_and_chunks_change_no_bit():
     positions = torch.randint(0, 900, (60,), generator=generator)
 
     def attend(part: slice) -> torch.Tensor:
+        sequence = CachedSequence(len(q[part]), paged(compressed), paged(recent))
         return attend_cached(
-            q[part], paged(compressed), indices[part], paged(recent), positions[part], window=50, first_window_row=0,
-            scale=0.125, sink=None, value_dim=64, implementation="chunked", workspace_bytes=16 << 20,
+            q[part], indices[part], positions[part], [sequence], window=50, scale=0.125, sink=None, value_dim=64,
+            implementation="chunked", workspace_bytes=16 << 20,
         ).out  # fmt: skip
 
     whole = attend(slice(0, 60))  # takes all compressed rows; parts pick theirs
@@ -144,7 +146,7 @@ def test_the_kernels_together(width):
     indices = torch.randint(-1, 310, (2, width), generator=generator, dtype=torch.int32)
     positions = torch.tensor([5, 560])
     answer = attend_cached(
-        q, paged(compressed), indices, paged(recent), positions, window=20, first_window_row=0, scale=0.125, sink=None,
+        q, indices, positions, [CachedSequence(2, paged(compressed), paged(recent))], window=20, scale=0.125, sink=None,
         value_dim=64, implementation="triton", workspace_bytes=16 << 20, want_lse=True,
     )  # fmt: skip
     both = KvRows(KvFormat.BF16, torch.cat([compressed.data, recent.data]))

@@ -51,6 +51,21 @@ def test_window_then_found(implementation: str, tokens: int, window: int, top_k:
 
 
 @pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("first", [5, None], ids=["first", "positions"])
+def test_every_token_may_have_a_row_0_of_its_own(implementation: str, first: int | None):
+    found, window_rows = _found(4, 3), torch.tensor([0, 500, -3, 70])
+    at = [5, 6, 7, 8] if first is not None else [0, 300, 6, 1]
+    rows = assemble_index_rows(
+        found, torch.tensor(at) if first is None else first,
+        window=6, window_row=window_rows, compressed_row=9000, implementation=implementation,
+    )  # fmt: skip
+    expected = [
+        _expected(found[i : i + 1], at[i : i + 1], 6, row, 9000)[0] for i, row in enumerate(window_rows.tolist())
+    ]
+    assert rows.tolist() == expected
+
+
+@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
 def test_no_token_is_no_row(implementation: str) -> None:
     found = torch.empty((0, 8), dtype=torch.int32)
     rows = assemble_index_rows(found, 5, window=4, compressed_row=0, implementation=implementation)
@@ -71,6 +86,8 @@ GOOD = Problem(_found(3, 4), 5, 2, 0, 10, torch.empty((3, 6), dtype=torch.int32)
         ("positions", {"positions": 2**31}),
         ("positions", {"positions": torch.zeros(2, dtype=torch.int64)}),
         ("positions", {"positions": torch.zeros(3, dtype=torch.int32)}),
+        ("window_row", {"window_row": torch.zeros(2, dtype=torch.int64)}),
+        ("window_row", {"window_row": torch.zeros(3, dtype=torch.int32)}),
         ("compressed_row", {"compressed_row": -1}),
         ("compressed_row", {"compressed_row": 2**31}),
         ("out", {"out": GOOD.out.long()}),

@@ -59,6 +59,11 @@ def attend(cache_id: str, upload_id: str) -> Message:
     return attention_pb2.SparseAttendRequest(header=header)
 
 
+def attend_batch(cache_id: str, upload_id: str) -> Message:
+    item = attention_pb2.SparseAttendBatchItem(key_cache_id=cache_id)
+    return attention_pb2.SparseAttendBatchRequest(items=[item], given_indices=1, scale=1.0)
+
+
 CACHES, SEARCH = "/streamindex.v1.KeyCacheService/", "/streamindex.v1.SearchService/"
 ATTENTION, SERVER = "/streamindex.v1.AttentionService/", "/streamindex.v1.ServerService/"
 HEALTH, REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/"
@@ -85,6 +90,9 @@ MATRIX = {
     SEARCH + "Search": Row(lambda cache, upload: search_header(KIND, cache, 4), other=HIDDEN),
     SEARCH + "SearchBatch": Row(batch, seen=lambda answer, cache: answer.results[0].error.reason != "CACHE_NOT_FOUND"),
     ATTENTION + "SparseAttend": Row(attend, owner=NO_ROWS, other=HIDDEN),
+    ATTENTION + "SparseAttendBatch": Row(
+        attend_batch, seen=lambda answer, cache: answer.results[0].error.reason != "CACHE_NOT_FOUND"
+    ),
     ATTENTION + "Attend": Row(lambda cache, upload: attention_pb2.AttendRequest(), RESERVED, RESERVED),
     SERVER + "GetCapabilities": Row(lambda cache, upload: server_pb2.GetCapabilitiesRequest()),
     SERVER + "GetLoad": Row(lambda cache, upload: server_pb2.GetLoadRequest()),

@@ -57,25 +57,56 @@ RULES = {
         SERVICE / "worker",
         {"worker", "ops", "ipc", "core", "errors", "telemetry"},
         {"torch", "numpy", "google"},
-        never_loaded={"grpc", "grpc_health", "streamindex", "prometheus_client", f"{OURS}.frontend", f"{OURS}.testing"},
+        never_loaded={
+            "grpc",
+            "grpc_health",
+            "streamindex",
+            "prometheus_client",
+            "opentelemetry",
+            f"{OURS}.frontend",
+            f"{OURS}.testing",
+        },
     ),
     "telemetry": Rule(
         SERVICE / "telemetry",
         {"telemetry"},
         {"structlog"},
-        never_loaded={"grpc", "torch", "numpy", "google", "streamindex", "prometheus_client", f"{OURS}.core"},
+        never_loaded={
+            "grpc",
+            "torch",
+            "numpy",
+            "google",
+            "streamindex",
+            "prometheus_client",
+            "opentelemetry",
+            f"{OURS}.core",
+        },
+    ),
+    "tracing": Rule(
+        SERVICE / "tracing",
+        {"tracing", "telemetry", "config", ""},
+        {"opentelemetry"},
+        never_loaded={"torch", "numpy", f"{OURS}.core", f"{OURS}.frontend", f"{OURS}.worker"},
     ),
     "frontend": Rule(
         SERVICE / "frontend",
-        {"frontend", "core", "ipc", "errors", "config", "telemetry", ""},
+        {"frontend", "core", "ipc", "errors", "config", "telemetry", "tracing", ""},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "structlog", "prometheus_client"} | CONTRACT,
-        never_loaded={"torch", "triton", f"{OURS}.ops", f"{OURS}.worker", f"{OURS}.testing"},
+        never_loaded={
+            "torch",
+            "triton",
+            "opentelemetry",
+            f"{OURS}.tracing",
+            f"{OURS}.ops",
+            f"{OURS}.worker",
+            f"{OURS}.testing",
+        },
     ),
     "client": Rule(
         CLIENT / "streamindex_client",
         set(),
         {"streamindex_client", "grpc", "google", "numpy", "crc32c"} | CONTRACT,
-        never_loaded={"torch", "pydantic", "structlog", "typer", OURS},
+        never_loaded={"torch", "opentelemetry", "pydantic", "structlog", "typer", OURS},
     ),
     "contract": Rule(
         CLIENT / "streamindex",
@@ -85,8 +116,9 @@ RULES = {
     ),
 }
 NAMED = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-# Its users choose whether there is a torch; it is looked for when a tensor comes, never before.
-OPTIONAL = {"client": {"torch"}}
+# Its users choose whether there is a torch or OpenTelemetry; they are looked for when a tensor or a call comes, never
+# before.
+OPTIONAL = {"client": {"torch", "opentelemetry"}}
 
 
 def modules(rule: Rule) -> list[Path]:

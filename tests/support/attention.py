@@ -112,13 +112,16 @@ def wrong_rows(
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> int:
-    """Answer rows that are not what float64 says of window ‖ indices, within the bounds of rounding."""
+    """Answer rows that are not what float64 says of window ‖ indices, within the bounds of rounding. `scale`: another
+    than the shape's."""
     keys, held = rows.kv.rows, rows.window.rows
     tokens = queries.positions[:, None] - window + 1 + torch.arange(window)
     recent = torch.where((tokens >= 0) & (tokens < held), tokens + keys, -1)
     named = torch.where((indices >= 0) & (indices < keys), indices.long(), -1)
     flat = torch.cat([recent, named], dim=1).to(torch.int32).contiguous()
     both = joined(rows.kv, rows.window)
-    report = check_sparse_attention(out, lse, queries.q, both, flat, scale=shape.scale, sink=sink)
+    used = shape.scale if scale is None else scale
+    report = check_sparse_attention(out, lse, queries.q, both, flat, scale=used, sink=sink)
     return report.wrong_rows

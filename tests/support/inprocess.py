@@ -12,19 +12,26 @@ from typing import Any
 from streamindex_service.config import Settings
 from streamindex_service.frontend.identity import anonymous
 from streamindex_service.frontend.server import Server
+from streamindex_service.telemetry.spans import Tracing
 from tests.support.calls import TIMEOUT_S, Calls
 
 
 class InProcessServer:
     """A server on a unix socket, on an event loop of its own. Ready when the block is entered."""
 
-    def __init__(self, settings: dict[str, dict[str, Any]], identify: Callable[[Any], str] | None = anonymous) -> None:
+    def __init__(
+        self,
+        settings: dict[str, dict[str, Any]],
+        identify: Callable[[Any], str] | None = anonymous,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="streamindex-")
         self.socket_path = Path(self._directory.name) / "s.sock"
         server = {"tcp_address": "", "unix_socket": str(self.socket_path), **settings.get("server", {})}
         metrics = {"port": 0, **settings.get("metrics", {})}
         self._settings = Settings(**{**settings, "server": server, "metrics": metrics})
         self._identify = identify
+        self._tracing = tracing
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server")
         self.server: Server
@@ -46,7 +53,7 @@ class InProcessServer:
         self._thread.start()
 
         async def start() -> None:
-            self.server = Server(self._settings, self._identify)
+            self.server = Server(self._settings, self._identify, self._tracing)
             await self.server.start()
 
         self.run(start)

@@ -168,6 +168,8 @@ def test_every_bound_is_in_the_operations_document() -> None:
         "metrics.host",
         "metrics.port",
         "metrics.allow_remote",
+        "traces.otlp_endpoint",
+        "traces.sample_share",
         "server.reflection",
         "tls.certificate_file",
         "tls.key_file",
@@ -178,6 +180,25 @@ def test_every_bound_is_in_the_operations_document() -> None:
     bounds = OPERATIONS.split("## Bounds")[1]
     missing = {name for name in every_setting() - choices if f"`{name}`" not in bounds}
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_good"),
+    [
+        ("http://127.0.0.1:4317", True),
+        ("https://collector.example:4317", True),
+        ("", True),
+        ("127.0.0.1:4317", False),
+        ("http://127.0.0.1", False),
+        ("http://name:secret@127.0.0.1:4317", False),  # it would be shown
+    ],
+)
+def test_where_traces_go(endpoint: str, is_good: bool) -> None:
+    if is_good:
+        assert load(traces={"otlp_endpoint": endpoint}).traces.otlp_endpoint == endpoint
+    else:
+        with pytest.raises(ValidationError):
+            load(traces={"otlp_endpoint": endpoint})
 
 
 def test_refusals_in_the_operations_document_are_the_error_tree() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.scheduler import Band
 from streamindex_service.core.working_set import WorkingSet, WorkingSetLimits
 
@@ -19,7 +20,7 @@ class OneByte:
 
 
 def working_set() -> WorkingSet:
-    return WorkingSet(LIMITS, BUDGET, ACTIVE_S)
+    return WorkingSet(LIMITS, Ledger("hbm", BUDGET), ACTIVE_S)
 
 
 def asked(working, band=Band.STANDARD, size=1, copy_s=COPY_S, now=0.0):
@@ -49,6 +50,16 @@ def test_what_fits_closes_no_gate():
     assert working.gate_is_open(Band.STANDARD, 0.0)
     assert working.room_bytes(Band.STANDARD, 0.0) == 0
     assert sum(map(len, working.kept_pages())) == BUDGET
+
+
+def test_what_a_worker_says_of_its_memory_counts_at_once():
+    hbm = Ledger("hbm", 2 * BUDGET)
+    working = WorkingSet(LIMITS, hbm, ACTIVE_S)
+    hbm.limit_bytes = BUDGET
+    for _ in range(BUDGET):
+        admitted(working)
+    assert working.room_bytes(Band.STANDARD, 0.0) == 0
+    assert not working.fits(asked(working), 0, working.room_bytes(Band.STANDARD, 0.0))
 
 
 def test_the_first_that_came_makes_room_and_the_gate_is_closed():

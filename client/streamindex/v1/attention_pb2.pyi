@@ -123,6 +123,70 @@ class SparseAttendDone(_message.Message):
     queued_ms: int
     def __init__(self, row_count: _Optional[int] = ..., device_us: _Optional[int] = ..., queued_ms: _Optional[int] = ...) -> None: ...
 
+class SparseAttendBatchRequest(_message.Message):
+    __slots__ = ("items", "top_k", "given_indices", "window", "scale", "sink", "want_lse", "want_indices", "priority")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_INDICES_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    SINK_FIELD_NUMBER: _ClassVar[int]
+    WANT_LSE_FIELD_NUMBER: _ClassVar[int]
+    WANT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[SparseAttendBatchItem]
+    top_k: int
+    given_indices: int
+    window: int
+    scale: float
+    sink: _containers.RepeatedScalarFieldContainer[float]
+    want_lse: bool
+    want_indices: bool
+    priority: _types_pb2.Priority
+    def __init__(self, items: _Optional[_Iterable[_Union[SparseAttendBatchItem, _Mapping]]] = ..., top_k: _Optional[int] = ..., given_indices: _Optional[int] = ..., window: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., want_lse: bool = ..., want_indices: bool = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
+
+class SparseAttendBatchItem(_message.Message):
+    __slots__ = ("key_cache_id", "layer", "query_format", "convention", "row_count", "q", "index_q", "index_w", "indices", "positions")
+    KEY_CACHE_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    QUERY_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    CONVENTION_FIELD_NUMBER: _ClassVar[int]
+    ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
+    Q_FIELD_NUMBER: _ClassVar[int]
+    INDEX_Q_FIELD_NUMBER: _ClassVar[int]
+    INDEX_W_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    key_cache_id: str
+    layer: int
+    query_format: _types_pb2.KeyFormat
+    convention: str
+    row_count: int
+    q: bytes
+    index_q: bytes
+    index_w: bytes
+    indices: bytes
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., query_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., convention: _Optional[str] = ..., row_count: _Optional[int] = ..., q: _Optional[bytes] = ..., index_q: _Optional[bytes] = ..., index_w: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SparseAttendBatchResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[SparseAttendBatchResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[SparseAttendBatchResult, _Mapping]]] = ...) -> None: ...
+
+class SparseAttendBatchResult(_message.Message):
+    __slots__ = ("out", "lse", "indices", "error")
+    OUT_FIELD_NUMBER: _ClassVar[int]
+    LSE_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    out: bytes
+    lse: bytes
+    indices: bytes
+    error: _types_pb2.Error
+    def __init__(self, out: _Optional[bytes] = ..., lse: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., error: _Optional[_Union[_types_pb2.Error, _Mapping]] = ...) -> None: ...
+
 class AttendRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

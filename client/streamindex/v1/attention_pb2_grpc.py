@@ -40,6 +40,11 @@ class AttentionServiceStub(object):
                 request_serializer=streamindex_dot_v1_dot_attention__pb2.SparseAttendRequest.SerializeToString,
                 response_deserializer=streamindex_dot_v1_dot_attention__pb2.SparseAttendResponse.FromString,
                 _registered_method=True)
+        self.SparseAttendBatch = channel.unary_unary(
+                '/streamindex.v1.AttentionService/SparseAttendBatch',
+                request_serializer=streamindex_dot_v1_dot_attention__pb2.SparseAttendBatchRequest.SerializeToString,
+                response_deserializer=streamindex_dot_v1_dot_attention__pb2.SparseAttendBatchResponse.FromString,
+                _registered_method=True)
         self.Attend = channel.stream_stream(
                 '/streamindex.v1.AttentionService/Attend',
                 request_serializer=streamindex_dot_v1_dot_attention__pb2.AttendRequest.SerializeToString,
@@ -72,6 +77,14 @@ class AttentionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SparseAttendBatch(self, request, context):
+        """A ragged decode step: a few rows in each of many caches, in one round trip. Every row is answered as SparseAttend
+        answers it, to the bit, and every item succeeds or fails by itself. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Attend(self, request_iterator, context):
         """Exact attention under a memory budget, over tensors that the caller streams. Reserved: answers UNIMPLEMENTED in this
         version.
@@ -87,6 +100,11 @@ def add_AttentionServiceServicer_to_server(servicer, server):
                     servicer.SparseAttend,
                     request_deserializer=streamindex_dot_v1_dot_attention__pb2.SparseAttendRequest.FromString,
                     response_serializer=streamindex_dot_v1_dot_attention__pb2.SparseAttendResponse.SerializeToString,
+            ),
+            'SparseAttendBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.SparseAttendBatch,
+                    request_deserializer=streamindex_dot_v1_dot_attention__pb2.SparseAttendBatchRequest.FromString,
+                    response_serializer=streamindex_dot_v1_dot_attention__pb2.SparseAttendBatchResponse.SerializeToString,
             ),
             'Attend': grpc.stream_stream_rpc_method_handler(
                     servicer.Attend,
@@ -122,6 +140,33 @@ class AttentionService(object):
             '/streamindex.v1.AttentionService/SparseAttend',
             streamindex_dot_v1_dot_attention__pb2.SparseAttendRequest.SerializeToString,
             streamindex_dot_v1_dot_attention__pb2.SparseAttendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SparseAttendBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/streamindex.v1.AttentionService/SparseAttendBatch',
+            streamindex_dot_v1_dot_attention__pb2.SparseAttendBatchRequest.SerializeToString,
+            streamindex_dot_v1_dot_attention__pb2.SparseAttendBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -208,12 +208,22 @@ class SearchTile(_message.Message):
     traceparent: str
     def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
-class AttendTile(_message.Message):
-    __slots__ = ("tile_id", "view_id", "window_view_id", "first_window_row", "window", "rows", "heads", "width", "value_dim", "scale", "sink", "workspace_bytes", "q", "positions", "indices", "out", "lse", "band", "estimated_us", "request_id", "traceparent")
-    TILE_ID_FIELD_NUMBER: _ClassVar[int]
+class AttendSequence(_message.Message):
+    __slots__ = ("view_id", "window_view_id", "first_window_row", "rows")
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
     WINDOW_VIEW_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_WINDOW_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    view_id: int
+    window_view_id: int
+    first_window_row: int
+    rows: int
+    def __init__(self, view_id: _Optional[int] = ..., window_view_id: _Optional[int] = ..., first_window_row: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class AttendTile(_message.Message):
+    __slots__ = ("tile_id", "sequences", "window", "rows", "heads", "width", "value_dim", "scale", "sink", "workspace_bytes", "q", "positions", "indices", "out", "lse", "band", "estimated_us", "request_id", "traceparent")
+    TILE_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -232,9 +242,7 @@ class AttendTile(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
-    view_id: int
-    window_view_id: int
-    first_window_row: int
+    sequences: _containers.RepeatedCompositeFieldContainer[AttendSequence]
     window: int
     rows: int
     heads: int
@@ -252,7 +260,7 @@ class AttendTile(_message.Message):
     estimated_us: int
     request_id: str
     traceparent: str
-    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., window_view_id: _Optional[int] = ..., first_window_row: _Optional[int] = ..., window: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., value_dim: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., out: _Optional[_Union[Span, _Mapping]] = ..., lse: _Optional[_Union[Span, _Mapping]] = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    def __init__(self, tile_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[AttendSequence, _Mapping]]] = ..., window: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., value_dim: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., out: _Optional[_Union[Span, _Mapping]] = ..., lse: _Optional[_Union[Span, _Mapping]] = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class CancelTiles(_message.Message):
     __slots__ = ("tile_ids",)
@@ -369,14 +377,18 @@ class OperationDone(_message.Message):
     def __init__(self, operation_id: _Optional[int] = ...) -> None: ...
 
 class TileDone(_message.Message):
-    __slots__ = ("tile_id", "device_us", "peak_bytes")
+    __slots__ = ("tile_id", "device_us", "peak_bytes", "issued_us", "ended_us")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_US_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_US_FIELD_NUMBER: _ClassVar[int]
+    ENDED_US_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
     device_us: int
     peak_bytes: int
-    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+    issued_us: int
+    ended_us: int
+    def __init__(self, tile_id: _Optional[int] = ..., device_us: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., issued_us: _Optional[int] = ..., ended_us: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("id", "kind", "detail")

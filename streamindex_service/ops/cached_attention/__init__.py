@@ -5,12 +5,14 @@ from streamindex_service.ops.cached_attention.api import (
     AttentionTerms,
     attend_cached,
 )
+from streamindex_service.ops.cached_attention.copies import CachedSequence
 from streamindex_service.ops.cached_attention.gather import GATHERS, gather_rows
 
 __all__ = [
     "ATTENTION_TERMS",
     "GATHERS",
     "AttentionTerms",
+    "CachedSequence",
     "attend_cached",
     "gather_rows",
 ]

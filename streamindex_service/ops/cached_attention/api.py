@@ -1,16 +1,21 @@
-"""`attend_cached`: attention of query rows over a window of recent rows ‖ the compressed rows that indices name."""
+"""`attend_cached`: attention of query rows over a window of recent rows ‖ the compressed rows that indices name.
 
-from collections.abc import Mapping
+The attention kernels read rows of one tensor by absolute indices. So the rows of several sequences are copied behind
+each other, by one copy through a table of all their pages, and attended in one run: what is launched does not depend on
+how many sequences there are.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from streamindex_service.ops.cached_attention.copies import CachedSequence, Copies, lay_out
 from streamindex_service.ops.cached_attention.gather import gather_rows
 from streamindex_service.ops.index_rows import assemble_index_rows
 from streamindex_service.ops.kv_rows import KvRows
-from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import AttentionResult, plan_for, sparse_attention
 from streamindex_service.ops.sparse_attention.plan import MIN_WORKSPACE_BYTES
 
@@ -49,13 +54,11 @@ ATTENTION_TERMS: Mapping[str, AttentionTerms] = MappingProxyType(
 
 def attend_cached(
     q: Tensor,
-    compressed: PagedKvRows,
     indices: Tensor,
-    window_rows: PagedKvRows,
     positions: Tensor,
+    sequences: Sequence[CachedSequence],
     *,
     window: int,
-    first_window_row: int,
     scale: float,
     sink: Tensor | None,
     value_dim: int,
@@ -69,50 +72,28 @@ def attend_cached(
 
     Args:
         q: [tokens, heads, key_dim] bf16.
-        compressed: rows that `indices` [tokens, width] int32 name; −1 and what is out of range contribute nothing.
-        window_rows: uncompressed rows, of which row 0 is token `first_window_row`: they must hold what the window of
-            every query needs as far as it exists.
+        indices: [tokens, width] int32, rows of the sequence's own compressed rows; −1 and what is out of range
+            contribute nothing.
         positions: [tokens] int64 on the CPU, the queries' own; the window of the query at p is the `window` tokens up
             to p, its own among them. 0: no window.
+        sequences: at least one, of one format; their query rows, in this order, are those of `q`.
         scale, sink, value_dim, implementation, out, out_lse, want_lse: as for `sparse_attention`.
-        workspace_bytes: for the attention itself. The rows are copied behind each other beside it:
-            min(tokens · width, compressed.length) and those of the window, each once.
+        workspace_bytes: for the attention itself. The rows are copied behind each other beside it, of each sequence
+            min(tokens · width, compressed.length) and those of its window, each once.
 
     Index rows are never split over programs: a query's answer is then the same sequence of operations whatever other
-    queries are computed with it. Raises what `sparse_attention` raises.
+    queries are computed with it. Raises ValueError if the sequences disagree, and what `sparse_attention` raises.
     """
-    tokens, width = indices.shape
-    device = q.device
-    first, stop = 0, 0
-    if window and tokens:
-        first = max(0, int(positions.min()) - window + 1)
-        stop = max(first, min(first_window_row + window_rows.length, int(positions.max()) + 1))
-    picked = tokens * width < compressed.length
-    count = tokens * width if picked else compressed.length
-    data = torch.empty((count + stop - first, compressed.row_bytes), dtype=torch.uint8, device=device)
-    scales = None
-    if compressed.scale_bytes:
-        scales = torch.empty((len(data), compressed.scale_bytes), dtype=torch.uint8, device=device)
-    wide = indices.to(torch.int64)
-    order = torch.arange(count, device=device)
-    if picked:
-        valid = (wide >= 0) & (wide < compressed.length)
-        _copy(compressed, wide.flatten(), data, scales, 0, implementation)
-        wide = torch.where(valid, order.view(tokens, width), -1)
-    else:
-        _copy(compressed, order, data, scales, 0, implementation)
-    recent = torch.arange(first - first_window_row, stop - first_window_row, device=device)
-    _copy(window_rows, recent, data, scales, count, implementation)
+    width = indices.shape[1]
+    copies = lay_out(sequences, positions, width, window, q.device)
+    kv, found = _copy(copies, indices, implementation)
     entries = assemble_index_rows(
-        torch.where((wide >= 0) & (wide < count), wide, -1).to(torch.int32), positions.to(device, non_blocking=True),
-        window=window, window_row=count - first, compressed_row=0, implementation=_INDEX_ROWS[implementation],
+        found, positions.to(q.device, non_blocking=True),
+        window=window, window_row=copies.window_row, compressed_row=0, implementation=_INDEX_ROWS[implementation],
     )  # fmt: skip
-    if compressed.format.packed is None:
-        data = data.view(torch.bfloat16)
-    kv = KvRows(compressed.format, data, scales)
-    heads, key_dim = q.shape[1:]
+    tokens, heads, key_dim = q.shape
     plan = plan_for(
-        implementation, device, kv.format,
+        implementation, q.device, kv.format,
         tokens=tokens, heads=heads, key_dim=key_dim, value_dim=value_dim, width=entries.shape[1], rows=kv.rows,
         workspace_bytes=workspace_bytes,
     )  # fmt: skip
@@ -123,10 +104,16 @@ def attend_cached(
     )  # fmt: skip
 
 
-def _copy(
-    rows: PagedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None, place: int, implementation: str
-) -> None:
-    part = slice(place, place + len(wanted))
-    gather_rows(
-        rows, wanted, data[part], None if scales is None else scales[part], implementation=_GATHERS[implementation]
-    )
+def _copy(copies: Copies, indices: Tensor, implementation: str) -> tuple[KvRows, Tensor]:
+    """The rows that are attended as one tensor, and where in it each index lies: [tokens, width] int32."""
+    wanted, found = copies.rows(indices)
+    source = copies.source
+    data = torch.empty((len(wanted), source.row_bytes), dtype=torch.uint8, device=indices.device)
+    scales = None
+    if source.scale_bytes:
+        scales = torch.empty((len(wanted), source.scale_bytes), dtype=torch.uint8, device=indices.device)
+    gather_rows(source, wanted, data, scales, implementation=_GATHERS[implementation])
+    kv_format = source.parts[0].format
+    if kv_format.packed is None:
+        data = data.view(torch.bfloat16)
+    return KvRows(kv_format, data, scales), found

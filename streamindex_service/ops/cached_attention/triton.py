@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.paged_keys import PAGE_KEYS
-from streamindex_service.ops.paged_kv_rows import PagedKvRows
+from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
 
 _WORD_BYTES = 4
 _TILE_WORDS = 4096  # words that a program has under way
@@ -42,7 +42,7 @@ def compiled_variants() -> int:
     return variants((gather_kernel,))
 
 
-def run_gather(rows: PagedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
+def run_gather(rows: PagedKvRows | JoinedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
     """See `gather_rows`. Does not wait for the device."""
     with torch.cuda.device_of(data):  # kernels start on the current device, which need not be the tensors'
         _launch(rows, wanted, data, rows.row_bytes, 0)
@@ -50,12 +50,12 @@ def run_gather(rows: PagedKvRows, wanted: Tensor, data: Tensor, scales: Tensor |
             _launch(rows, wanted, scales, rows.scale_bytes, PAGE_KEYS * rows.row_bytes)
 
 
-def _launch(rows: PagedKvRows, wanted: Tensor, out: Tensor, row_bytes: int, skip_bytes: int) -> None:
+def _launch(rows: PagedKvRows | JoinedKvRows, wanted: Tensor, out: Tensor, row_bytes: int, skip_bytes: int) -> None:
     words = row_bytes // _WORD_BYTES
     block = triton.next_power_of_2(words)
     at_once = max(1, _TILE_WORDS // block)
     gather_kernel[(triton.cdiv(len(wanted), at_once),)](
-        rows.pages[0].view(torch.int32), rows.word_table, wanted, out.view(torch.int32), rows.length, len(wanted),
+        rows.anchor.view(torch.int32), rows.word_table, wanted, out.view(torch.int32), rows.length, len(wanted),
         WORDS=words, SKIP=skip_bytes // _WORD_BYTES, PAGE=PAGE_KEYS, ROWS=at_once, BLOCK=block,
         num_warps=4,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def assemble_index_rows(
     positions: int | Tensor,
     *,
     window: int,
-    window_row: int = 0,
+    window_row: int | Tensor = 0,
     compressed_row: int,
     implementation: str,
     out: Tensor | None = None,
@@ -52,7 +52,8 @@ def assemble_index_rows(
         positions: the first token's absolute position, or one per token ([tokens] int64 on the device of `found`).
         window: uncompressed rows that a token sees, its own among them; 0 for a model without.
         window_row: row of the KV tensor at which the uncompressed row of position 0 lies. Negative where the first
-            positions are no longer held: what would lie before row 0 is −1.
+            positions are no longer held: what would lie before row 0 is −1. One for all, or, where the tokens are of
+            several sequences, one per token ([tokens] int64 on the device of `found`).
         compressed_row: row at which the sequence's compressed entry 0 lies.
         implementation: a name in IMPLEMENTATIONS; never replaced by another.
         out: contiguous int32, to write into.

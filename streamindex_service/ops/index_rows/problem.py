@@ -23,7 +23,7 @@ class Problem:
     found: Tensor
     positions: int | Tensor
     window: int
-    window_row: int
+    window_row: int | Tensor
     compressed_row: int
     out: Tensor
 
@@ -47,16 +47,18 @@ def check_problem(problem: Problem) -> None:
         )
     if p.window < 0:
         raise IndexRowsInputError("window", f"{p.window}, expected 0 or more")
+    for name, value in (("positions", p.positions), ("window_row", p.window_row)):
+        if isinstance(value, Tensor) and (
+            tuple(value.shape) != (p.tokens,)
+            or value.dtype != torch.int64
+            or not value.is_contiguous()
+            or value.device != p.found.device
+        ):
+            raise IndexRowsInputError(name, f"expected an int, or contiguous [{p.tokens}] int64 beside `found`")
     if isinstance(p.positions, int):
-        if p.positions < 0 or p.positions + p.tokens + p.window_row > _MOST_ROWS:
+        first_row = p.window_row if isinstance(p.window_row, int) else 0
+        if p.positions < 0 or p.positions + p.tokens + first_row > _MOST_ROWS:
             raise IndexRowsInputError("positions", f"{p.positions}: below 0, or of rows beyond {_MOST_ROWS}")
-    elif (
-        tuple(p.positions.shape) != (p.tokens,)
-        or p.positions.dtype != torch.int64
-        or not p.positions.is_contiguous()
-        or p.positions.device != p.found.device
-    ):
-        raise IndexRowsInputError("positions", f"expected an int, or contiguous [{p.tokens}] int64 beside `found`")
     if not 0 <= p.compressed_row <= _MOST_ROWS:
         raise IndexRowsInputError("compressed_row", f"{p.compressed_row}, expected 0 to {_MOST_ROWS}")
     shape = (p.tokens, p.window + p.top_k)

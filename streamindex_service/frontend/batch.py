@@ -1,0 +1,120 @@
+"""What the calls of many items have in common: a ragged decode step, in which each item fails or not by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from streamindex.v1 import types_pb2
+
+from streamindex_service.core.scheduler import Band
+from streamindex_service.core.sizes import MAX_POSITION
+from streamindex_service.errors import InvalidArgumentError, ServiceError
+from streamindex_service.frontend.host_memory import Block
+from streamindex_service.frontend.rpc import to_message
+from streamindex_service.frontend.service import Service
+from streamindex_service.frontend.tile_run import TileRun
+from streamindex_service.frontend.tiles import TileOperation
+
+_ITEM_OVERHEAD_BYTES = 1024  # of the answer message: lengths, or an error with its figures
+# Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
+ITEMS_AT_ONCE = 16
+
+
+class Item(Protocol):
+    """A few rows of one cache."""
+
+    @property
+    def row_count(self) -> int:
+        """How many."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Where they stand."""
+
+
+class Result(Protocol):
+    """What became of an item."""
+
+    @property
+    def error(self) -> types_pb2.Error:
+        """Set when it failed."""
+
+
+def check_size(service: Service, items: Sequence[Item]) -> None:
+    """Raises InvalidArgumentError for more items, or more rows of all together, than a call may have."""
+    limits = service.settings.limits
+    for field, value, most in (
+        ("items", len(items), limits.max_batch_items),
+        ("items.row_count", sum(item.row_count for item in items), limits.max_batch_rows),
+    ):
+        if value > most:
+            raise InvalidArgumentError(
+                f"{field}: {value} are more than {most}, the most of one call", field=field, metadata={"limit": most}
+            )
+
+
+def check_answers(service: Service, items: int, answer_bytes: int) -> None:
+    """Raises InvalidArgumentError when the answers do not fit a message."""
+    most_bytes = int(service.settings.limits.max_message_bytes) - _ITEM_OVERHEAD_BYTES * items
+    if answer_bytes > most_bytes:
+        raise InvalidArgumentError(
+            f"the answers would have {answer_bytes} bytes, more than the {most_bytes} that one message may have",
+            field="items.row_count",
+            metadata={"needed_bytes": answer_bytes, "limit_bytes": most_bytes},
+        )
+
+
+def check_item(item: Item, parts: Sequence[tuple[str, bytes, int]]) -> None:
+    """`parts`: name, bytes and bytes of a row of each tensor. Raises InvalidArgumentError naming the field."""
+    if len(item.positions) != item.row_count:
+        raise InvalidArgumentError(f"positions must have {item.row_count} numbers", field="positions")
+    if any(position > MAX_POSITION for position in item.positions):
+        raise InvalidArgumentError("positions must be at most 2^62", field="positions")
+    for name, data, size in parts:
+        if len(data) != item.row_count * size:
+            raise InvalidArgumentError(
+                f"{name} has {len(data)} bytes; {item.row_count} rows are {item.row_count * size}", field=name
+            )
+
+
+def step(service: Service, band: Band) -> AbstractContextManager[None]:
+    """While the call is answered: streams of a lower priority hold back for an interactive one."""
+    return contextlib.nullcontext() if band > Band.INTERACTIVE else service.pacing.step()
+
+
+def refuse(service: Service, result: Result, error: ServiceError) -> None:
+    """Tell of an item that failed."""
+    service.counters.refusals[error.reason] += 1
+    result.error.CopyFrom(to_message(error))
+
+
+class TileSeries:
+    """Tiles of rows of a block, one after another. A step is of many callers' sequences: no single one of them is to
+    blame for a worker's death."""
+
+    def __init__(self) -> None:
+        self._running: TileRun | None = None
+        self._ended = asyncio.Event()
+
+    @property
+    def runs(self) -> bool:
+        """Whether the device has something of it, or will have."""
+        return self._running is not None and not self._running.done.done()
+
+    async def run(self, operation: TileOperation, block: Block, first: int, rows: int, keys: int) -> None:
+        """The next tile, of rows [first, first + rows), which see so many keys. Raises ServiceError."""
+        self._ended.clear()
+        self._running = run = TileRun(operation, block, first, rows, keys, ended=lambda _: self._ended.set())
+        run.start()
+        await self._ended.wait()
+        run.done.result()
+
+    async def stop(self) -> None:
+        """No more; wait for the device."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running.done, return_exceptions=True)

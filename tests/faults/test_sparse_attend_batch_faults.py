@@ -1,0 +1,312 @@
+"""SparseAttendBatch through what goes wrong: workers that die, a device that is short, caches and callers that go."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+import streamindex_client
+import torch
+from streamindex_client import WorkerLostError
+from streamindex_client.attend_batch import build_attend_batch
+
+from streamindex_service.errors import DeviceMemoryError
+from streamindex_service.testing.service import RunningService, process_children
+from tests.support.attend_batch import ASKED, Sequence
+from tests.support.attention import Shape
+from tests.support.calls import Calls
+from tests.support.inprocess import InProcessServer
+from tests.support.services import ROOMY, SMALL_DEVICE, is_idle, small_host, wait_for
+
+SHAPE = Shape()
+
+
+@dataclass
+class Step:
+    """A decode step of some sequences on one service, and what it should give."""
+
+    client: streamindex_client.Client
+    calls: Calls
+    sequences: list[Sequence]
+
+    @classmethod
+    def of(cls, target: str, sizes: list[tuple[int, int]]) -> Step:
+        client = streamindex_client.connect(target)
+        made = [Sequence(client, SHAPE, tokens, rows, seed) for seed, (tokens, rows) in enumerate(sizes)]
+        return cls(client, Calls(target), made)
+
+    @property
+    def items(self) -> list[Any]:
+        return [each.item() for each in self.sequences]
+
+    def ask(self) -> list[Any]:
+        return self.client.sparse_attend_batch(self.items, **ASKED)
+
+    def begin(self) -> tuple[Any, Any]:
+        """The call as a future, and how to read its answer."""
+        others = {"sink": None, "want_indices": False, "priority": None}
+        request = build_attend_batch(self.items, **ASKED, **others)
+        return self.calls.attention.SparseAttendBatch.future(request.message, timeout=60), request.results
+
+    def ledgers(self) -> dict[str, int]:
+        return {ledger.name: ledger.reserved_bytes for ledger in self.calls.load().ledgers}
+
+    def check(self, results: list[Any]) -> None:
+        for sequence, result in zip(self.sequences, results, strict=True):
+            sequence.check(result)
+
+    def close(self) -> None:
+        self.client.close()
+        self.calls.close()
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[RunningService]:
+    with RunningService(ROOMY) as running:
+        yield running
+
+
+@pytest.fixture
+def step(service) -> Iterator[Step]:
+    made = Step.of(service.address, [(1901, 1), (40, 3), (700, 2), (2400, 5)])
+    yield made
+    for each in made.sequences:
+        each.cache.delete()
+    wait_for(lambda: is_idle(made.calls.load()))
+    made.close()
+
+
+@pytest.fixture
+def frozen(service):
+    """Stops the worker, and lets it go on at the end at the latest."""
+    (worker,) = service.worker_pids()
+
+    def freeze(stop: bool = True) -> None:
+        os.kill(worker, signal.SIGSTOP if stop else signal.SIGCONT)
+
+    yield freeze
+    freeze(False)
+
+
+@pytest.fixture(scope="module")
+def killable() -> Iterator[tuple[InProcessServer, set[int]]]:
+    """A server whose workers may die, and the processes that are not its workers."""
+    others = set(process_children(os.getpid()))
+    with InProcessServer(ROOMY) as server:
+        yield server, others
+
+
+@pytest.mark.parametrize("moment", ["while indices are found", "while rows attend"])
+def test_a_worker_killed_in_the_middle_fails_items_that_can_be_asked_again(killable, moment, monkeypatch):
+    server, others = killable
+    (worker,) = set(process_children(os.getpid())) - others
+    step = Step.of(server.target, [(1901, 1), (40, 3), (700, 2), (2400, 5)])
+    step.ask()
+    before, restarts = step.ledgers(), step.calls.load().worker_restarts
+    device, killed = server.server.service.device, []
+    submit = device.submit
+
+    def kill_then_submit(views, block, request_key, message):
+        attends = message(0).HasField("attend_tile")
+        if not killed and attends == (moment == "while rows attend"):
+            killed.append(worker)
+            os.kill(worker, signal.SIGKILL)
+        return submit(views, block, request_key, message)
+
+    monkeypatch.setattr(device, "submit", kill_then_submit)
+    results = step.ask()
+    failed = [result.error for result in results if result.error is not None]
+    assert len(failed) == 4 if moment == "while rows attend" else failed
+    for error in failed:
+        assert isinstance(error, WorkerLostError)
+        assert error.retry_after_s is not None
+    again = iter(
+        step.client.sparse_attend_batch(
+            [item for item, result in zip(step.items, results, strict=True) if result.error is not None], **ASKED
+        )
+    )
+    step.check([next(again) if result.error is not None else result for result in results])
+    assert step.calls.load().worker_restarts == restarts + 1
+    wait_for(lambda: is_idle(step.calls.load()))
+    assert step.ledgers() == before
+    for each in step.sequences:
+        each.cache.delete()
+    step.close()
+
+
+def test_a_cancelled_batch_gives_everything_back(step, frozen):
+    step.ask()
+    before = step.ledgers()
+    frozen()
+    future, _ = step.begin()
+    wait_for(lambda: step.calls.load().device.tiles > 0)
+    future.cancel()
+    frozen(False)
+    wait_for(lambda: is_idle(step.calls.load()))
+    assert step.ledgers() == before
+    step.check(step.ask())
+
+
+def test_a_deadline_ends_the_call_and_gives_everything_back(step, frozen):
+    step.ask()
+    before = step.ledgers()
+    frozen()
+    with pytest.raises(streamindex_client.DeadlineError):
+        step.client.sparse_attend_batch(step.items, **ASKED, timeout=1.0)
+    frozen(False)
+    wait_for(lambda: is_idle(step.calls.load()))
+    assert step.ledgers() == before
+
+
+def test_caches_deleted_under_a_step_are_answered_and_then_gone(service, frozen):
+    with Calls(service.address) as calls:
+        wait_for(lambda: calls.load().key_caches == 0)
+        before = {ledger.name: ledger.reserved_bytes for ledger in calls.load().ledgers}
+    step = Step.of(service.address, [(1500, 1), (900, 2), (1200, 1)])
+    right = [each.alone() for each in step.sequences]
+    indices = [each.found() for each in step.sequences]
+    frozen()
+    future, read = step.begin()
+    wait_for(lambda: step.calls.load().device.tiles > 0)
+    for each in step.sequences:
+        each.cache.delete()
+    frozen(False)
+    results = read(future.result(60))
+    for sequence, result, alone, found in zip(step.sequences, results, right, indices, strict=True):
+        sequence.check_right(result, found)
+        assert torch.equal(result.out, alone.out)
+    wait_for(lambda: is_idle(step.calls.load()))
+    wait_for(lambda: step.ledgers() == before)
+    step.close()
+
+
+@pytest.fixture(scope="module")
+def small_device() -> Iterator[RunningService]:
+    with RunningService(SMALL_DEVICE) as running:
+        yield running
+
+
+def attend_twice(step: Step) -> None:
+    """Right though pages come and go, within all budgets."""
+    step.ask()
+    step.check(step.ask())
+    load = step.calls.load()
+    assert load.device.evicted_pages > 0
+    for ledger in load.ledgers:
+        assert ledger.peak_bytes <= ledger.limit_bytes
+    for each in step.sequences:
+        each.cache.delete()
+    wait_for(lambda: is_idle(step.calls.load()))
+    step.close()
+
+
+def test_more_rows_than_the_device_holds_are_attended_tile_by_tile(small_device):
+    """KV rows of 3.8 MiB where 3 are free."""
+    attend_twice(Step.of(small_device.address, [(24_000, 1 + seed % 2) for seed in range(5)]))
+
+
+def test_what_finds_no_room_in_host_memory_beside_the_others_comes_after_them(tmp_path):
+    """Rows of 16.6 MiB where the host holds 14."""
+    with RunningService(small_host(tmp_path)) as service:
+        step = Step.of(service.address, [(24_000, 1 + seed % 2) for seed in range(4)])
+        wait_for(lambda: any(each.cache.refresh().spilled_bytes for each in step.sequences))
+        attend_twice(step)
+
+
+def test_keys_that_pass_through_the_device_in_windows_beside_keys_that_fit(small_device):
+    """Of one sequence 4.4 MiB of index keys, where 3 MiB are free."""
+    shape = Shape(key_dim=16, value_dim=16, heads=2, index_heads=2, index_dim=256, ratio=1)
+    with streamindex_client.connect(small_device.address) as client:
+        made = [Sequence(client, shape, tokens, 2, seed) for seed, tokens in enumerate((9000, 300, 2500))]
+        results = client.sparse_attend_batch([each.item() for each in made], **ASKED)
+        for sequence, result in zip(made, results, strict=True):
+            sequence.check(result)
+            sequence.cache.delete()
+
+
+@pytest.fixture
+def failing(inside, monkeypatch):
+    """Tiles for which the device has no memory, by their message; the list has the sequences of tiles of attention."""
+    device, tiles = inside.server.service.device, []
+    submit = device.submit
+
+    def without_memory(short):
+        def submit_or_fail(views, block, request_key, message):
+            tile = message(0)
+            if tile.HasField("attend_tile"):
+                tiles.append([each.rows for each in tile.attend_tile.sequences])
+            tile_id, future = submit(views, block, request_key, message)
+            if not short(tile):
+                return tile_id, future
+            failed = asyncio.get_running_loop().create_future()
+            future.add_done_callback(lambda _: failed.set_exception(DeviceMemoryError("no memory")))
+            return tile_id, failed
+
+        monkeypatch.setattr(device, "submit", submit_or_fail)
+        return tiles
+
+    yield without_memory
+    monkeypatch.undo()
+
+
+def test_a_tile_without_memory_runs_alone_then_in_pieces_across_sequences(inside, failing):
+    step = Step.of(inside.target, [(300, 2), (200, 3), (400, 1), (250, 4)])
+    tiles = failing(lambda tile: tile.attend_tile.rows > 3)
+    results = step.ask()
+    assert tiles == [[2, 3, 1, 4], [2, 3, 1, 4], [2, 1], [2, 1], [3], [1]]
+    failing(lambda tile: False)
+    step.check(results)
+    wait_for(lambda: is_idle(step.calls.load()))
+    for each in step.sequences:
+        each.cache.delete()
+    step.close()
+
+
+def test_an_item_whose_indices_cannot_be_found_fails_alone(inside, failing):
+    step = Step.of(inside.target, [(300, 2), (200, 2), (400, 1), (250, 2)])
+    tiles = failing(lambda tile: tile.search_tile.rows == 1)
+    results = step.ask()
+    assert tiles == [[2, 2], [2]]  # what lies between has no indices
+    failing(lambda tile: False)
+    for number, (sequence, result) in enumerate(zip(step.sequences, results, strict=True)):
+        if number == 2:
+            assert result.error.reason == "DEVICE_MEMORY"
+            assert result.error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert result.error.retry_after_s
+        else:
+            sequence.check(result)
+        sequence.cache.delete()
+    wait_for(lambda: is_idle(step.calls.load()))
+    step.close()
+
+
+def test_what_fits_in_no_way_fails_the_items_and_the_worker_lives(inside, failing):
+    step = Step.of(inside.target, [(300, 2), (200, 1)])
+    restarts = step.calls.load().worker_restarts
+    failing(lambda tile: tile.HasField("attend_tile"))
+    assert [result.error.reason for result in step.ask()] == ["DEVICE_MEMORY"] * 2
+    failing(lambda tile: False)
+    step.check(step.ask())
+    assert step.calls.load().worker_restarts == restarts
+    for each in step.sequences:
+        each.cache.delete()
+    wait_for(lambda: is_idle(step.calls.load()))
+    step.close()
+
+
+def test_another_caller_s_cache_is_not_there(inside):
+    step = Step.of(inside.target, [(300, 2), (200, 1)])
+    request = build_attend_batch(step.items, **ASKED, sink=None, want_indices=False, priority=None)
+    metadata = (("x-caller", "somebody else"),)
+    answer = step.calls.attention.SparseAttendBatch(request.message, timeout=20, metadata=metadata)
+    assert [result.error.reason for result in answer.results] == ["CACHE_NOT_FOUND"] * 2
+    assert not any(result.out for result in answer.results)
+    for each in step.sequences:
+        each.cache.delete()
+    step.close()
