@@ -19,7 +19,7 @@ BENCH ?=
 RESULTS ?= benchmarks/results/latest
 PROFILE ?= cpu
 
-.PHONY: help demo test simulate fuzz lint format stubs gpu-check bench render loadtest loadtest-sweep wheelhouse clean
+.PHONY: help demo test simulate fuzz soak kill-loop lint format stubs gpu-check bench render loadtest loadtest-sweep wheelhouse clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
@@ -41,6 +41,13 @@ simulate: $(READY)  ## seeded histories of governor, scheduler and caches (SEED=
 
 fuzz: $(READY)  ## a million inputs against parsers and a server, about an hour (SEED=1 COUNT=1000000)
 	$(PYTHON) -m tests.security.fuzz --seed $(or $(SEED),1) --count $(or $(COUNT),1000000)
+
+soak: $(READY)  ## 100,000 caches opened and dropped, half of them aborted: 20 minutes, soak.json in RESULTS (COUNT=100000)
+	@mkdir -p $(RESULTS)
+	$(PYTHON) -m tests.faults.soak --caches $(or $(COUNT),100000) --out $(RESULTS)/soak.json
+
+kill-loop: $(READY)  ## processes killed or stopped at every hand-over while callers are at work (SEED=1 COUNT=50)
+	$(PYTHON) -m tests.faults.kill_loop --seed $(or $(SEED),1) --rounds $(or $(COUNT),50)
 
 lint: $(READY)  ## ruff, mypy, buf, stubs up to date
 	$(PYTHON) -m ruff check .

@@ -129,10 +129,13 @@ class TileRun:
 
     def _ran(self, grant: Grant, given_at: float, submitted: Submitted) -> None:
         self._on_device = None
-        future = submitted.future
+        future, governor = submitted.future, self._operation.service.governor
         error = future.exception()
+        if error is None and grant.epoch != governor.epoch:
+            # A copy of pages has failed since, perhaps of those that it has read.
+            error = DeviceMemoryError("what was on the device had to be forgotten")
         tile_done = pb.TileDone() if error else future.result().tile_done
-        device_us, governor = tile_done.device_us, self._operation.service.governor
+        device_us = tile_done.device_us
         governor.finish(grant, None if error else device_us / 1e6, tile_done.peak_bytes)
         if self._call is not None and error is None:
             device_s = device_us / 1e6

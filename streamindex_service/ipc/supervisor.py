@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
+from streamindex_service.errors import DeviceMemoryError, HostMemoryError, InternalError, ServiceError, WorkerLostError
 from streamindex_service.ipc import link
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
@@ -88,9 +88,22 @@ class WorkerLink:
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
     def send(self, message: pb.ToWorker, fd: int | None = None) -> None:
-        """Send a message after all earlier ones. To a dead worker, nothing is sent."""
+        """Send a message after all earlier ones. To a dead worker, nothing is sent.
+
+        Raises OSError when it has to wait and there is no descriptor left to keep `fd` by.
+        """
         if not self.alive:
             return
+        if not self._outbox:  # at once, which takes no descriptor
+            try:
+                link.send(self._sock, message, fd)
+            except BlockingIOError:
+                pass
+            except link.LinkClosedError:
+                self.close()
+                return
+            else:
+                return
         # The descriptor is duplicated: its owner may close it before the packet leaves.
         self._outbox.append((message, None if fd is None else os.dup(fd)))
         if not self._writing:
@@ -99,13 +112,17 @@ class WorkerLink:
     def request(self, message: pb.ToWorker, work_id: int, fd: int | None = None) -> asyncio.Future[pb.FromWorker]:
         """Send a message that will be answered under `work_id`.
 
-        The future raises WorkerLostError, DeviceMemoryError, CancelledTileError or InternalError.
+        The future raises WorkerLostError, DeviceMemoryError, HostMemoryError, CancelledTileError or InternalError.
         """
         future: asyncio.Future[pb.FromWorker] = self._loop.create_future()
         if not self.alive:
             future.set_exception(WorkerLostError("the device process is gone"))
             return future
-        self.send(message, fd)
+        try:
+            self.send(message, fd)
+        except OSError as error:
+            future.set_exception(HostMemoryError("the host has no descriptors left", detail=repr(error)))
+            return future
         if self.alive:
             self._waiting[work_id] = future
         else:  # it went while this was sent
@@ -314,14 +331,8 @@ class Supervisor:
 
     def _spawn(self) -> WorkerLink:
         ours, theirs = link.make_pair()
-        # The descriptor's number is not 0, 1 or 2; nothing else of ours is inherited.
         with theirs:
-            process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "streamindex_service.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **self._options.environment},
-            )
+            process = self._start_process(theirs)
         worker = WorkerLink(ours, process, self._events)
         configure = pb.Configure(
             device=self._options.device,
@@ -333,6 +344,15 @@ class Supervisor:
         )
         worker.send(pb.ToWorker(configure=configure))
         return worker
+
+    def _start_process(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        # The descriptor's number is not 0, 1 or 2; nothing else of ours is inherited.
+        return subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "streamindex_service.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **self._options.environment},
+        )
 
     async def _watch(self, worker: WorkerLink) -> bool:
         """Until the worker is gone; True if it hung and was killed for it."""

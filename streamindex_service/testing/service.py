@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,7 +63,8 @@ class RunningService:
     """`streamindex serve` as a child process on a unix socket, and with `tcp` on a free loopback port as well.
 
     `settings`: sections as dictionaries; they win over the caller's own `STREAMINDEX_*` variables, of which none is
-    passed on. `process`: the child. Raises ServiceStartError when it is not SERVING within `start_timeout_s`.
+    passed on. `program`: what the interpreter runs in place of `streamindex`, for a service with faults built in.
+    `process`: the child. Raises ServiceStartError when it is not SERVING within `start_timeout_s`.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class RunningService:
         start_timeout_s: float = 120.0,
         warnings_as_errors: bool = False,
         environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "streamindex_service"),
     ) -> None:
+        self._program = program
         self._start_timeout_s = start_timeout_s
         self._directory = Path(tempfile.mkdtemp(prefix="streamindex-"))
         self.socket_path = self._directory / "s.sock"
@@ -123,8 +126,8 @@ class RunningService:
 
     def _launch(self) -> None:
         with self._stdout_path.open("wb") as stdout, self._stderr_path.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "streamindex_service", "serve"],
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, *self._program, "serve"],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -132,6 +135,10 @@ class RunningService:
                 # a Ctrl-C in the terminal is the caller's; the caller then stops this service in order
                 start_new_session=True,
             )
+
+    def redirect_log(self, path: Path) -> None:
+        """Have standard error go there and not to a file of its own. For before the start."""
+        self._stderr_path.symlink_to(path)
 
     def worker_pids(self) -> list[int]:
         """Processes that the frontend started."""
@@ -143,7 +150,7 @@ class RunningService:
             return ""
         with self._stderr_path.open("rb") as log:
             log.seek(max(0, self._stderr_path.stat().st_size - _LOG_TAIL_BYTES))
-            return log.read().decode(errors="replace")
+            return log.read(_LOG_TAIL_BYTES).decode(errors="replace")
 
     def stop(self, grace_s: float = 30.0) -> int | None:
         """SIGTERM, wait, then SIGKILL; remove the directory. Gives the exit code, None when it was never started.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -34,6 +35,9 @@ from streamindex_service.worker.device import (
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
 from streamindex_service.worker.key_store import FORMATS, KV_FORMATS, MissingMemoryError
 
+LINK_FAILED_EXIT_CODE = 4
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
 
 class Worker:
     """One thread reads packets, one (the main one) executes them, one reports what the device has finished."""
@@ -52,7 +56,7 @@ class Worker:
             failed = pb.Failed(kind=pb.FAILURE_KIND_UNUSABLE, detail=str(error))
             self._send(pb.FromWorker(failed=failed))
             return
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        threading.Thread(target=self._read_or_end, name="reader", daemon=True).start()
         self._announce(device)
         while (taken := self._commands.take()) is not None:
             command, cancelled = taken
@@ -118,6 +122,13 @@ class Worker:
         )
         self._log.info("worker_ready", device=device.name, implementation=self._implementation)
         self._send(pb.FromWorker(ready=ready))
+
+    def _read_or_end(self) -> None:
+        try:
+            self._read()
+        except BaseException:  # no room for a descriptor, say: whoever does not hear any more is of no use
+            self._log.error("link_failed", exc_info=True)
+            os._exit(LINK_FAILED_EXIT_CODE)
 
     def _read(self) -> None:
         while True:
@@ -221,8 +232,15 @@ def _origin(message: pb.ToWorker) -> dict[str, str]:
     return {"request_id": tile.request_id, "trace_id": context.trace_id if context else ""}
 
 
+def _end_with_frontend() -> None:
+    """Have the kernel kill this process when the frontend ends: one that hangs does not see its link close."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
 def main() -> None:
     """Run a worker on the socket whose descriptor is the first argument."""
+    _end_with_frontend()
     logs.configure()
     # The frontend decides when this process ends; a Ctrl-C in the terminal reaches both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -64,6 +64,7 @@ RULES = {
             "prometheus_client",
             "opentelemetry",
             f"{OURS}.frontend",
+            f"{OURS}.testing",
         },
     ),
     "telemetry": Rule(
@@ -91,7 +92,15 @@ RULES = {
         SERVICE / "frontend",
         {"frontend", "core", "ipc", "errors", "config", "telemetry", "tracing", ""},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "structlog", "prometheus_client"} | CONTRACT,
-        never_loaded={"torch", "triton", "opentelemetry", f"{OURS}.tracing", f"{OURS}.ops", f"{OURS}.worker"},
+        never_loaded={
+            "torch",
+            "triton",
+            "opentelemetry",
+            f"{OURS}.tracing",
+            f"{OURS}.ops",
+            f"{OURS}.worker",
+            f"{OURS}.testing",
+        },
     ),
     "client": Rule(
         CLIENT / "streamindex_client",
