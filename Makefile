@@ -33,8 +33,8 @@ $(VENV)/.ready: pyproject.toml client/pyproject.toml constraints.txt
 demo: $(READY)  ## start the service, search real text, check every row (ARGS="--keys 65536 --synthetic --json")
 	@$(PYTHON) -m streamindex_service demo $(ARGS)
 
-test: $(READY)  ## all CPU tests
-	$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+test: $(READY)  ## all CPU tests, in JOBS processes (2)
+	$(PYTHON) -m pytest -m "not gpu" -n $(or $(JOBS),2) --dist loadfile $(ARGS)
 
 simulate: $(READY)  ## seeded histories of governor, scheduler and caches (SEED=4711 tells one of them)
 	$(PYTHON) -m streamindex_service.testing.simulation $(SEED)
