@@ -11,7 +11,8 @@ for longer than a tile, and the order is decided anew before each.
 - Turns may be held back: those whose keys would displace others' before the last copy has paid for itself
   (`working_set.py`). Others go meanwhile, of their caller, their band, or a band below; the caller's allowance of each
   round is kept for it. When others may make room, the caller goes that was held back first. A caller that has saved up
-  the cost of its turn and an interval between two copies for each caller of its band waits for nothing any more.
+  the cost of its turn and an interval between two copies for each caller of its band waits for nothing any more, unless
+  it is the only one.
 - The queue is bounded in turns, bytes and seconds. The bounds are asked when a search comes (`refuse_hopeless`), never
   in the middle of one.
 
@@ -217,7 +218,9 @@ class _BandQueue:
                 continue
             if self.offered is None and admission.may_displace(turn, for_age=for_age):
                 self.offered, held_s = turn, 0.0
-            choices = [_Choice(turn, len(self._round) * held_s), *found[caller]]
+            # Who is alone is behind nobody: it would only make its own searches displace each other.
+            behind_s = len(self._round) * held_s if len(self._round) > 1 or not held_s else math.inf
+            choices = [_Choice(turn, behind_s), *found[caller]]
             found[caller] = sorted(choices, key=lambda choice: choice.turn.arrived_at)
         return found
 

@@ -150,6 +150,15 @@ def test_who_is_held_back_goes_once_the_caller_is_an_interval_for_each_caller_be
     assert abs(before_s - 2 * 1.0) <= EXACT.allowance_s + 2 * 0.125
 
 
+def test_who_is_alone_is_behind_nobody():
+    """Its other turns go for as long as there are any; what is held back waits for room, and takes it first."""
+    held, others = turn("a", 0.125), [turn("a", 0.125) for _ in range(40)]
+    scheduler, admission = filled(held, *others, limits=EXACT), Holding([held], 0.01)
+    assert taken(scheduler, admission, most=39) == others[:39]
+    admission.open = True
+    assert taken(scheduler, admission) == [held, others[39]]
+
+
 def test_of_those_who_are_held_back_the_first_is_offered_room_first():
     names = "abc"
     held = {name: [turn(name, 0.125) for _ in range(2)] for name in names}
