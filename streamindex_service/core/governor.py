@@ -168,6 +168,11 @@ class Governor:
                 metadata={"needed_bytes": needed, "budget_bytes": self.hbm.limit_bytes},
             )
 
+    def is_held_back(self, search: OpenSearch) -> bool:
+        """Whether others have to make room on the device before this search can go on."""
+        asked = search.page_sets.values()
+        return not self.working_set.complete and not any(page_set.admitted for page_set in asked)
+
     def close(self, search: OpenSearch) -> None:
         """A search is over. Its turns have been finished or cancelled."""
         assert not search.turns, "a search ends and its turns still wait"

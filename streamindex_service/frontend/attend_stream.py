@@ -8,6 +8,7 @@ from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_output_chunk
 
 from streamindex_service.core.sizes import MAX_POSITION
+from streamindex_service.core.turns import OpenSearch
 from streamindex_service.frontend.attend_admission import AdmittedAttention
 from streamindex_service.frontend.attend_block import LSE, OUT, PARTS, AttendFiller, part_bytes
 from streamindex_service.frontend.attend_requests import AttendParameters
@@ -46,6 +47,9 @@ class AttendStream(RowStream):
             announced_rows=parameters.row_count,
             band=parameters.band,
         )
+
+    def _search(self) -> OpenSearch:
+        return self._admitted.search
 
     def _fill(self, chunk: Chunk, first: int, count: int, block: Block, block_row: int, row_offset: int) -> None:
         self._filler.fill(chunk, first, count, block, block_row, row_offset)

@@ -194,25 +194,43 @@ def _write_once(fd: int, buffers: list[memoryview], offset: int) -> int:
     return end
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    size_bytes: int
+    can_wait: Callable[[], bool]
+    turn: asyncio.Future[None]
+
+
+def _cannot_wait() -> bool:
+    return False
+
+
 class IngressBudget:
-    """The ingress ledger; who does not fit waits, first come first served."""
+    """The ingress ledger; who does not fit waits, first come first served, but for those who can wait.
+
+    Rows of searches whose keys wait for room on the device stay for long. If they took what is given back, those
+    whose keys are there could not go on, and nobody would make room: so they come after all others.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
 
-    async def reserve(self, size_bytes: int) -> None:
-        """Take part of the budget, waiting for it if need be. `size_bytes` is at most the limit."""
+    async def reserve(self, size_bytes: int, can_wait: Callable[[], bool] = _cannot_wait) -> None:
+        """Take part of the budget, waiting for it if need be. `size_bytes` is at most the limit.
+
+        can_wait: asked whenever something is given back; others go first for as long as it says so.
+        """
         assert size_bytes <= self.ledger.limit_bytes
         if not self._waiting and self.ledger.try_reserve(size_bytes):
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (size_bytes, turn)
+        entry = _Waiting(size_bytes, can_wait, asyncio.get_running_loop().create_future())
         self._waiting.append(entry)
+        self._grant()
         try:
-            await turn
+            await entry.turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if entry.turn.done() and not entry.turn.cancelled():
                 self.release(size_bytes)  # granted and cancelled at the same moment
             else:
                 self._waiting.remove(entry)
@@ -226,13 +244,13 @@ class IngressBudget:
 
     def _grant(self) -> None:
         while self._waiting:
-            size_bytes, turn = self._waiting[0]
-            if turn.cancelled():
+            entry = next((each for each in self._waiting if not each.can_wait()), self._waiting[0])
+            if entry.turn.cancelled():
                 return  # its owner takes it out
-            if not self.ledger.try_reserve(size_bytes):
+            if not self.ledger.try_reserve(entry.size_bytes):
                 return
-            self._waiting.popleft()
-            turn.set_result(None)
+            self._waiting.remove(entry)
+            entry.turn.set_result(None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,9 +281,9 @@ class BlockPool:
         self._extent_blocks = max(1, extent_bytes // block_bytes)
         self._free: list[Block] = []
 
-    async def acquire(self) -> Block:
-        """Take a block, waiting for the ingress budget if need be."""
-        await self._budget.reserve(self.block_bytes)
+    async def acquire(self, can_wait: Callable[[], bool] = _cannot_wait) -> Block:
+        """Take a block, waiting for the ingress budget if need be. can_wait: see `IngressBudget`."""
+        await self._budget.reserve(self.block_bytes, can_wait)
         if not self._free:
             size = self.block_bytes
             try:

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from streamindex.framing import Chunk
 
 from streamindex_service.core.scheduler import Band
+from streamindex_service.core.turns import OpenSearch
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.host_memory import Block
@@ -139,6 +140,10 @@ class RowStream(ABC):
         self._outstanding: set[Run] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._over = False
+
+    @abstractmethod
+    def _search(self) -> OpenSearch:
+        """The call's place among the others."""
 
     @abstractmethod
     def _fill(self, chunk: Chunk, first: int, count: int, block: Block, block_row: int, row_offset: int) -> None:
@@ -279,7 +284,8 @@ class RowStream(ABC):
             self._block_freed.clear()
             await self._block_freed.wait()
         self._blocks_held += 1
-        filling = _Filling(await self._service.blocks.acquire())
+        governor, search = self._service.governor, self._search()
+        filling = _Filling(await self._service.blocks.acquire(lambda: governor.is_held_back(search)))
         self._at.fillings.append(filling)
         return filling
 

@@ -8,6 +8,7 @@ from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_index_chunk
 
 from streamindex_service.core.sizes import MAX_POSITION, POSITION_BYTES
+from streamindex_service.core.turns import OpenSearch
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import INDICES, SCORES, Q, W, fill_rows
@@ -30,6 +31,7 @@ class SearchStream(RowStream):
         context: Any,
         writer: MessageWriter,
     ) -> None:
+        self._admitted = admitted
         self._tiles = admitted.tiles
         self._layout = layout = admitted.tiles.layout
         self._start = parameters.start_position
@@ -48,6 +50,9 @@ class SearchStream(RowStream):
             announced_rows=parameters.row_count,
             band=parameters.band,
         )
+
+    def _search(self) -> OpenSearch:
+        return self._admitted.search
 
     def _fill(self, chunk: Chunk, first: int, count: int, block: Block, block_row: int, row_offset: int) -> None:
         fill_rows(self._layout, self._cache, chunk, first, count, block, block_row, row_offset, self._start)

@@ -242,6 +242,43 @@ async def test_spare_segments_go_for_a_search(monkeypatch):
     assert ingress.reserved_bytes == 2 * 4096
 
 
+# --- who takes ingress memory ---
+
+
+async def test_who_can_wait_comes_after_all_others():
+    """Asked anew with all that is given back: who no longer can is not behind those who came later."""
+    budget, order = IngressBudget(Ledger("ingress", 2)), []
+    await budget.reserve(2)
+    patient = {"first": True, "second": True}
+
+    async def take(name):
+        await budget.reserve(1, lambda: patient.get(name, False))
+        order.append(name)
+
+    tasks = [asyncio.create_task(take(name)) for name in ("first", "second", "third", "fourth")]
+    await asyncio.sleep(0)
+    for given_back, expected in enumerate(("third", "second", "fourth", "first"), 1):
+        budget.release(1)
+        await asyncio.wait_for(asyncio.shield(tasks[["first", "second", "third", "fourth"].index(expected)]), 10)
+        assert len(order) == given_back
+        patient["second"] = False
+    assert order == ["third", "second", "fourth", "first"]
+    assert budget.ledger.reserved_bytes == 2
+
+
+async def test_who_can_wait_and_gives_up_is_in_nobodys_way():
+    budget = IngressBudget(Ledger("ingress", 1))
+    await budget.reserve(1)
+    waiting = asyncio.create_task(budget.reserve(1, lambda: True))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    budget.release(1)
+    await asyncio.wait_for(budget.reserve(1), 10)
+    assert budget.ledger.reserved_bytes == 1
+
+
 # --- closing on a thread ---
 
 
