@@ -169,9 +169,10 @@ class Governor:
             )
 
     def is_held_back(self, search: OpenSearch) -> bool:
-        """Whether others have to make room on the device before this search can go on."""
-        asked = search.page_sets.values()
-        return not self.working_set.complete and not any(page_set.admitted for page_set in asked)
+        """Whether it has turns in the queue for which others have to make room on the device first."""
+        if self.working_set.complete or not search.turns:
+            return False
+        return any(page_set.turns and not page_set.admitted for page_set in search.page_sets.values())
 
     def close(self, search: OpenSearch) -> None:
         """A search is over. Its turns have been finished or cancelled."""

@@ -57,7 +57,7 @@ class Residency:
         return sum(page.page_bytes for page in pages if page.device is None)
 
     def try_place(self, pages: Sequence[Page], workspace_bytes: int) -> bool:
-        """Pin the pages, reserve the workspace, promote what is missing; or change nothing but evict, and say False.
+        """Pin the pages, reserve the workspace, promote what is missing; or only evict, and say False.
 
         The very same sequence goes to `unpin`, and is not changed until then.
         """
@@ -91,7 +91,7 @@ class Residency:
         return id(pages) not in self._pinned
 
     def evict_all(self) -> None:
-        """Drop every page that is not pinned, kept or not."""
+        """Drop every page that no tile uses, kept or not."""
         for pinned in list(self._idle.values()):
             self._let_go(pinned)
         for page in list(self._unpinned):

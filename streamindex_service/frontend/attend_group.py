@@ -95,7 +95,12 @@ class AttendGroup:
             await self._admit(waiting, stack)
             if not self._members:
                 return
-            self._block = block = await self._service.blocks.acquire()
+            try:
+                self._block = block = await self._service.blocks.acquire()
+            except ServiceError as error:
+                for member, _, _ in self._members:
+                    member.refuse(self._service, error)
+                return
             for shares in self._fills(self._members[0][0].layout.rows):
                 await self._compute(shares, block, kept)
             for member, _, _ in self._members:

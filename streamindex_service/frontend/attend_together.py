@@ -8,6 +8,7 @@ its sequences together, beside the workspace and the copies; and it takes no lon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.errors import ServiceError
@@ -81,31 +82,48 @@ class AttendTogether:
         return found
 
 
+@dataclass(slots=True)
+class _Sums:
+    """Of the parts of a tile: device memory of all that they read, write and copy, rows, and operations."""
+
+    size_bytes: int = 0
+    rows: int = 0
+    flop: int = 0
+
+    def plus(self, part: Part) -> _Sums:
+        tiles, piece = part
+        flop = self.flop + tiles.work.flop(piece.rows)
+        return _Sums(self.size_bytes + tiles.bytes_of(piece), self.rows + piece.rows, flop)
+
+
 def joined(parts: Iterable[Part], search: OpenSearch) -> Iterator[AttendTogether]:
     """As few tiles as can be of parts that come in the order of their rows; see the module's text."""
     tile: list[Part] = []
+    sums = _Sums()
     for part in parts:
-        if tile and not _fit([*tile, part], search):
+        together = sums.plus(part)
+        if tile and not (_follow(tile[-1], part) and _fit(part[0], together, search)):
             yield AttendTogether(tile, search)
-            tile = []
+            tile, together = [], _Sums().plus(part)
         tile.append(part)
+        sums = together
     if tile:
         yield AttendTogether(tile, search)
 
 
-def _fit(parts: Sequence[Part], search: OpenSearch) -> bool:
-    """Whether they may be one tile. Each of them by itself may."""
-    (tiles, _), (nearest, before), (added, last) = parts[0], parts[-2], parts[-1]
-    if before.first + before.rows != last.first:  # rows between them have failed
-        return False
-    if nearest is added:  # of one call, cut because they may not be together
-        return False
+def _follow(before: Part, after: Part) -> bool:
+    """Whether no rows lie between them, that have failed; and they are not of one call, which was cut because they may
+    not be together."""
+    (tiles, piece), (others, added) = before, after
+    return piece.first + piece.rows == added.first and tiles is not others
+
+
+def _fit(tiles: AttendTiles, sums: _Sums, search: OpenSearch) -> bool:
+    """Whether so much may be one tile. `tiles` is of any of its parts; each of them by itself may."""
     service = tiles.service
     # Pages lie in extents, of which the last may be filled in part only.
     needed = tiles.workspace_bytes + int(service.settings.memory.extent_bytes)
-    if needed + sum(each.bytes_of(piece) for each, piece in parts) > service.hbm.limit_bytes:
+    if needed + sums.size_bytes > service.hbm.limit_bytes:
         return False
-    rows = sum(piece.rows for _, piece in parts)
-    flop_per_row = sum(each.work.flop(piece.rows) for each, piece in parts) // rows
     tile_s = service.governor.tile_s(search.band)
-    return service.attention_speed.rows(flop_per_row, tile_s, rows) == rows
+    return service.attention_speed.rows(sums.flop // sums.rows, tile_s, sums.rows) == sums.rows

@@ -93,7 +93,7 @@ def refuse(service: Service, result: Result, error: ServiceError) -> None:
 
 
 class TileSeries:
-    """Tiles of rows of a block, one after another. A step is of many callers' sequences: no single one of them is to
+    """Tiles of rows of a block, one after another. A step is of many sequences: no single one of them is to
     blame for a worker's death."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from streamindex_service.ipc.supervisor import Supervisor, WorkerLink
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _MAX_SUSPECTS = 1024
-# Of views that no search uses: a page is some KiB in the worker, a view a page table on the device.
+# Of views that no search uses: each keeps a page table on the device, and numbers of its pages here and in the worker.
 _MOST_IDLE_PAGES = 16_384
 _MOST_IDLE_VIEWS = 1024
 _SUSPICION_S = 3600.0  # a request is tried again after so long

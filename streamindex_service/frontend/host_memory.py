@@ -208,8 +208,8 @@ def _cannot_wait() -> bool:
 class IngressBudget:
     """The ingress ledger; who does not fit waits, first come first served, but for those who can wait.
 
-    Rows of searches whose keys wait for room on the device stay for long. If they took what is given back, those
-    whose keys are there could not go on, and nobody would make room: so they come after all others.
+    Rows of searches that wait for room on the device stay for long. If such searches took what is given back for more
+    rows, those that have room could not go on, and nobody would make any: so they come after all others.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -219,7 +219,7 @@ class IngressBudget:
     async def reserve(self, size_bytes: int, can_wait: Callable[[], bool] = _cannot_wait) -> None:
         """Take part of the budget, waiting for it if need be. `size_bytes` is at most the limit.
 
-        can_wait: asked whenever something is given back; others go first for as long as it says so.
+        can_wait: asked whenever something is given back, and when another asks; others go first while it says so.
         """
         assert size_bytes <= self.ledger.limit_bytes
         if not self._waiting and self.ledger.try_reserve(size_bytes):

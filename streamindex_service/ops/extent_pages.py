@@ -84,6 +84,6 @@ def addresses_of(pages: Sequence[Tensor]) -> npt.NDArray[np.int64]:
 
 
 def to_device(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """A small table on a device, [n] int64. The host does not wait for the copy."""
+    """A small table of any shape on a device, int64. The host does not wait for the copy."""
     table = torch.from_numpy(values)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from streamindex_client import WorkerLostError
 from streamindex_client.attend_batch import build_attend_batch
 
 from streamindex_service.errors import DeviceMemoryError
+from streamindex_service.frontend.host_memory import SharedSegment
 from streamindex_service.testing.service import RunningService, process_children
 from tests.support.attend_batch import ASKED, Sequence
 from tests.support.attention import Shape
@@ -310,3 +312,27 @@ def test_another_caller_s_cache_is_not_there(inside):
     for each in step.sequences:
         each.cache.delete()
     step.close()
+
+
+@pytest.mark.parametrize("sizes", [[(300, 2), (200, 1)], [(300, 2)]])
+def test_a_step_for_which_the_host_has_no_memory_says_so_of_each_item(sizes, monkeypatch):
+    """The rows find no block: each item is refused, may be asked again, and is right then."""
+    with InProcessServer(ROOMY) as server:
+        step = Step.of(server.target, sizes)
+        try:
+            step.check(step.ask())
+            server.server.service.blocks._free.clear()
+            create = SharedSegment.create.__func__
+
+            def scarce(cls, size_bytes, *, writable_by_worker):
+                if writable_by_worker:
+                    raise OSError(errno.ENOMEM, "no memory")
+                return create(cls, size_bytes, writable_by_worker=writable_by_worker)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(SharedSegment, "create", classmethod(scarce))
+                refused = step.ask()
+            assert [result.error.reason for result in refused] == ["HOST_MEMORY"] * len(sizes)
+            step.check(step.ask())
+        finally:
+            step.close()

@@ -1,0 +1,106 @@
+"""Which searches are held back, and what that means for ingress memory."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from streamindex_service.core.estimates import DeviceSpeed
+from streamindex_service.core.governor import Governor, GovernorLimits
+from streamindex_service.core.layers import Page, Snapshot
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.pages import PagePool
+from streamindex_service.core.residency import Residency
+from streamindex_service.core.scheduler import Band, Turn
+from streamindex_service.core.turns import Grant, Need, OpenSearch
+from streamindex_service.frontend.host_memory import IngressBudget
+
+PAGE_BYTES = 100
+LAYER_PAGES = 8  # of ten that fit
+
+
+class Shut(Governor):
+    """Its gates are closed: nobody makes room for others."""
+
+    def may_displace(self, turn: Turn, *, for_age: bool) -> bool:
+        return False
+
+
+class World:
+    """A governor, and searches of layers of which one fits."""
+
+    def __init__(self) -> None:
+        pool = PagePool(Ledger("hbm", 10 * PAGE_BYTES), PAGE_BYTES, lambda *_: None, lambda *_: None)
+        residency = Residency(pool.ledger, pool, lambda page: None)
+        self.governor = Shut(residency, lambda: 0.0, GovernorLimits(), wake=lambda delay_s: None)
+        self.governor.device_ready()
+        self.granted: dict[OpenSearch, list[Grant]] = {}
+
+    def search(self, pages: tuple[Page, ...], band: Band = Band.BATCH) -> OpenSearch:
+        search = self.governor.open(Snapshot(None, 0, pages, 1), "a", band, self.need(pages), 0.0, None)
+        self.granted[search] = []
+        return search
+
+    def turn(self, search: OpenSearch, pages: tuple[Page, ...], speed: DeviceSpeed | None = None) -> bool:
+        """Whether it was granted at once."""
+        granted = self.granted[search]
+        before = len(granted)
+        self.governor.request(search, self.need(pages, speed), granted.append, pytest.fail)
+        return len(granted) > before
+
+    @staticmethod
+    def need(pages: tuple[Page, ...], speed: DeviceSpeed | None = None) -> Need:
+        return Need(pages, PAGE_BYTES // 2, PAGE_BYTES // 2, 1, speed=speed)
+
+
+def layer(pages: int = LAYER_PAGES) -> tuple[Page, ...]:
+    return tuple(Page(None, PAGE_BYTES, None, None) for _ in range(pages))
+
+
+def test_only_who_has_turns_that_wait_for_room_is_held_back():
+    world, (there, waits) = World(), (layer(), layer())
+    runs, held = world.search(there), world.search(waits)
+    assert world.turn(runs, there)
+    assert not world.turn(held, waits)
+    assert world.governor.is_held_back(held)
+    assert not world.governor.is_held_back(runs)
+    new, same, empty = world.search(layer(1), Band.INTERACTIVE), world.search(there), world.search(())
+    assert not any(map(world.governor.is_held_back, (new, same, empty)))
+    assert world.turn(same, there)
+    assert not world.governor.is_held_back(same)
+
+
+def test_a_call_is_held_back_that_has_room_for_half_of_what_it_does():
+    """Attention needs index keys and KV rows: its turn for these waits."""
+    world, (keys, rows) = World(), (layer(), layer())
+    attend = world.search(keys)
+    assert world.turn(attend, keys)
+    assert not world.turn(attend, rows, DeviceSpeed())
+    assert world.governor.is_held_back(attend)
+
+
+async def test_a_new_search_does_not_wait_behind_those_that_come_again_and_again():
+    """Others take ingress memory without end; who has no rows yet has it in its turn."""
+    world, (there, waits) = World(), (layer(), layer())
+    runs, held = world.search(there), world.search(waits)
+    assert world.turn(runs, there)
+    assert not world.turn(held, waits)
+    new = world.search(there, Band.INTERACTIVE)
+    budget, given, got = IngressBudget(Ledger("ingress", 2)), 0, False
+
+    async def busy() -> None:
+        nonlocal given
+        while not got and given < 1000:
+            await budget.reserve(1, lambda: world.governor.is_held_back(runs))
+            given += 1
+            await asyncio.sleep(0)
+            budget.release(1)
+
+    others = [asyncio.create_task(busy()) for _ in range(3)]
+    await asyncio.sleep(0)
+    await budget.reserve(1, lambda: world.governor.is_held_back(new))
+    got = True
+    budget.release(1)
+    await asyncio.gather(*others)
+    assert given < 20
