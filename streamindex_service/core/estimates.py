@@ -121,7 +121,7 @@ class DeviceSpeed:
     of anything larger: by them a common search would take hours, and be refused for its deadline.
     """
 
-    def __init__(self, copy_bytes_per_s: float = 2e9) -> None:  # less than the bus: each page is handled on its own
+    def __init__(self, copy_bytes_per_s: float = 2e9) -> None:  # less than the bus: each page is noted on its own
         self.copy_bytes_per_s = copy_bytes_per_s
         self._seen: dict[int, _Seen] = {}  # by the operations' number of bits
         self._sizes: list[int] = []  # its keys in order

@@ -5,7 +5,8 @@ going to and fro: those of the working set (`working_set.py`) are not evicted, a
 extent at once, so that the next few allocations need none.
 
 A search comes back with the same pages tile by tile, thousands of them at times. They stay pinned from one tile to the
-next, and nobody looks at each, until somebody needs memory: then pins without a tile go before anything is evicted.
+next, and nobody looks at each, until somebody needs memory: then pins without a tile go before anything is evicted, but
+for those of pages that would not be evicted anyway.
 """
 
 from __future__ import annotations
