@@ -20,6 +20,7 @@ from streamindex_service.frontend import batch
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, PARTS, attend_layout, part_bytes
 from streamindex_service.frontend.attend_group import AttendGroup, Member, refuse
 from streamindex_service.frontend.attend_requests import check_asked, item_parameters
+from streamindex_service.frontend.neighbours import Neighbours
 from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.service import Service
 
@@ -42,6 +43,7 @@ class BatchAttention:
         self._deadline_s = deadline_s
         self._waiting: dict[tuple[KvSpec, BlockLayout], deque[Member]] = {}  # by kind
         self._turns = asyncio.Semaphore(batch.ITEMS_AT_ONCE)
+        self._groups = Neighbours()
         found = request.want_indices and request.WhichOneof("selection") == "top_k"
         self._kept = (OUT, LSE, INDICES) if found else (OUT, LSE)
 
@@ -74,8 +76,9 @@ class BatchAttention:
     async def _answer(self) -> None:
         """Group after group, until none waits."""
         while waiting := next((members for members in self._waiting.values() if members), None):
-            group = AttendGroup(self._service, self._turns, self._deadline_s)
-            await group.run(waiting, self._kept)
+            with self._groups.part():
+                group = AttendGroup(self._service, self._turns, self._groups, self._deadline_s)
+                await group.run(waiting, self._kept)
 
     def _checked(self, item: pb.SparseAttendBatchItem, result: pb.SparseAttendBatchResult) -> Member | None:
         """The item, if nothing is wrong with it so far."""

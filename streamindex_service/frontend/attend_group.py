@@ -20,6 +20,7 @@ from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, AttendF
 from streamindex_service.frontend.attend_requests import AttendParameters
 from streamindex_service.frontend.attend_together import Part, joined
 from streamindex_service.frontend.host_memory import Block
+from streamindex_service.frontend.neighbours import Neighbours
 from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tiles import TilePiece
@@ -77,9 +78,16 @@ class _Share:
 class AttendGroup:
     """Members of one kind, whose rows lie alike in a block. One of more rows than a block has is a group by itself."""
 
-    def __init__(self, service: Service, turns: asyncio.Semaphore, deadline_s: Callable[[], float | None]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        turns: asyncio.Semaphore,
+        groups: Neighbours,
+        deadline_s: Callable[[], float | None],
+    ) -> None:
         self._service = service
         self._turns = turns  # of the searches of the call
+        self._groups = groups  # of the call, and this is one of them
         self._deadline_s = deadline_s
         self._members: list[tuple[Member, AdmittedAttention, AttendFiller]] = []
         self._series: list[batch.TileSeries] = []
@@ -117,16 +125,10 @@ class AttendGroup:
                 return
             waiting.popleft()
             try:
-                opened = await admit_attention(
-                    self._service,
-                    member.cache,
-                    member.item.layer,
-                    member.parameters,
-                    self._deadline_s,
-                    among_others=True,
-                )
+                # Rows that are in the way of the next may be this group's own, and then a later group has it.
+                opened = await (self._admit_one(member) if self._members else self._admit_first(member))
             except HostMemoryError as error:
-                if self._members:  # whose rows may be what is in the way
+                if self._members:
                     waiting.appendleft(member)
                     return
                 member.refuse(self._service, error)
@@ -140,6 +142,14 @@ class AttendGroup:
             filler = AttendFiller(admitted.layout, member.cache.spec, member.parameters, admitted.window.length_keys)
             self._members.append((member, admitted, filler))
             rows += member.item.row_count
+
+    async def _admit_one(self, member: Member) -> AdmittedAttention:
+        return await admit_attention(
+            self._service, member.cache, member.item.layer, member.parameters, self._deadline_s, among_others=True
+        )
+
+    async def _admit_first(self, member: Member) -> AdmittedAttention:
+        return await self._groups.beside(lambda: self._admit_one(member))
 
     def _fills(self, block_rows: int) -> Iterator[list[_Share]]:
         """The rows of all members, as many at a time as the block has."""

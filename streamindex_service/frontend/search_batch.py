@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from streamindex.framing import Chunk
@@ -16,19 +16,27 @@ from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import batch, requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch, admit
 from streamindex_service.frontend.host_memory import Block
+from streamindex_service.frontend.neighbours import Neighbours
 from streamindex_service.frontend.query_block import INDICES, SCORES, BlockLayout, fill_rows
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.staging import commit_upload, write_rows
 
 
 class BatchSearch:
-    """One call."""
+    """One call. `deadline_s`: the caller's remaining time."""
 
-    def __init__(self, service: Service, owner: str, request: pb.SearchBatchRequest, deadline_s: float | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        owner: str,
+        request: pb.SearchBatchRequest,
+        deadline_s: Callable[[], float | None],
+    ) -> None:
         self._service = service
         self._owner = owner
         self._request = request
         self._deadline_s = deadline_s
+        self._searches = Neighbours()
 
     async def run(self) -> pb.SearchBatchResponse:
         """Answer all items. Raises InvalidArgumentError for what concerns the whole call."""
@@ -99,16 +107,17 @@ class BatchSearch:
     async def _search(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
         try:
             cache = self._service.caches.get(self._owner, item.key_cache_id)
-            async with await self._admit(cache, item.layer) as admitted:
-                search = _ItemSearch(item, admitted, self._parameters.want_scores)
-                admitted.users.append(search)
-                result.indices, result.scores = await search.run()
-                self._service.counters.queries += item.row_count
+            with self._searches.part():
+                async with await self._searches.beside(lambda: self._admit(cache, item.layer)) as admitted:
+                    search = _ItemSearch(item, admitted, self._parameters.want_scores)
+                    admitted.users.append(search)
+                    result.indices, result.scores = await search.run()
+                    self._service.counters.queries += item.row_count
         except ServiceError as error:
             batch.refuse(self._service, result, error)
 
     async def _admit(self, cache: KeyCache, layer: int) -> AdmittedSearch:
-        return await admit(self._service, cache, layer, self._parameters, lambda: self._deadline_s)
+        return await admit(self._service, cache, layer, self._parameters, self._deadline_s)
 
 
 class _ItemSearch:

@@ -61,4 +61,4 @@ class SearchServicer:
 
     async def search_batch(self, request: pb.SearchBatchRequest, context: Any) -> pb.SearchBatchResponse:
         """SearchBatch."""
-        return await BatchSearch(self._service, self._identify(context), request, context.time_remaining()).run()
+        return await BatchSearch(self._service, self._identify(context), request, context.time_remaining).run()

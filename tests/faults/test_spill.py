@@ -191,6 +191,24 @@ def test_many_at_a_time(calls):
         calls.delete(cache_id)
 
 
+@pytest.mark.parametrize("rows", [30, 100], ids=["some-fit-together", "each-alone"])
+def test_a_batch_of_more_than_fits_together(server, calls, rows):
+    """Its items are served after one another, and none is refused for what the others hold."""
+    made = [filled(calls, KIND, rows * PAGE_KEYS, seed) for seed in range(6)]
+    spill_all(server)
+    queries = [Draw(seed).queries(KIND, 2, start_position=rows * PAGE_KEYS + 1) for seed in range(6)]
+    items = [batch_item(KIND, cache_id, asked) for (cache_id, _), asked in zip(made, queries, strict=True)]
+    request = search_pb2.SearchBatchRequest(items=items, top_k=100)
+    for _ in range(3):
+        results = calls.searches.SearchBatch(request, timeout=60).results
+        for result, (_, model), asked in zip(results, made, queries, strict=True):
+            assert not result.HasField("error"), result.error
+            found = np.frombuffer(result.indices, np.int32).reshape(2, 100)
+            assert np.array_equal(found, expected(KIND, model.layers[0], asked, 100)[0])
+    for cache_id, _ in made:
+        calls.delete(cache_id)
+
+
 def test_a_search_that_is_open_keeps_its_layer(server, calls):
     cache_id, model = filled(calls, KIND, 600, seed=6)
     with calls.start_search(KIND, cache_id, 10):
