@@ -230,8 +230,7 @@ class Target:
 
 
 def parser_inputs() -> st.SearchStrategy[bytes]:
-    kinds = (key_cache_pb2.AppendKeysRequest, search_pb2.SearchRequest, search_pb2.SearchResponse)
-    return st.one_of(*(mangled(messages(kind.DESCRIPTOR, [])) for kind in kinds))
+    return st.one_of(*(mangled(messages(cls.DESCRIPTOR, [])) for _, cls in PARSERS))
 
 
 def call_inputs(known: list[str]) -> st.SearchStrategy[tuple[str, list[bytes]]]:
@@ -247,6 +246,8 @@ PARSERS: tuple[tuple[Callable[[bytes], Any], Any], ...] = (
     (framing.parse_append_keys_request, key_cache_pb2.AppendKeysRequest),
     (framing.parse_search_request, search_pb2.SearchRequest),
     (framing.parse_search_response, search_pb2.SearchResponse),
+    (framing.parse_attend_request, attention_pb2.SparseAttendRequest),
+    (framing.parse_attend_response, attention_pb2.SparseAttendResponse),
 )
 
 

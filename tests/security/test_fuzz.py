@@ -33,6 +33,10 @@ def test_every_call(target):
     assert target.codes.keys() >= {"INVALID_ARGUMENT", "MALFORMED_MESSAGE", "CACHE_NOT_FOUND"}
 
 
+def test_every_parser_of_chunks_is_driven():
+    assert {parse.__name__ for parse, _ in fuzz.PARSERS} == {name for name in framing.__all__ if "parse" in name}
+
+
 def test_a_parser_that_reads_otherwise_is_found():
     def careless(data: bytes) -> object:
         found = framing.parse_search_request(data)
