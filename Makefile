@@ -28,6 +28,7 @@ $(VENV)/.ready: pyproject.toml client/pyproject.toml constraints.txt
 	$(BOOTSTRAP) -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PYTHON) -m pip install -q -c constraints.txt -e ./client -e '.[dev,load]'
+	$(PYTHON) -m pip install -q -c constraints.txt --only-binary atheris -e '.[fuzz]' || echo 'no atheris for this system: test and fuzz go without'
 	@touch $@
 
 demo: $(READY)  ## start the service, search real text, check every row (ARGS="--keys 65536 --synthetic --json")
@@ -40,6 +41,8 @@ simulate: $(READY)  ## seeded histories of governor, scheduler and caches (SEED=
 	$(PYTHON) -m streamindex_service.testing.simulation $(SEED)
 
 fuzz: $(READY)  ## a million inputs against parsers and a server, about an hour (SEED=1 COUNT=1000000)
+	if $(PYTHON) -c 'import atheris'; then $(PYTHON) -m tests.security.guided --seed $(or $(SEED),1) --count $(or $(COUNT),1000000); \
+	else echo 'the guided run is left out'; fi
 	$(PYTHON) -m tests.security.fuzz --seed $(or $(SEED),1) --count $(or $(COUNT),1000000)
 
 soak: $(READY)  ## 100,000 caches opened and dropped, half of them aborted: 20 minutes, soak.json in RESULTS (COUNT=100000)
