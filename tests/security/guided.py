@@ -26,7 +26,7 @@ WATCHED = [
 ]
 
 with atheris.instrument_imports(include=WATCHED):
-    from streamindex import framing, status
+    from streamindex import framing
     from streamindex.v1 import key_cache_pb2, types_pb2
 
     from streamindex_service.telemetry import trace
