@@ -94,9 +94,6 @@ class AdmittedAttention(OpenCall):
             self._let_go()
             raise
 
-    async def __aenter__(self) -> AdmittedAttention:
-        return self
-
     def tile_rows(self, keys: int) -> int:
         """Query rows of the next tile, where they see up to so many index keys."""
         rows = self.attend.tile_rows()

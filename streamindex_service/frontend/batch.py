@@ -20,8 +20,6 @@ from streamindex_service.frontend.tile_run import TileRun
 from streamindex_service.frontend.tiles import TileOperation
 
 _ITEM_OVERHEAD_BYTES = 1024  # of the answer message: lengths, or an error with its figures
-# Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
-ITEMS_AT_ONCE = 16
 
 
 class Item(Protocol):

@@ -102,15 +102,20 @@ def test_a_defect_at_the_moment_of_its_turn_ends_one_search_alone(inside, monkey
 
 
 def test_others_wait_while_one_runs_alone(inside, short_of_memory):
-    draw = Draw(3)
-    keys, queries = draw.keys(KIND, 900), draw.queries(KIND, ROWS, start_position=880)
-    with Calls(inside.target) as calls, calls.cache(KIND, keys) as cache:
+    """Items of several kinds, which are tiles of their own."""
+    draw, made = Draw(3), []
+    with Calls(inside.target) as calls:
+        for kind in (KIND, Kind(heads=4, head_dim=32), Kind(heads=2, head_dim=64), Kind(heads=1, head_dim=32)):
+            cache_id, keys = calls.create(kind).id, draw.keys(kind, 900)
+            calls.upload(kind, cache_id, keys)
+            made.append((kind, cache_id, keys, draw.queries(kind, ROWS, start_position=880)))
         seen = short_of_memory(5)
-        items = [batch_item(KIND, cache.id, queries)] * 8
+        items = [batch_item(kind, cache_id, queries) for kind, cache_id, _, queries in made]
         results = calls.searches.SearchBatch(search_pb2.SearchBatchRequest(items=items, top_k=30), timeout=60).results
-        wanted = expected(KIND, keys, queries, 30)[0]
-        for result in results:
-            assert np.array_equal(np.frombuffer(result.indices, np.int32).reshape(ROWS, 30), wanted)
+        for (kind, cache_id, keys, queries), result in zip(made, results, strict=True):
+            found = np.frombuffer(result.indices, np.int32).reshape(ROWS, 30)
+            assert np.array_equal(found, expected(kind, keys, queries, 30)[0])
+            calls.delete(cache_id)
         wait_for(lambda: is_idle(calls.load()))
     assert any(in_flight > 1 for rows, _, in_flight in seen if rows == ROWS)
     assert all(in_flight == 1 for rows, _, in_flight in seen if rows < ROWS)

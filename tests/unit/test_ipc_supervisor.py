@@ -23,6 +23,7 @@ from streamindex_service.frontend.host_memory import Block, HostExtents, SharedS
 from streamindex_service.frontend.tiles import TileDue, TilePart, TilePlace, TileSpec, search_tile
 from streamindex_service.ipc import supervisor as module
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
+from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 # What stands in for a worker: says that it is ready, answers pings, and does what a tile's id says.
 STAND_IN = """
@@ -58,7 +59,16 @@ while True:
 
 def tile_message(view, block, rows, tile_id):
     place = TilePlace(rows, 0, 0, 0, 0, None)
-    return search_tile(tile_id, view, TileSpec(1, 1, 1, 0), block, place, 1, TilePart(), TileDue())
+    return search_tile(
+        tile_id,
+        [pb.SearchSequence(view_id=view.view_id, rows=place.rows)],
+        TileSpec(1, 1, 1, 0),
+        block,
+        place,
+        1,
+        TilePart(),
+        TileDue(),
+    )
 
 
 class Events:
