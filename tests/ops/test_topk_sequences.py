@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamindex_service.ops import KeyFormat, PagedKeys
-from streamindex_service.ops.topk import KeySequence, Order, TopkInputError, TopkResult, topk_sequences
-from tests.ops.cases import Inputs, kernel_device, make_inputs, same, small_plan
+from streamindex_service.ops import KeyFormat
+from streamindex_service.ops.topk import KeySequence, Order, TopkInputError, topk_sequences
+from tests.ops.cases import kernel_device, same, small_plan
+from tests.ops.sequence_cases import Step
 
 TOP_K, RATIO = 20, 2
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "chunked", "triton"])
 FORMATS = [(KeyFormat.BF16, 16, 32), (KeyFormat.FP8_E4M3, 3, 48), (KeyFormat.FP16, 1, 16)]
 
 
-@dataclass(frozen=True)
-class Step:
-    """Rows of some sequences."""
-
-    sequences: list[Inputs]
-
-    @classmethod
-    def drawn(cls, shape, lengths, positions, device, seed=0, values="normal"):
-        key_format, heads, head_dim = shape
-        sequences = [
-            make_inputs(
-                rows=len(own), heads=heads, head_dim=head_dim, keys=max(1, length), key_format=key_format,
-                top_k=TOP_K, ratio=RATIO, positions=torch.tensor(own), device=device, seed=seed + number, values=values,
-            )
-            for number, (length, own) in enumerate(zip(lengths, positions, strict=True))
-        ]  # fmt: skip
-        empty = PagedKeys(key_format, head_dim, 0, (), () if key_format.has_scales else None)
-        return cls([
-            each if length else replace(each, keys=empty) for each, length in zip(sequences, lengths, strict=True)
-        ])  # fmt: skip
-
-    def alone(self, implementation, **options):
-        """Each by itself."""
-        found = [each.search(implementation, **options) for each in self.sequences]
-        scores = None if found[0].scores is None else torch.cat([each.scores for each in found])
-        return TopkResult(torch.cat([each.indices for each in found]), scores)
-
-    def together(self, implementation, *, order=Order.SCORE, plan=None, want_scores=True, workspace_bytes=256 << 20):
-        q, w = (torch.cat([getattr(each, name) for each in self.sequences]) for name in ("q", "w"))
-        indices = torch.full((len(q), TOP_K), -77, dtype=torch.int32, device=q.device)
-        scores = torch.full((len(q), TOP_K), torch.nan, device=q.device) if want_scores else None
-        return topk_sequences(
-            q, w, [KeySequence(len(each.q), each.keys) for each in self.sequences],
-            torch.cat([each.positions for each in self.sequences]), ratio=RATIO, top_k=TOP_K, order=order,
-            implementation=implementation, plan=plan, workspace_bytes=workspace_bytes,
-            out_indices=indices, out_scores=scores,
-        )  # fmt: skip
+def drawn(shape, lengths, positions, device, **options):
+    return Step.drawn(shape, lengths, positions, device, top_k=TOP_K, ratio=RATIO, **options)
 
 
 def device_of(implementation):
@@ -69,7 +35,7 @@ def test_a_ragged_step(implementation, shape, order, want_scores):
     """Long and short, empty, unseen, sorted and not; positions as large as they may be."""
     lengths = [700, 13, 0, 256, 300, 520]
     positions = [[1398, 1399], [40], [5], [511, 3, 200], [2**62], [2**31 - 2, 2**31 - 1, 2**31]]
-    step = Step.drawn(shape, lengths, positions, device_of(implementation))
+    step = drawn(shape, lengths, positions, device_of(implementation))
     options = {"order": order, "want_scores": want_scores}
     assert same(step.together(implementation, **options), step.alone(implementation, **options))
 
@@ -77,7 +43,7 @@ def test_a_ragged_step(implementation, shape, order, want_scores):
 @IMPLEMENTATIONS
 def test_sequences_that_share_their_keys(implementation):
     """Forks: the same pages, up to different lengths."""
-    step = Step.drawn(FORMATS[0], [600], [[1199]], device_of(implementation), values="integers")
+    step = drawn(FORMATS[0], [600], [[1199]], device_of(implementation), values="integers")
     (first,) = step.sequences
     pages = first.keys.pages
     forks = [
@@ -90,7 +56,7 @@ def test_sequences_that_share_their_keys(implementation):
 
 @IMPLEMENTATIONS
 def test_none_sees_a_key(implementation):
-    step = Step.drawn(FORMATS[0], [0, 9], [[7], [0]], device_of(implementation))
+    step = drawn(FORMATS[0], [0, 9], [[7], [0]], device_of(implementation))
     found = step.together(implementation)
     assert (found.indices == -1).all()
     assert (found.scores == -torch.inf).all()
@@ -101,9 +67,9 @@ sizes = st.lists(
 )
 
 
-def _cut(implementation, drawn, shape, chunk, tile, order):
-    lengths, positions = zip(*drawn, strict=True)
-    step = Step.drawn(shape, lengths, positions, device_of(implementation), values="integers")
+def _cut(implementation, sizes_drawn, shape, chunk, tile, order):
+    lengths, positions = zip(*sizes_drawn, strict=True)
+    step = drawn(shape, lengths, positions, device_of(implementation), values="integers")
     plan = small_plan(step.sequences[0], chunk, 256 * tile)
     assert same(step.together(implementation, plan=plan, order=order), step.alone(implementation, order=order))
 
@@ -125,7 +91,7 @@ def test_selection_is_launched_once_for_all(monkeypatch):
     """Scores are computed sequence by sequence, of those alone that are seen; the rest is asked of all rows."""
     from streamindex_service.ops.topk import triton
 
-    step = Step.drawn(FORMATS[0], [700, 300, 0, 90], [[1399], [599, 600], [7], [179]], kernel_device())
+    step = drawn(FORMATS[0], [700, 300, 0, 90], [[1399], [599, 600], [7], [179]], kernel_device())
     launched = []
     select, scores = triton._launch_select, triton._launch_scores
 
@@ -146,7 +112,7 @@ def test_selection_is_launched_once_for_all(monkeypatch):
 
 @pytest.mark.parametrize("rows", [[1], [2, 1], [3, 0], []], ids=str)
 def test_rows_that_are_of_no_sequence(rows):
-    step = Step.drawn(FORMATS[0], [30, 30], [[9], [9]], "cpu")
+    step = drawn(FORMATS[0], [30, 30], [[9], [9]], "cpu")
     keys = step.sequences[0].keys
     q, w = (torch.cat([getattr(each, name) for each in step.sequences]) for name in ("q", "w"))
     with pytest.raises(TopkInputError, match="sequences"):
@@ -157,7 +123,7 @@ def test_rows_that_are_of_no_sequence(rows):
 
 
 def test_keys_of_two_kinds():
-    one, other = (Step.drawn(shape, [30], [[9]], "cpu").sequences[0] for shape in FORMATS[:2])
+    one, other = (drawn(shape, [30], [[9]], "cpu").sequences[0] for shape in FORMATS[:2])
     sequences = [KeySequence(1, each.keys) for each in (one, other)]
     with pytest.raises(TopkInputError, match=r"sequences\[1\]"):
         topk_sequences(
