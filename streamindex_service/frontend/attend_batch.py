@@ -64,7 +64,8 @@ class BatchAttention:
         batch.check_answers(service, len(results), answer_bytes)
         for member in members:
             self._waiting.setdefault((member.parameters.kv, member.layout), deque()).append(member)
-        with batch.step(service, Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)):
+        band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
+        with batch.step(service, band), batch.caches_kept(service, self._owner, request.items):
             if len(members) == 1:  # a task of its own would come a turn of the loop later
                 await self._answer()
             else:

@@ -13,14 +13,14 @@ from streamindex.framing import Chunk
 from streamindex.v1 import attention_pb2 as pb
 
 from streamindex_service.core.layers import KeyCache
-from streamindex_service.errors import HostMemoryError, ServiceError
+from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import batch
 from streamindex_service.frontend.attend_admission import AdmittedAttention, admit_attention
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, AttendFiller
 from streamindex_service.frontend.attend_requests import AttendParameters
 from streamindex_service.frontend.attend_together import Part, joined
 from streamindex_service.frontend.host_memory import Block
-from streamindex_service.frontend.neighbours import Neighbours
+from streamindex_service.frontend.neighbours import NO_ROOM, Neighbours
 from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tiles import TilePiece
@@ -125,9 +125,9 @@ class AttendGroup:
                 return
             waiting.popleft()
             try:
-                # Rows that are in the way of the next may be this group's own, and then a later group has it.
+                # What is in the way of the next may be this group's own, and then a later group has it.
                 opened = await (self._admit_one(member) if self._members else self._admit_first(member))
-            except HostMemoryError as error:
+            except NO_ROOM as error:
                 if self._members:
                     waiting.appendleft(member)
                     return
