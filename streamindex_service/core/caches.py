@@ -258,12 +258,13 @@ class CacheStore:
 
     @contextlib.contextmanager
     def kept(self, cache: KeyCache) -> Iterator[None]:
-        """A cache that does not go, whatever is reclaimed within."""
+        """A cache that does not go, whatever is reclaimed within; after that it has been used just now."""
         cache.busy += 1
         try:
             yield
         finally:
             cache.busy -= 1
+            self.touch(cache)
 
     def pages_below(self, watermark: float, page_bytes: int) -> int:
         """Pages of this size that may be taken until so much of the host budget is used."""

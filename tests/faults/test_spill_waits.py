@@ -136,3 +136,35 @@ def test_a_caller_who_goes_while_the_disk_is_waited_for_has_nothing_brought(serv
     for each, its_model in ((kept, kept_model), (cache_id, model)):
         check(calls, KIND, each, its_model)
         calls.delete(each)
+
+
+@pytest.mark.parametrize("what", ["upload", "fork"])
+def test_a_cache_does_not_expire_under_a_call_that_waits_for_memory(server, calls, monkeypatch, what):
+    """Nothing can be spilled before the search ends, and the time to live is over by then."""
+    service = server.server.service
+    clock, later_s = service.caches._clock, [0.0]
+    monkeypatch.setattr(service.caches, "_clock", lambda: clock() + later_s[0])
+    used, _ = filled(calls, KIND, 100 * PAGE_KEYS, seed=11, idle_ttl_s=3600)
+    named, model = filled(calls, KIND, 20 * PAGE_KEYS, seed=12, idle_ttl_s=600)
+    spare = service.host.free_bytes
+    with ThreadPoolExecutor(1) as pool, calls.start_search(KIND, used, 5):
+        assert server.run(lambda: service.host.try_reserve(spare))  # so that the call needs some
+        try:
+            with busy_disk(server):
+                rows = Draw(13).keys(KIND, PAGE_KEYS)
+                arguments = (KIND, named, rows, len(model.layers[0])) if what == "upload" else (named,)
+                call = pool.submit(getattr(calls, what), *arguments)
+                wait_for_waiters(server)
+                later_s[0] = 700.0
+                server.run(lambda: service.uploads.reclaim(at_once=True))
+        finally:
+            server.run(lambda: service.host.release(spare))
+        made = call.result()
+    if what == "upload":
+        model.write(0, len(model.layers[0]), rows)
+    else:
+        check(calls, KIND, made.id, model)
+        calls.delete(made.id)
+    check(calls, KIND, named, model)
+    for each in (used, named):
+        calls.delete(each)
