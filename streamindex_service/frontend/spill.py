@@ -70,7 +70,8 @@ class HostRoom:
 
     @contextlib.asynccontextmanager
     async def with_pages(self, cache: KeyCache, pages: Callable[[], Sequence[Page]]) -> AsyncIterator[None]:
-        """Within, up to the first wait, these pages of a cache are in host memory."""
+        """Within, up to the first wait, these pages of a cache are in host memory. `pages` gives all of them as long as
+        any is not, and may give none else."""
         yield
 
     async def keep_free(self) -> None:
@@ -302,9 +303,9 @@ class _Wanted:
     def missing(self) -> list[Page]:
         """Those of them that are not in host memory now; none when nobody waits any more. All of them are held, and
         those no longer that have been replaced meanwhile."""
-        if self._left:
+        if self._left or _all_in_host(found := self._pages()):  # what is held by then stays so
             return []
-        found = list(dict.fromkeys(self._pages()))
+        found = list(dict.fromkeys(found))
         self._store.hold(found)
         self._store.release(self.held)
         self.held = found
