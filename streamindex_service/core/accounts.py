@@ -68,7 +68,7 @@ class Accounts:
     """All callers that hold anything."""
 
     def __init__(self, quota: Quota) -> None:
-        self._quota = quota
+        self.quota = quota  # of each
         self._accounts: dict[str, Account] = {}
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class Accounts:
         """A caller's account."""
         account = self._accounts.get(caller)
         if account is None:
-            account = self._accounts[caller] = Account(caller, self._quota)
+            account = self._accounts[caller] = Account(caller, self.quota)
         return account
 
     def forget_if_empty(self, account: Account) -> None:

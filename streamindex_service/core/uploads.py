@@ -130,6 +130,8 @@ class UploadTable:
                 metadata={"expected_row_offset": layer.length_keys},
             )
         if self.open_uploads >= self._max_uploads:
+            self.expire()
+        if self.open_uploads >= self._max_uploads:
             raise TooManyError(
                 f"{self._max_uploads} uploads are open, as many as may be", metadata={"limit": self._max_uploads}
             )

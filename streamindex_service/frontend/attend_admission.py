@@ -34,7 +34,9 @@ async def admit_attention(
     found = [service.caches.layer(cache, layer, kind) for kind in RowKind]
 
     def spilled() -> list[Page]:
-        return [page for rows in found if rows.spilled_pages for page in rows.pages]
+        if not any(rows.spilled_pages for rows in found):
+            return []
+        return [page for rows in found for page in rows.pages]  # all: those that are there must stay meanwhile
 
     async with service.room.with_pages(cache, spilled):
         if cache.deleted:  # while its rows were brought

@@ -54,7 +54,8 @@ class BatchAttention:
         )
         batch.check_answers(service, len(results), answer_bytes)
         kinds = [((member.parameters.kv, search_kind(member.cache.spec), member.layout), member) for member in members]
-        with batch.step(service, Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)):
+        band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
+        with batch.step(service, band), batch.caches_kept(service, self._owner, request.items):
             await self._call.answer(kinds, lambda: AttendGroup(service, self._call))
         return pb.SparseAttendBatchResponse(results=results)
 

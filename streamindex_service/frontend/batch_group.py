@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 
 from streamindex_service.core.specs import CacheSpec
 from streamindex_service.core.turns import OpenSearch
-from streamindex_service.errors import DeviceMemoryError, HostMemoryError, ServiceError
+from streamindex_service.errors import DeviceMemoryError, ServiceError
 from streamindex_service.frontend import batch
 from streamindex_service.frontend.admission import OpenCall
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.index_tiles import IndexTiles
-from streamindex_service.frontend.neighbours import Neighbours
+from streamindex_service.frontend.neighbours import NO_ROOM, Neighbours
 from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tiles import TilePiece
@@ -162,9 +162,9 @@ class BatchGroup(ABC, Generic[AnyMember, Opened]):
                 return
             waiting.popleft()
             try:
-                # Rows that are in the way of the next may be this group's own, and then a later group has it.
+                # What is in the way of the next may be this group's own, and then a later group has it.
                 opened = await (self._open(member) if self._members else self._open_first(member))
-            except HostMemoryError as error:
+            except NO_ROOM as error:
                 if self._members:
                     waiting.appendleft(member)
                     return

@@ -93,7 +93,10 @@ class PeerSocket:
             return
         connection = _Connection(client, upstream, self._connections.discard)
         self._connections.add(connection)
-        connection.start()
+        try:
+            connection.start()
+        except RuntimeError as error:  # there are no threads left
+            self._log.error("connection_not_passed_on", detail=repr(error))
 
 
 class _Connection:
@@ -110,8 +113,16 @@ class _Connection:
         self._threads = [threading.Thread(target=self._pump, args=pair, name="peer", daemon=True) for pair in pairs]
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        """Raises RuntimeError when the system has no threads; then it ends by itself."""
+        started = 0
+        try:
+            for thread in self._threads:
+                thread.start()
+                started += 1
+        except RuntimeError:
+            self.end()
+            self._leave(len(self._threads) - started)
+            raise
 
     def end(self) -> None:
         """Wake both threads."""
@@ -121,7 +132,8 @@ class _Connection:
 
     def join(self, timeout_s: float) -> None:
         for thread in self._threads:
-            thread.join(timeout_s)
+            if thread.ident is not None:
+                thread.join(timeout_s)
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         buffer = memoryview(bytearray(_BUFFER_BYTES))
@@ -131,8 +143,12 @@ class _Connection:
             target.shutdown(socket.SHUT_WR)
         except OSError:  # one of the two has gone: so does the other
             self.end()
+        self._leave(1)
+
+    def _leave(self, threads: int) -> None:
+        """So many threads have ended, or never will begin; the last one closes both ends."""
         with self._lock:
-            self._left -= 1
+            self._left -= threads
             if self._left:
                 return
         for end in self._ends:

@@ -46,7 +46,10 @@ class BatchSearch:
         rows = sum(item.row_count for item in request.items)
         answer_bytes = rows * answer_row_bytes(request.top_k, request.want_scores)
         batch.check_answers(self._service, len(request.items), answer_bytes)
-        with batch.step(self._service, self._parameters.band):
+        with (
+            batch.step(self._service, self._parameters.band),
+            batch.caches_kept(self._service, self._owner, request.items),
+        ):
             return await self._answer()
 
     async def _answer(self) -> pb.SearchBatchResponse:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from streamindex import framing
 from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2, server_pb2
@@ -26,6 +26,7 @@ from streamindex_service.config import Settings
 from streamindex_service.errors import DrainingError
 from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.attention_servicer import AttentionServicer
+from streamindex_service.frontend.health import HealthServicer
 from streamindex_service.frontend.identity import Identify, authenticator, current
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
 from streamindex_service.frontend.metrics_server import MetricsServer
@@ -101,7 +102,7 @@ class Server:
         self._calls = CallInterceptor(
             self._log, authenticate, self._admit, self.service.counters, services, self._tracing
         )
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         self._server = self._make_server()
         self._metrics = MetricsServer(self.service, settings.metrics)
 
@@ -131,8 +132,8 @@ class Server:
         except OSError as error:
             where = f"{self.settings.metrics.host}:{self.settings.metrics.port}"
             raise SocketInUseError(f"cannot listen on {where} (metrics.port): {error.strerror}") from error
-        await self._set_health(ready=False)
-        self.service.health_changed = self._health_changed
+        self._set_health(ready=False)
+        self.service.health_changed = lambda ready: self._set_health(ready=ready)
         await self._server.start()
         if self._peers is not None:
             self._peers.start()
@@ -144,7 +145,7 @@ class Server:
         """Not ready, refuse what is new, let running calls go on for `drain_s`, cancel the rest, stop the worker."""
         self._draining = True
         self.service.draining.set()
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
         running = [task for task in self._calls.running if not task.done()]
         if running and drain_s > 0:
             await asyncio.wait(running, timeout=drain_s)
@@ -163,9 +164,6 @@ class Server:
                 os.unlink(self.settings.server.unix_socket)
         self._log.info("stopped")
 
-    def _health_changed(self, ready: bool) -> None:
-        self.service.background(self._set_health(ready))
-
     def _admit(self) -> None:
         if self._draining:
             raise DrainingError("the server is shutting down")
@@ -173,12 +171,8 @@ class Server:
     def _uid_of(self, peer: str) -> int | None:
         return None if self._peers is None else self._peers.uid_of(peer)
 
-    async def _set_health(self, ready: bool) -> None:
-        if self._draining:
-            return
-        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *self._names):
-            await self._health.set(name, state)
+    def _set_health(self, *, ready: bool) -> None:
+        self._health.set(("", *self._names), ready=ready)
 
     def _listen_tcp(self, address: str) -> int:
         """Listen, with TLS if the settings say so; the port."""

@@ -111,7 +111,7 @@ def test_a_killed_frontend_leaves_no_process_and_its_socket_can_be_taken_over(se
 
 async def test_stopped_while_its_worker_starts(tmp_path):
     server = {"tcp_address": "", "unix_socket": str(tmp_path / "s.sock")}
-    starting = Server(Settings(**{**ROOMY, "server": server}))
+    starting = Server(Settings(**{**ROOMY, "server": server, "metrics": {"port": 0}}))
     await starting.start()
     await asyncio.sleep(0)  # the supervisor's first step starts it
     worker = starting.service.supervisor.link.process.pid

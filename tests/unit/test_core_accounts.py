@@ -16,7 +16,7 @@ PAGE = 8192
 
 def with_quota(**quota) -> World:
     world = World(host_bytes=10_000_000)
-    world.store.accounts._quota = Quota(**quota)
+    world.store.accounts.quota = Quota(**quota)
     return world
 
 
@@ -30,6 +30,22 @@ def test_a_caller_has_no_more_caches_than_its_quota():
     world.store.create("other", KIND)
     world.delete(first)
     world.store.create(OWNER, KIND)
+    world.check()
+
+
+@pytest.mark.parametrize("bound", ["of all callers", "of one"])
+def test_caches_that_have_expired_are_in_nobodys_way(bound):
+    """Nobody is told of too many because the sweep has not come yet."""
+    world = with_quota(caches=12 if bound == "of one" else None)
+    world.store._max_caches = 100 if bound == "of one" else 12
+    for _ in range(12):
+        world.store.create(OWNER, KIND)
+    with pytest.raises(TooManyError):
+        world.store.create(OWNER, KIND)
+    world.clock.advance(KIND.idle_ttl_s)
+    made = world.store.create(OWNER, KIND)
+    assert world.store.owned_by(OWNER, 0, 100) == [made]
+    assert world.store.accounts.of(OWNER).caches == len(world.store) == 1
     world.check()
 
 
