@@ -51,6 +51,7 @@ class ServerSettings(_Section):
     max_caches: Count = Field(100_000, description="key caches, all callers together")
     max_uploads: Count = Field(4096, description="open uploads, all callers together")
     max_watchers: Count = Field(64, description="callers that watch the load at a time")
+    max_health_watchers: Count = Field(1024, description="calls that watch the health at a time")
     upload_ttl_s: Seconds = Field(600.0, description="an upload that nobody writes is forgotten after so long")
     default_idle_ttl_s: Seconds = Field(3600.0, description="a cache that nobody names is dropped after so long")
     max_idle_ttl_s: Seconds = Field(86_400.0, description="the longest idle time to live that a cache may ask for")
