@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -96,6 +97,9 @@ def serve(
         memory={"device_budget_bytes": device_budget, "host_budget_bytes": host_budget},
         log={"level": log_level},
     )
+    # gRPC writes lines of its own form for handshakes that fail, as many as somebody begins. It looks at this when it
+    # is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from streamindex_service.frontend import server
 
     try:

@@ -245,6 +245,9 @@ class LogSettings(_Section):
     level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
         "info", description="least severe shown"
     )
+    max_lines_per_s: Count = Field(
+        100, description="lines of one event in a second; what is left out is counted in the next"
+    )
 
 
 class MetricsSettings(_Section):

@@ -289,7 +289,7 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
 
     Raises SocketInUseError, CredentialsError, TracesError; UnusableDeviceError when no worker can ever be ready.
     """
-    logs.configure(settings.log.level)
+    logs.configure(settings.log.level, settings.log.max_lines_per_s)
     keep_message_buffers()
     # Two descriptors an extent, here and in the worker, which inherits this.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
