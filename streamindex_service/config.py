@@ -112,6 +112,7 @@ class LimitSettings(_Section):
     max_caller_host_bytes: ByteSize = Field(
         ByteSize(0), description="keys of one caller in host memory, shared ones once; 0: no quota"
     )
+    max_caller_uploads: Annotated[int, Field(ge=0)] = Field(0, description="open uploads of one caller; 0: no quota")
     max_layers: Count = Field(256, description="layers of a cache")
     max_layer_keys: Annotated[int, Field(ge=256, le=2**31 - 1)] = Field(16_777_216, description="keys of a layer")
     max_top_k: Annotated[int, Field(ge=1, le=4096)] = Field(4096, description="indices of an answer row")

@@ -14,13 +14,13 @@ from streamindex.v1 import key_cache_pb2, server_pb2
 
 from streamindex_service.frontend.health import MAX_REQUEST_BYTES
 from streamindex_service.testing.service import RunningService
-from tests.support.calls import Calls, key_chunks, refused
+from tests.support.calls import Calls, key_chunks, refused, start_message
 from tests.support.inprocess import InProcessServer, caller_in_metadata
 from tests.support.services import MIB, ROOMY, wait_for
 from tests.support.tensors import Draw, Kind
 
 KIND = Kind(heads=2, head_dim=32)
-STREAMS, HEALTH_WATCHERS, CACHES = 4, 3, 2
+STREAMS, HEALTH_WATCHERS, CACHES, UPLOADS = 4, 3, 2, 2
 COMPRESSED = [grpc.Compression.Gzip, grpc.Compression.Deflate]
 METHODS = {
     "unary_unary": ["/streamindex.v1.SearchService/SearchBatch", "/grpc.health.v1.Health/Check"],
@@ -37,7 +37,7 @@ def server() -> Iterator[InProcessServer]:
     settings = {
         **ROOMY,
         "server": {"max_streams_per_connection": STREAMS, "max_health_watchers": HEALTH_WATCHERS},
-        "limits": {"max_caller_caches": CACHES, "max_caller_host_bytes": MIB},
+        "limits": {"max_caller_caches": CACHES, "max_caller_host_bytes": MIB, "max_caller_uploads": UPLOADS},
     }
     with InProcessServer(settings, caller_in_metadata) as running:
         yield running
@@ -140,6 +140,12 @@ def test_what_one_caller_owns_is_bounded_and_others_go_on(server: InProcessServe
             upload.send(*key_chunks(KIND, keys, 4096))
             refusal = upload.refusal()
         assert (refusal.error.reason, refusal.error.metadata["quota_bytes"]) == ("HOST_MEMORY", str(MIB))
+        for _ in range(UPLOADS - 1):  # their streams end; they go on until their time to live is over
+            greedy.start_upload(mine[0].id, 10)[0].cancel()
+        with greedy.append_call() as one_more:
+            one_more.send(start_message(mine[0].id, 10))
+            refusal = one_more.refusal()
+        assert (refusal.error.reason, refusal.error.metadata["limit"]) == ("TOO_MANY", str(UPLOADS))
         theirs = other.create(KIND)
         few = keys[: len(keys) // 4]
         assert other.upload(KIND, theirs.id, few) == len(few)
