@@ -207,7 +207,14 @@ class TestKubernetes:
         settings = kubernetes_settings(monkeypatch)
         start = container()["startupProbe"]
         assert start["periodSeconds"] * start["failureThreshold"] > settings.worker.ready_timeout_s
-        assert container()["livenessProbe"]["exec"]["command"][1] != "health", "health fails while a worker is replaced"
+        assert "--alive" in container()["livenessProbe"]["exec"]["command"], "not ready while a worker is replaced"
+        for name in ("startupProbe", "readinessProbe"):
+            assert "--alive" not in container()[name]["exec"]["command"]
+
+    def test_probes_need_no_token(self) -> None:
+        """Of the commands `health` alone does without: with tokens in force others are refused, and the pod killed."""
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container()[name]["exec"]["command"][:2] == ["streamindex", "health"]
 
     def test_probes_use_the_socket_that_the_service_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
         address = f"unix://{kubernetes_settings(monkeypatch).server.unix_socket}"
