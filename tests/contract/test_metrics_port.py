@@ -9,10 +9,11 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from streamindex.v1 import search_pb2
+from streamindex.v1 import search_pb2, server_pb2
 
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import Calls, refused, start_message
@@ -174,6 +175,24 @@ def test_what_the_dashboard_asks_for_is_exported(exported):
             shown = legend_labels(target.get("legendFormat") or "")
             labels = {label for name in exported if name in target["expr"] for each in exported[name] for label in each}
             assert shown <= labels, panel["title"]
+
+
+def test_what_callers_make_up_makes_no_series(calls, port):
+    """Every series is held for as long as the service runs, and in Prometheus longer than that."""
+
+    def series() -> set[tuple[str, tuple[tuple[str, str], ...]]]:
+        found = scrape(port)
+        return {(name, labels) for name in found if name.startswith("streamindex_") for labels in found[name]}
+
+    before = series()
+    for number in range(20):
+        for path in ("/streamindex.v1.SearchService/Made{}", "/streamindex.v1.Made{}/Search", "/made.up{}/Search"):
+            with pytest.raises(grpc.RpcError) as caught:
+                calls.channel.unary_unary(path.format(number))(b"", timeout=20)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        metadata = (("x-request-id", f"id-{number}"), ("x-made-up", "x" * number))
+        calls.server.GetLoad(server_pb2.GetLoadRequest(), timeout=20, metadata=metadata)
+    assert series() == before
 
 
 def test_a_query_for_what_nobody_exports_is_found(exported):
