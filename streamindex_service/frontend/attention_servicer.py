@@ -27,10 +27,11 @@ class AttentionServicer:
     async def sparse_attend(self, request_iterator: Any, context: Any) -> None:
         """SparseAttend."""
         service = self._service
-        writer = MessageWriter(context, service.settings.limits.slow_consumer_s)
+        patience_s = service.settings.limits.slow_consumer_s
+        writer = MessageWriter(context, patience_s)
         try:
             service.admit()
-            header: pb.SparseAttendHeader = await read_header(context)
+            header: pb.SparseAttendHeader = await read_header(context, patience_s)
             owner = self._identify(context)
             cache = service.caches.get(owner, header.key_cache_id)
             parameters = attend_parameters(header, cache.spec, service.settings)

@@ -13,7 +13,7 @@ from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import MessageWriter, read_message, to_message
+from streamindex_service.frontend.rpc import MessageWriter, read_first, to_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.upload_stream import UploadStream
 
@@ -83,10 +83,11 @@ class KeyCacheServicer:
     async def append(self, request_iterator: Any, context: Any) -> None:
         """AppendKeys."""
         stream: UploadStream | None = None
-        writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
+        patience_s = self._service.settings.limits.slow_consumer_s
+        writer = MessageWriter(context, patience_s)
         try:
             self._service.admit()
-            message = await read_message(context)
+            message = await read_first(context, patience_s)
             upload = await self._service.room.make(lambda: self._open(message, context))
             stream = UploadStream(self._service, upload, context, writer)
             limits = self._service.settings.limits

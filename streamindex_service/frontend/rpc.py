@@ -59,9 +59,21 @@ async def read_message(context: Any) -> Any:
     return message
 
 
-async def read_header(context: Any) -> Any:
-    """The header that a stream of rows begins with. Raises MalformedMessageError for anything else."""
-    message = await read_message(context)
+async def read_first(context: Any, timeout_s: float) -> Any:
+    """The message that a stream begins with, None where it ends at once.
+
+    Raises MalformedMessageError, SlowConsumerError when none comes in time.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await read_message(context)
+    except TimeoutError:
+        raise SlowConsumerError("nothing came for too long") from None
+
+
+async def read_header(context: Any, timeout_s: float) -> Any:
+    """The header that a stream of rows begins with. Raises MalformedMessageError for anything else, and as above."""
+    message = await read_first(context, timeout_s)
     if message is None or isinstance(message, framing.Chunk) or message.WhichOneof("message") != "header":
         raise MalformedMessageError("the first message must be a header", field="header")
     return message.header

@@ -25,10 +25,11 @@ class SearchServicer:
 
     async def search(self, request_iterator: Any, context: Any) -> None:
         """Search."""
-        writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
+        patience_s = self._service.settings.limits.slow_consumer_s
+        writer = MessageWriter(context, patience_s)
         try:
             self._service.admit()
-            header: pb.SearchHeader = await read_header(context)
+            header: pb.SearchHeader = await read_header(context, patience_s)
             owner = self._identify(context)
             cache = self._service.caches.get(owner, header.key_cache_id)
             parameters = requests.search_parameters(header, cache.spec, self._service.settings)
