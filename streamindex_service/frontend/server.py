@@ -43,6 +43,7 @@ from streamindex_service.telemetry.spans import Tracing
 
 _PIECE_BYTES = 1 << 20
 _METADATA_BYTES = 16_384  # of a call's headers: a token, two ids
+_UNCOMPRESSED_ONLY = 1  # a bit for each of gRPC's compression algorithms; the lowest is for none
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Server:
         self._calls = CallInterceptor(
             self._log, authenticate, self._admit, self.service.counters, services, self._tracing
         )
-        self._health = HealthServicer()
+        self._health = HealthServicer(settings.server.max_health_watchers)
         self._server = self._make_server()
         self._metrics = MetricsServer(self.service, settings.metrics)
 
@@ -222,6 +223,8 @@ class Server:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.server_handshake_timeout_ms", 10_000),
+                # gRPC unpacks a message before it looks at its length: a megabyte would become a gigabyte.
+                ("grpc.compression_enabled_algorithms_bitset", _UNCOMPRESSED_ONLY),
                 ("grpc.so_reuseport", 0),
                 # Messages are large: fewer, larger pieces cost the event loop a quarter less to put together.
                 ("grpc.http2.max_frame_size", _PIECE_BYTES),
@@ -279,7 +282,7 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
 
     Raises SocketInUseError, CredentialsError, TracesError; UnusableDeviceError when no worker can ever be ready.
     """
-    logs.configure(settings.log.level)
+    logs.configure(settings.log.level, settings.log.max_lines_per_s)
     keep_message_buffers()
     # Two descriptors an extent, here and in the worker, which inherits this.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -219,7 +219,9 @@ class Service:
 
 def _quota(settings: Settings) -> Quota:
     limits = settings.limits
-    return Quota(limits.max_caller_caches or None, int(limits.max_caller_host_bytes) or None)
+    return Quota(
+        limits.max_caller_caches or None, int(limits.max_caller_host_bytes) or None, limits.max_caller_uploads or None
+    )
 
 
 def _spare_limits(settings: Settings) -> SpareLimits:

@@ -14,6 +14,7 @@ from streamindex_service.frontend import row_stream, search_stream
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import (
     Calls,
+    StreamCall,
     answers,
     batch_item,
     finish_message,
@@ -286,6 +287,16 @@ def test_a_cancelled_batch_gives_everything_back(service, calls, frozen):
         frozen(False)
         wait_for(lambda: is_idle(calls.load()))
         assert ledgers(calls) == before
+
+
+def test_a_stream_that_never_begins_is_ended(impatient):
+    """Before its header as well: it has a place among the calls of its connection, and a drain waits for it."""
+    with Calls(impatient.address) as calls:
+        streams = [calls.append_call(), calls.search_call(), StreamCall(calls.attention.SparseAttend)]
+        for call in streams:
+            refusal = call.refusal()
+            assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_CONSUMER")
+        assert calls.load().ready
 
 
 def test_an_upload_that_falls_silent_can_be_resumed(impatient):

@@ -65,6 +65,33 @@ def test_a_caller_has_no_more_host_memory_than_its_quota():
     assert world.store.accounts.of(OWNER).host_bytes == 3 * PAGE
 
 
+def test_a_caller_has_no_more_open_uploads_than_its_quota():
+    world = with_quota(uploads=2)
+    cache, other = world.store.create(OWNER, KIND), world.store.create("other", KIND)
+
+    def start(at=cache):
+        return world.uploads.start(at, 0, 0, 10, 1 << 20)
+
+    first, second = start(), start()
+    with pytest.raises(TooManyError) as caught:
+        start()
+    assert caught.value.metadata == {"open_uploads": "2", "limit": "2"}
+    start(other)
+    world.uploads.attach(first)
+    world.uploads.hold(first, 10)
+    first.rows_held = 10
+    world.uploads.commit(first)  # remembered, and not open
+    third = start()
+    world.uploads.drop(second)
+    start()
+    world.uploads.drop(first)
+    world.uploads.drop(third)
+    assert world.store.accounts.of(OWNER).uploads == 1
+    world.delete(cache)
+    assert len(world.store.accounts) == 1
+    assert world.store.accounts.of("other").uploads == 1
+
+
 def test_an_account_goes_with_the_last_that_its_caller_holds():
     world = World()
     cache = world.store.create(OWNER, KIND)

@@ -49,7 +49,7 @@ async def checked(health, name=""):
 
 
 async def test_a_watcher_who_does_not_read_holds_up_nobody():
-    health = HealthServicer()
+    health = HealthServicer(8)
     health.set(["", "a"], ready=False)
     lazy, other = Watcher(health, "", reads=False), Watcher(health, "", reads=True)
     assert await other.next() == NOT_SERVING
@@ -72,7 +72,7 @@ async def test_a_watcher_who_does_not_read_holds_up_nobody():
 
 
 async def test_a_watcher_who_reads_late_is_told_what_is_so_by_then():
-    health = HealthServicer()
+    health = HealthServicer(8)
     health.set([""], ready=False)
     late = Watcher(health, "", reads=False)
     await asyncio.sleep(0)
@@ -83,7 +83,7 @@ async def test_a_watcher_who_reads_late_is_told_what_is_so_by_then():
 
 
 async def test_names_that_there_are_not():
-    health = HealthServicer()
+    health = HealthServicer(8)
     health.set([""], ready=True)
     with pytest.raises(grpc.aio.AbortError):
         await checked(health, "absent")
