@@ -182,9 +182,9 @@ class IndexTiles:
 
     def _need_of(self, parts: Sequence[tuple[IndexTiles, TilePiece]], step: int, *, smallest: bool) -> Need:
         window, memory, floor = self.windows[step], self._service.settings.memory, self.workspace_bytes
-        pages = window.pages
+        pages, layers = window.pages, [each.windows[step].pages for each, _ in parts]
         if len(parts) > 1:  # each once, for forks share them
-            pages = tuple(dict.fromkeys(page for each, _ in parts for page in each.windows[0].pages))
+            pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
         rows = sum(piece.rows for _, piece in parts)
         staging = self._staging_bytes(rows)
         seen = [
@@ -193,7 +193,7 @@ class IndexTiles:
         most = self.work.workspace_bytes(rows, max(seen))
         want = floor if smallest else min(int(memory.workspace_bytes), max(floor, most))
         flop = sum(each.work.flop(piece.rows, keys) for (each, piece), keys in zip(parts, seen, strict=True))
-        return Need(pages, floor + staging, want + staging, flop, staging, most + staging)
+        return Need(pages, floor + staging, want + staging, flop, staging, most + staging, layers=layers)
 
     def _submit(
         self,
