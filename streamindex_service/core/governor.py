@@ -335,8 +335,12 @@ class Governor:
 
     def _page_set(self, search: OpenSearch, need: Need) -> Needed | None:
         """What a turn is for; the search has left what the same operation was for before."""
-        layers, promotion_s = need.layers or (need.pages,), self.speed.promotion_s
-        page_set = self.working_set.ask_together(layers, search.band, promotion_s, self._clock())
+        pages, now, page_set = need.pages, self._clock(), None
+        if need.layers:
+            page_set = self.working_set.ask_together(need.layers, search.band, self.speed.promotion_s, now)
+        elif pages:
+            copy_s = self.speed.promotion_s(pages[0].page_bytes * len(pages))
+            page_set = self.working_set.ask(pages, search.band, copy_s, now)
         before = search.page_sets.pop(need.speed, None)
         if page_set is not before:
             if before is not None:

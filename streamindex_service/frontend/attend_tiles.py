@@ -226,9 +226,10 @@ class AttendTiles:
         but one size of workspace."""
         tiles = parts[0][0]
         rows = sum(piece.rows for _, piece in parts)
-        layers = [each.pages_of(piece) for each, piece in parts]
-        pages = layers[0]
+        pages = tiles.pages_of(parts[0][1])
+        layers: Sequence[Sequence[Page]] = ()
         if len(parts) > 1:  # each once, for forks share them
+            layers = [each.pages_of(piece) for each, piece in parts]
             pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
         staging_bytes = tiles.work.staging_bytes(rows)
         floor_bytes = tiles.workspace_bytes + staging_bytes + sum(each.copy_bytes(piece) for each, piece in parts)

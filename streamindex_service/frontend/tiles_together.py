@@ -154,14 +154,14 @@ class _Sums:
 def joined(parts: Iterable[Part[Tiles]], search: OpenSearch) -> Iterator[Together[Tiles]]:
     """As few tiles as can be of parts that come in the order of their rows; see the module's text."""
     tile: list[Part[Tiles]] = []
-    sums = _Sums()
+    sums: _Sums | None = None  # of the tile's parts, once there are two: most calls have one
     for part in parts:
-        together = sums.plus(part)
-        if tile and not (_follow(tile[-1], part) and _fit(part[0], together, search)):
-            yield Together(tile, search)
-            tile, together = [], _Sums().plus(part)
+        if tile:
+            sums = (sums or _Sums().plus(tile[0])).plus(part)
+            if not (_follow(tile[-1], part) and _fit(part[0], sums, search)):
+                yield Together(tile, search)
+                tile, sums = [], None
         tile.append(part)
-        sums = together
     if tile:
         yield Together(tile, search)
 
