@@ -227,12 +227,14 @@ class AttendTiles:
         tiles = parts[0][0]
         rows = sum(piece.rows for _, piece in parts)
         pages = tiles.pages_of(parts[0][1])
+        layers: Sequence[Sequence[Page]] = ()
         if len(parts) > 1:  # each once, for forks share them
-            pages = tuple(dict.fromkeys(page for each, piece in parts for page in each.pages_of(piece)))
+            layers = [each.pages_of(piece) for each, piece in parts]
+            pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
         staging_bytes = tiles.work.staging_bytes(rows)
         floor_bytes = tiles.workspace_bytes + staging_bytes + sum(each.copy_bytes(piece) for each, piece in parts)
         flop = sum(each.work.flop(piece.rows) for each, piece in parts)
-        return Need(pages, floor_bytes, floor_bytes, flop, staging_bytes, floor_bytes, tiles.speed)
+        return Need(pages, floor_bytes, floor_bytes, flop, staging_bytes, floor_bytes, tiles.speed, layers)
 
     @staticmethod
     def submit_together(

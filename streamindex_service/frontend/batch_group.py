@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 from streamindex_service.core.specs import CacheSpec
@@ -251,6 +252,8 @@ class BatchGroup(ABC, Generic[AnyMember, Opened]):
         series, queue = self._new_series(), deque([tile])
         while queue:
             tile = queue.popleft()
+            if all(share.member.failed for share in shares_of(shares, tile.first, tile.rows)):
+                continue  # with another tile, while this one waited for its turn
             try:
                 await series.run(tile, block, tile.first, tile.rows, tile.keys)
             except ServiceError as error:
@@ -298,9 +301,13 @@ def right(shares: list[Share[AnyMember, Opened]]) -> list[Share[AnyMember, Opene
 
 def refuse_rows(shares: Sequence[Share[Any, Any]], first: int, rows: int, error: ServiceError) -> None:
     """All members fail of which some of these rows of the block are."""
-    for share in shares:
-        if share.at < first + rows and first < share.at + share.rows:
-            share.member.refuse(error)
+    for share in shares_of(shares, first, rows):
+        share.member.refuse(error)
+
+
+def shares_of(shares: Sequence[Share[Any, Any]], first: int, rows: int) -> list[Share[Any, Any]]:
+    """Those of which some of these rows of the block are."""
+    return [share for share in shares if share.at < first + rows and first < share.at + share.rows]
 
 
 def search_kind(spec: CacheSpec) -> Hashable:
@@ -311,10 +318,11 @@ def search_kind(spec: CacheSpec) -> Hashable:
 def _pieces(index: IndexTiles, share: Share[Any, Any], block: Block) -> list[TilePiece]:
     """Rows of a share that may each be a tile, and how many keys they see."""
     positions = share.member.item.positions[share.first : share.first + share.rows]
+    last = list(accumulate(reversed(positions), max))[::-1]  # of each row and those after it
     found, first = [], 0
     while first < share.rows:
-        left = positions[first:]
-        rows = min(len(left), index.tile_rows(index.keys_seen(max(left))))
-        found.append(TilePiece(block, share.at + first, rows, index.keys_seen(max(left[:rows])), 0))
+        rows = min(share.rows - first, index.tile_rows(index.keys_seen(last[first])))
+        keys = index.keys_seen(max(positions[first : first + rows]))
+        found.append(TilePiece(block, share.at + first, rows, keys, 0))
         first += rows
     return found

@@ -7,7 +7,7 @@ from dataclasses import fields
 from functools import partial
 
 from streamindex_service.core.estimates import DeviceSpeed, TopkWork, WorkspaceTerms
-from streamindex_service.core.layers import Snapshot
+from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.windows import MERGE_BYTES_PER_ENTRY, windows_of
 from streamindex_service.errors import ServiceError
@@ -158,7 +158,8 @@ class IndexTiles:
 
     def bytes_of(self, piece: TilePiece) -> int:
         """Device memory of all that a tile reads and writes; without the workspace."""
-        return sum(page.page_bytes for page in self.windows[0].pages) + self.work.staging_bytes(piece.rows)
+        pages_bytes = len(self.windows[0].pages) * self._snapshot.spec.page_bytes
+        return pages_bytes + self.work.staging_bytes(piece.rows)
 
     def flop_of(self, piece: TilePiece) -> int:
         """Operations of a tile."""
@@ -182,9 +183,11 @@ class IndexTiles:
 
     def _need_of(self, parts: Sequence[tuple[IndexTiles, TilePiece]], step: int, *, smallest: bool) -> Need:
         window, memory, floor = self.windows[step], self._service.settings.memory, self.workspace_bytes
-        pages = window.pages
+        pages: Sequence[Page] = window.pages
+        layers: Sequence[Sequence[Page]] = ()
         if len(parts) > 1:  # each once, for forks share them
-            pages = tuple(dict.fromkeys(page for each, _ in parts for page in each.windows[0].pages))
+            layers = [each.windows[0].pages for each, _ in parts]
+            pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
         rows = sum(piece.rows for _, piece in parts)
         staging = self._staging_bytes(rows)
         seen = [
@@ -193,7 +196,7 @@ class IndexTiles:
         most = self.work.workspace_bytes(rows, max(seen))
         want = floor if smallest else min(int(memory.workspace_bytes), max(floor, most))
         flop = sum(each.work.flop(piece.rows, keys) for (each, piece), keys in zip(parts, seen, strict=True))
-        return Need(pages, floor + staging, want + staging, flop, staging, most + staging)
+        return Need(pages, floor + staging, want + staging, flop, staging, most + staging, layers=layers)
 
     def _submit(
         self,

@@ -37,6 +37,7 @@ class BatchSearch:
         self._owner = owner
         self._request = request
         self._call = BatchCall(deadline_s)
+        self._layouts: dict[CacheSpec, BlockLayout] = {}
 
     async def run(self) -> pb.SearchBatchResponse:
         """Answer all items. Raises InvalidArgumentError for what concerns the whole call."""
@@ -101,9 +102,12 @@ class BatchSearch:
         batch.check_item(item, (("q", item.q, q), ("w", item.w, w)))
 
     def _layout(self, spec: CacheSpec) -> BlockLayout:
-        block_bytes = self._service.blocks.block_bytes
-        # with scores: they are kept for keys that pass through the device page by page, beside others in a block
-        return BlockLayout.of(spec, self._request.top_k, True, block_bytes)
+        layout = self._layouts.get(spec)
+        if layout is None:
+            block_bytes = self._service.blocks.block_bytes
+            # with scores: they are kept for keys that pass through the device page by page, beside others in a block
+            layout = self._layouts[spec] = BlockLayout.of(spec, self._request.top_k, True, block_bytes)
+        return layout
 
 
 class _SearchMember(Member):

@@ -59,11 +59,15 @@ Part = tuple[Tiles, TilePiece]
 class Together(Generic[Tiles]):
     """A `TileOperation` on rows of a block that follow each other, which are of its `parts`.
 
-    search: in whose place it waits, which stays open for as long as any of the parts' calls.
+    first, rows: those of the block; keys: the most that any row sees. search: in whose place it waits, which stays open
+    for as long as any of the parts' calls.
     """
 
     def __init__(self, parts: Sequence[Part[Tiles]], search: OpenSearch) -> None:
         self.parts = parts
+        self.first = parts[0][1].first
+        self.rows = sum([piece.rows for _, piece in parts])
+        self.keys = max([piece.keys for _, piece in parts])
         self._search = search
         self._kind = parts[0][0]
 
@@ -76,21 +80,6 @@ class Together(Generic[Tiles]):
     def service(self) -> Service:
         """Where it runs."""
         return self._kind.service
-
-    @property
-    def first(self) -> int:
-        """First row of the block."""
-        return self.parts[0][1].first
-
-    @property
-    def rows(self) -> int:
-        """Rows of all parts."""
-        return sum(piece.rows for _, piece in self.parts)
-
-    @property
-    def keys(self) -> int:
-        """The most that any row sees."""
-        return max(piece.keys for _, piece in self.parts)
 
     def steps(self, keys: int) -> int:
         """See `TileOperation`."""
@@ -120,8 +109,10 @@ class Together(Generic[Tiles]):
     def _need(self, piece: TilePiece, smallest: bool) -> Need:
         return self._kind.need_together(self._within(piece), smallest=smallest)
 
-    def _within(self, piece: TilePiece) -> list[Part[Tiles]]:
+    def _within(self, piece: TilePiece) -> Sequence[Part[Tiles]]:
         """The parts of a piece: for want of memory it may have come to be less than all."""
+        if piece.rows == self.rows:
+            return self.parts
         found = []
         for tiles, whole in self.parts:
             first = max(whole.first, piece.first)
@@ -154,14 +145,14 @@ class _Sums:
 def joined(parts: Iterable[Part[Tiles]], search: OpenSearch) -> Iterator[Together[Tiles]]:
     """As few tiles as can be of parts that come in the order of their rows; see the module's text."""
     tile: list[Part[Tiles]] = []
-    sums = _Sums()
+    sums: _Sums | None = None  # of the tile's parts, once there are two: most calls have one
     for part in parts:
-        together = sums.plus(part)
-        if tile and not (_follow(tile[-1], part) and _fit(part[0], together, search)):
-            yield Together(tile, search)
-            tile, together = [], _Sums().plus(part)
+        if tile:
+            sums = (sums or _Sums().plus(tile[0])).plus(part)
+            if not (_follow(tile[-1], part) and _fit(part[0], sums, search)):
+                yield Together(tile, search)
+                tile, sums = [], None
         tile.append(part)
-        sums = together
     if tile:
         yield Together(tile, search)
 
