@@ -14,7 +14,7 @@ import pytest
 import streamindex_client
 from streamindex.v1 import search_pb2
 
-from streamindex_service.frontend import batch
+from streamindex_service.frontend import batch_group
 from tests.support.attend_batch import ASKED, Sequence
 from tests.support.attention import Shape
 from tests.support.calls import Calls, batch_item
@@ -115,7 +115,8 @@ def test_caches_do_not_expire_under_a_call_that_names_them(server, calls, monkey
     service = server.server.service
     clock, later_s = service.caches._clock, [0.0]
     monkeypatch.setattr(service.caches, "_clock", lambda: clock() + later_s[0])
-    monkeypatch.setattr(batch, "ITEMS_AT_ONCE", 1)
+    monkeypatch.setattr(batch_group, "_GROUPS_AT_ONCE", 1)
+    monkeypatch.setattr(batch_group, "_MOST_MEMBERS", 1)
     reclaim = partial(service.uploads.reclaim, at_once=True)
     with step(calls, 3, idle_ttl_s=600) as (request, ids, right):
         with frozen_worker(server):
