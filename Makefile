@@ -27,7 +27,7 @@ help:  ## this list
 $(VENV)/.ready: pyproject.toml client/pyproject.toml constraints.txt
 	$(BOOTSTRAP) -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PYTHON) -m pip install -q -c constraints.txt -e ./client -e '.[dev,load]'
+	$(PYTHON) -m pip install -q -c constraints.txt -e ./client -e '.[dev,load,bench]'
 	$(PYTHON) -m pip install -q -c constraints.txt --only-binary atheris -e '.[fuzz]' || echo 'no atheris for this system: test and fuzz go without'
 	@touch $@
 
@@ -74,15 +74,12 @@ bench:  ## the benchmarks that a CPU host can run
 	$(PYTHON) -m benchmarks --out $(RESULTS) $(BENCH)
 
 render: $(READY)  ## tables and pictures of the results in RESULTS, on any host
-	$(if $(VENV),$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]')
 	$(PYTHON) -m benchmarks.render $(RESULTS)
 
 loadtest: $(READY)  ## a load test and its report in RESULTS (PROFILE=h200 on such a host, ARGS="--address unix:///PATH")
-	$(if $(VENV),$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]')
 	$(PYTHON) -m loadtests run --profile $(PROFILE) --out $(RESULTS) $(ARGS)
 
 loadtest-sweep: $(READY)  ## offered load against latency and refusals, and where the knee is, in RESULTS
-	$(if $(VENV),$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]')
 	$(PYTHON) -m loadtests sweep --profile $(PROFILE) --out $(RESULTS) $(ARGS)
 
 wheelhouse: $(READY)  ## .wheels/: what an offline CUDA host with Python 3.12, torch and triton lacks

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "topk_parity": False,
     "topk_real_data": False,
     "topk_scaling": True,
+    "topk_decode": True,
     "topk_profile": True,
     "topk_design": True,
     "topk_ablations": True,

@@ -48,8 +48,8 @@ CPU = Profile(
     },
 )
 
-# The indexer of DeepSeek-V4-Flash at 262,144 tokens. Six users of 80 sequences a second and more each leave a worker no
-# time for anything else (each sequence is a tile of its own): lower bands then move by their age alone.
+# The indexer of DeepSeek-V4-Flash at 262,144 tokens. When each sequence of a step was a tile by itself, six users of 80
+# sequences a second and more each left a worker no time for anything else: lower bands then moved by their age alone.
 H200 = Profile(
     name="h200",
     seconds=600,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -96,6 +97,9 @@ def serve(
         memory={"device_budget_bytes": device_budget, "host_budget_bytes": host_budget},
         log={"level": log_level},
     )
+    # gRPC writes lines of its own form for handshakes that fail, as many as somebody begins. It looks at this when it
+    # is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from streamindex_service.frontend import server
 
     try:
@@ -164,16 +168,30 @@ def health(
     certificate_file: CertificateOption = None,
     key_file: KeyOption = None,
     token_file: TokenOption = None,
+    alive: Annotated[
+        bool, typer.Option("--alive", help="Ask whether it answers at all, as it does while it starts or drains.")
+    ] = False,
 ) -> None:
-    """Tell whether the service is ready; exit code 0 if it is."""
+    """Tell whether the service is ready; exit code 0 if it is. It needs no token; figures are for callers."""
+    from streamindex_client import AuthenticationError
+
     target = address or default_address(read_settings(config))
     connection = Connection(target, ca_file, certificate_file, key_file, token_file)
     status = connection.health()
+    if alive and status in ("SERVING", "NOT_SERVING"):
+        typer.echo(f"{target}: {status}")
+        return
     if status != "SERVING":
         raise CommandError(f"{target}: {status}")
-    with connection.client() as client:
-        load_now = client.load()
-        capabilities = client.capabilities()
+    try:
+        with connection.client() as client:
+            load_now = client.load()
+            capabilities = client.capabilities()
+    except CommandError as error:
+        if token_file is not None or not isinstance(error.__cause__, AuthenticationError):
+            raise
+        typer.echo(f"{target}: SERVING")
+        return
     typer.echo(
         f"{target}: SERVING on {capabilities.device} with {capabilities.implementation}, "
         f"{load_now.running_searches} searches running, {load_now.queued_searches} waiting, "

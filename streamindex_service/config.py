@@ -51,6 +51,7 @@ class ServerSettings(_Section):
     max_caches: Count = Field(100_000, description="key caches, all callers together")
     max_uploads: Count = Field(4096, description="open uploads, all callers together")
     max_watchers: Count = Field(64, description="callers that watch the load at a time")
+    max_health_watchers: Count = Field(1024, description="calls that watch the health at a time")
     upload_ttl_s: Seconds = Field(600.0, description="an upload that nobody writes is forgotten after so long")
     default_idle_ttl_s: Seconds = Field(3600.0, description="a cache that nobody names is dropped after so long")
     max_idle_ttl_s: Seconds = Field(86_400.0, description="the longest idle time to live that a cache may ask for")
@@ -111,6 +112,7 @@ class LimitSettings(_Section):
     max_caller_host_bytes: ByteSize = Field(
         ByteSize(0), description="keys of one caller in host memory, shared ones once; 0: no quota"
     )
+    max_caller_uploads: Annotated[int, Field(ge=0)] = Field(0, description="open uploads of one caller; 0: no quota")
     max_layers: Count = Field(256, description="layers of a cache")
     max_layer_keys: Annotated[int, Field(ge=256, le=2**31 - 1)] = Field(16_777_216, description="keys of a layer")
     max_top_k: Annotated[int, Field(ge=1, le=4096)] = Field(4096, description="indices of an answer row")
@@ -243,6 +245,9 @@ class LogSettings(_Section):
 
     level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
         "info", description="least severe shown"
+    )
+    max_lines_per_s: Count = Field(
+        100, description="lines of one event in a second; what is left out is counted in the next"
     )
 
 

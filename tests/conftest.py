@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import Calls
 from tests.support.inprocess import InProcessServer, caller_in_metadata
 from tests.support.services import ROOMY, TIGHT, is_idle, wait_for
+
+# How fast this machine is says nothing about what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ class Quota:
 
     caches: int | None = None
     host_bytes: int | None = None
+    uploads: int | None = None
 
 
 NO_QUOTA = Quota()
@@ -27,6 +28,7 @@ class Account:
     quota: Quota
     caches: int = 0
     host_bytes: int = 0
+    uploads: int = 0
 
     def open_cache(self) -> None:
         """One more cache. Raises TooManyError with the figures."""
@@ -41,6 +43,20 @@ class Account:
         """One less."""
         self.caches -= 1
         assert self.caches >= 0, "a cache was closed twice"
+
+    def open_upload(self) -> None:
+        """One more upload that is not committed. Raises TooManyError with the figures."""
+        if self.quota.uploads is not None and self.uploads >= self.quota.uploads:
+            raise TooManyError(
+                f"a caller may have {self.quota.uploads} open uploads",
+                metadata={"open_uploads": self.uploads, "limit": self.quota.uploads},
+            )
+        self.uploads += 1
+
+    def close_upload(self) -> None:
+        """One less."""
+        self.uploads -= 1
+        assert self.uploads >= 0, "an upload was closed twice"
 
     def room(self, page_bytes: int, pages: int) -> int:
         """Of so many pages, how many it may take now. Raises HostQuotaError with the figures when that is none."""
@@ -68,7 +84,7 @@ class Accounts:
     """All callers that hold anything."""
 
     def __init__(self, quota: Quota) -> None:
-        self._quota = quota
+        self.quota = quota  # of each
         self._accounts: dict[str, Account] = {}
 
     def __len__(self) -> int:
@@ -81,10 +97,10 @@ class Accounts:
         """A caller's account."""
         account = self._accounts.get(caller)
         if account is None:
-            account = self._accounts[caller] = Account(caller, self._quota)
+            account = self._accounts[caller] = Account(caller, self.quota)
         return account
 
     def forget_if_empty(self, account: Account) -> None:
         """One who holds nothing is not remembered: callers come and go."""
-        if not account.caches and not account.host_bytes:
+        if not account.caches and not account.host_bytes and not account.uploads:
             self._accounts.pop(account.caller, None)

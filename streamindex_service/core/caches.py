@@ -87,6 +87,8 @@ class CacheStore:
 
     def create(self, owner: str, spec: CacheSpec, shared_pages: int = 0) -> KeyCache:
         """Make an empty cache, to share so many pages. Raises TooManyError, HostMemoryError, with the figures."""
+        if self._too_many(owner):
+            self.reclaim()
         if len(self._caches) >= self._max_caches:
             raise TooManyError(
                 f"the server holds {self._max_caches} key caches, as many as it may",
@@ -258,12 +260,13 @@ class CacheStore:
 
     @contextlib.contextmanager
     def kept(self, cache: KeyCache) -> Iterator[None]:
-        """A cache that does not go, whatever is reclaimed within."""
+        """A cache that does not go, whatever is reclaimed within; after that it has been used just now."""
         cache.busy += 1
         try:
             yield
         finally:
             cache.busy -= 1
+            self.touch(cache)
 
     def pages_below(self, watermark: float, page_bytes: int) -> int:
         """Pages of this size that may be taken until so much of the host budget is used."""
@@ -300,6 +303,12 @@ class CacheStore:
             return window_rows
         assert keys is not None
         return cache.spec.window_rows_of(keys) if kind is RowKind.WINDOW else keys
+
+    def _too_many(self, owner: str) -> bool:
+        """Whether a cache more would be refused for the number of those that are there."""
+        quota = self.accounts.quota.caches
+        of_one = len(self._owned.get(owner, ()))
+        return len(self._caches) >= self._max_caches or (quota is not None and of_one >= quota)
 
     def _expired(self, cache: KeyCache) -> bool:
         return cache.busy == 0 and self._clock() - cache.used_at >= cache.spec.idle_ttl_s

@@ -28,7 +28,7 @@ from streamindex_service.core.meter import Meter
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
-from streamindex_service.core.working_set import PageSet, WorkingSet, WorkingSetLimits
+from streamindex_service.core.working_set import Needed, WorkingSet, WorkingSetLimits
 from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError
 
 _FED = 2  # turns that keep the device busy, however long they are: one runs, one is ready
@@ -333,11 +333,14 @@ class Governor:
             return True
         return len(before) < self.limits.max_device_turns and sum(before) + turn.cost_s <= self.limits.ahead_s
 
-    def _page_set(self, search: OpenSearch, need: Need) -> PageSet | None:
+    def _page_set(self, search: OpenSearch, need: Need) -> Needed | None:
         """What a turn is for; the search has left what the same operation was for before."""
-        pages = need.pages
-        size_bytes = pages[0].page_bytes * len(pages) if pages else 0
-        page_set = self.working_set.ask(pages, search.band, self.speed.promotion_s(size_bytes), self._clock())
+        pages, now, page_set = need.pages, self._clock(), None
+        if need.layers:
+            page_set = self.working_set.ask_together(need.layers, search.band, self.speed.promotion_s, now)
+        elif pages:
+            copy_s = self.speed.promotion_s(pages[0].page_bytes * len(pages))
+            page_set = self.working_set.ask(pages, search.band, copy_s, now)
         before = search.page_sets.pop(need.speed, None)
         if page_set is not before:
             if before is not None:
@@ -377,10 +380,10 @@ class Governor:
             return True
         if not self.working_set.gate_is_open(turn.band, now) and now < self._stands_still_at(page_set):
             return False
-        room_bytes = self.working_set.room_bytes(turn.band, now, displacing=True)
+        room_bytes = self.working_set.room_bytes(turn.band, now, displacing=page_set)
         return for_age or self.working_set.fits(page_set, _workspaces(turn), room_bytes)
 
-    def _stands_still_at(self, page_set: PageSet) -> float:
+    def _stands_still_at(self, page_set: Needed) -> float:
         """When the device will have had nothing to do for as long as a copy takes; infinite while it has."""
         return math.inf if self._grants else self._idle_since + page_set.copy_s
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.pages import PagePool, PageSlot
-from streamindex_service.errors import ExceedsBudgetError
+from streamindex_service.errors import ExceedsBudgetError, HostMemoryError
 
 MOVE_BYTES = 32 << 20  # of a move: so much memory comes free at a time, and whoever needs the disk waits for so much
 
@@ -89,11 +89,17 @@ class Spill:
     def begin_restore(self, pages: Sequence[Page]) -> Move | None:
         """Take host memory for the first of these pages, which are on disk; None when there is none.
 
-        No watermark holds for it: the memory that uploads leave is for this.
+        No watermark holds for it: the memory that uploads leave is for this. Raises HostMemoryError when the system
+        has none for the first of them.
         """
         move, size_bytes = Move([], []), 0
         for page in pages:
-            slot = self._store.host.try_allocate(page.page_bytes) if size_bytes < self._move_bytes else None
+            try:
+                slot = self._store.host.try_allocate(page.page_bytes) if size_bytes < self._move_bytes else None
+            except HostMemoryError:
+                if not move.pages:
+                    raise
+                slot = None  # those come back that there is memory for
             if slot is None:
                 break
             move.pages.append(page)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.scheduler import Band, Turn
-from streamindex_service.core.working_set import PageSet
+from streamindex_service.core.working_set import Needed
 from streamindex_service.errors import ServiceError
 
 
@@ -17,7 +17,7 @@ class Need:
     """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory.
 
     estimate_bytes: of device memory, what it would use if it had all that it can use. speed: what its operation has
-    shown; None: what searches have.
+    shown; None: what searches have. layers: the pages apart, where they are of several layers.
     """
 
     pages: Sequence[Page]
@@ -27,6 +27,7 @@ class Need:
     size_bytes: int = 0
     estimate_bytes: int = 0
     speed: DeviceSpeed | None = None
+    layers: Sequence[Sequence[Page]] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +40,7 @@ class OpenSearch:
     turns: int = 0
     grants: int = 0
     used: dict[int, Sequence[Page]] = field(default_factory=dict)  # what its turns had pinned, by identity
-    page_sets: dict[DeviceSpeed | None, PageSet] = field(default_factory=dict)  # that each operation came for last
+    page_sets: dict[DeviceSpeed | None, Needed] = field(default_factory=dict)  # that each operation came for last
 
 
 @dataclass(slots=True, eq=False)
@@ -60,5 +61,5 @@ class SearchTurn(Turn):
     need: Need = field(kw_only=True)
     granted: Callable[[Grant], None] = field(kw_only=True)
     refused: Callable[[ServiceError], None] = field(kw_only=True)
-    page_set: PageSet | None = field(kw_only=True)  # None: it needs no pages
+    page_set: Needed | None = field(kw_only=True)  # None: it needs no pages
     waiting: bool = True

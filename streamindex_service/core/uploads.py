@@ -130,11 +130,14 @@ class UploadTable:
                 metadata={"expected_row_offset": layer.length_keys},
             )
         if self.open_uploads >= self._max_uploads:
+            self.expire()
+        if self.open_uploads >= self._max_uploads:
             raise TooManyError(
                 f"{self._max_uploads} uploads are open, as many as may be", metadata={"limit": self._max_uploads}
             )
         with self._store.kept(cache):
             self._store.require_room(layer.page_bytes, layer.page_bytes, self._store.watermarks.high)
+        self._store.accounts.of(cache.owner).open_upload()
         upload = Upload(self._new_id(), cache.owner, cache, layer, first_row, row_count, self._clock(), kind)
         self._uploads[upload.upload_id] = upload
         return upload
@@ -204,6 +207,7 @@ class UploadTable:
         self._store.commit(upload.cache, upload.layer, upload.first_row, upload.row_count, upload.staged)
         upload.staged = []
         upload.committed = True
+        self._store.accounts.of(upload.owner).close_upload()
         upload.layer_keys = upload.layer.length_keys
         upload.touched_at = self._clock()
         # Remembered, so that a finish whose answer was lost can be repeated; as many as may be open, and no more.
@@ -219,6 +223,8 @@ class UploadTable:
             self._store.host.free(slot)
         account = self._store.accounts.of(upload.owner)
         account.take(-len(upload.staged) * upload.layer.page_bytes)
+        if not upload.committed:
+            account.close_upload()
         self._store.accounts.forget_if_empty(account)
         upload.staged = []
 

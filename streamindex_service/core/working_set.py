@@ -19,7 +19,7 @@ Belonging is only the right to stay: a layer that has left keeps its pages until
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streamindex_service.core.layers import Page
@@ -56,6 +56,42 @@ class PageSet:
     def in_use(self) -> bool:
         """Whether a search or a tile is there for it."""
         return bool(self.turns or self.searches)
+
+    @property
+    def parts(self) -> tuple[PageSet, ...]:
+        """What takes part or not by itself."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageSets:
+    """Page sets that a tile needs together, of which others need some with others yet: a decode step's, where sequences
+    come and go. Each takes part by itself, so that none is counted twice and only what is new needs room."""
+
+    parts: tuple[PageSet, ...]
+
+    @property
+    def admitted(self) -> bool:
+        """Whether all are."""
+        return all(part.admitted for part in self.parts)
+
+    @property
+    def band(self) -> Band:
+        """The lowest of any."""
+        return max(part.band for part in self.parts)
+
+    @property
+    def turns(self) -> int:
+        """Tiles that wait or are with the device, of that which has most."""
+        return max(part.turns for part in self.parts)
+
+    @property
+    def copy_s(self) -> float:
+        """Estimated seconds to bring those that are not admitted."""
+        return sum(part.copy_s for part in self.parts if not part.admitted)
+
+
+Needed = PageSet | PageSets
 
 
 @dataclass(slots=True)
@@ -106,69 +142,95 @@ class WorkingSet:
         found.turns += 1
         return found
 
-    def turn_over(self, page_set: PageSet, now: float) -> None:
+    def ask_together(
+        self, layers: Sequence[Sequence[Page]], band: Band, copy_s: Callable[[int], float], now: float
+    ) -> Needed | None:
+        """A tile comes for pages of several layers; None when it needs none. copy_s: seconds to bring so many bytes."""
+        apart: dict[Page, Sequence[Page]] = {}
+        for pages in layers:  # of forks, the one that has most of what they share
+            if pages and len(pages) > len(apart.get(pages[0], ())):
+                apart[pages[0]] = pages
+        asked = (self.ask(pages, band, copy_s(pages[0].page_bytes * len(pages)), now) for pages in apart.values())
+        parts = tuple(part for part in asked if part is not None)
+        return PageSets(parts) if len(parts) > 1 else next(iter(parts), None)
+
+    def turn_over(self, needed: Needed, now: float) -> None:
         """One of its tiles is done, or waits no longer."""
-        page_set.turns -= 1
-        assert page_set.turns >= 0, "a tile of a page set ends twice"
-        page_set.idle_since = now
-        self._forget_unused(page_set)
+        for page_set in needed.parts:
+            page_set.turns -= 1
+            assert page_set.turns >= 0, "a tile of a page set ends twice"
+            page_set.idle_since = now
+            self._forget_unused(page_set)
 
-    def come(self, page_set: PageSet) -> None:
+    def come(self, needed: Needed) -> None:
         """A search comes for it."""
-        page_set.searches += 1
+        for page_set in needed.parts:
+            page_set.searches += 1
 
-    def go(self, page_set: PageSet, *, to_another: bool) -> None:
+    def go(self, needed: Needed, *, to_another: bool) -> None:
         """A search has ended, or goes on with other pages."""
-        page_set.searches -= 1
-        assert page_set.searches >= 0, "a search leaves a page set twice"
-        if to_another and page_set.admitted and not page_set.in_use:
-            self._leave(page_set)
-        self._forget_unused(page_set)
+        for page_set in needed.parts:
+            page_set.searches -= 1
+            assert page_set.searches >= 0, "a search leaves a page set twice"
+            if to_another and page_set.admitted and not page_set.in_use:
+                self._leave(page_set)
+            self._forget_unused(page_set)
 
     def kept_pages(self) -> list[Sequence[Page]]:
         """Pages that are not evicted for others, set by set."""
         return [page_set.pages for page_set in self._admitted]
 
-    def interval_s(self, page_set: PageSet) -> float:
+    def interval_s(self, needed: Needed) -> float:
         """How long others of its band wait at most before the next is displaced, once this one was brought."""
-        return min(self.limits.promotion_factor * page_set.copy_s, self.limits.promotion_wait_s)
+        return min(self.limits.promotion_factor * needed.copy_s, self.limits.promotion_wait_s)
 
     def gate_is_open(self, band: Band, now: float) -> bool:
         """Whether a page set of this band may displace another of it."""
         gate = self._gates[band]
         return now >= gate.opens_at or self.given_s >= gate.opens_given_s
 
-    def room_bytes(self, band: Band, now: float, *, displacing: bool = False) -> int:
-        """Device memory for a page set of this band and its tiles. displacing: others of the band make room."""
+    def room_bytes(self, band: Band, now: float, displacing: Needed | None = None) -> int:
+        """Device memory for a page set of this band and its tiles. displacing: what others of the band make room
+        for."""
         room_bytes = self._hbm.limit_bytes - self._admitted_bytes
+        own = set(displacing.parts) if displacing is not None else ()
         for other in self._admitted:
-            goes = other.band > band or (displacing and other.band == band)
+            if other in own:
+                continue
+            goes = other.band > band or (displacing is not None and other.band == band)
             if goes or self._lapses_at(other, band) <= now:
                 room_bytes += other.size_bytes
         return room_bytes
 
-    def fits(self, page_set: PageSet, workspace_bytes: int, room_bytes: int) -> bool:
-        """Whether so much room is enough. Nobody needs more than all that there is."""
-        return min(page_set.size_bytes + workspace_bytes, self._hbm.limit_bytes) <= room_bytes
+    def fits(self, needed: Needed, workspace_bytes: int, room_bytes: int) -> bool:
+        """Whether so much room is enough beside what takes part. Nobody needs more than all that there is."""
+        sizes = {True: 0, False: 0}  # bytes of what is admitted, and of what is not
+        for page_set in needed.parts:
+            sizes[page_set.admitted] += page_set.size_bytes
+        return min(sizes[False] + workspace_bytes, self._hbm.limit_bytes - sizes[True]) <= room_bytes
 
-    def admit(self, page_set: PageSet, workspace_bytes: int, now: float, *, through_gate: bool) -> None:
+    def admit(self, needed: Needed, workspace_bytes: int, now: float, *, through_gate: bool) -> None:
         """It takes part from now on; those make room that must. through_gate: which is to be closed if any did."""
-        band, displaced = page_set.band, False
+        band, own, interval_s, displaced = needed.band, set(needed.parts), self.interval_s(needed), False
         for other in self._in_order(band, now):
-            if self.fits(page_set, workspace_bytes, self._hbm.limit_bytes - self._admitted_bytes):
+            if self.fits(needed, workspace_bytes, self._hbm.limit_bytes - self._admitted_bytes):
                 break
+            if other in own:
+                continue
             displaced |= other.band <= band and self._lapses_at(other, band) > now
             self._leave(other)
-        page_set.admitted = True
-        self._admitted[page_set] = None
-        self._admitted_bytes += page_set.size_bytes
+        for page_set in needed.parts:
+            if not page_set.admitted:
+                page_set.admitted = True
+                self._admitted[page_set] = None
+                self._admitted_bytes += page_set.size_bytes
         if displaced and through_gate:
-            interval_s = self.interval_s(page_set)
-            self._gates[page_set.band] = _Gate(now + interval_s, self.given_s + interval_s)
+            self._gates[band] = _Gate(now + interval_s, self.given_s + interval_s)
 
-    def leave_one(self, page_set: PageSet, now: float) -> bool:
+    def leave_one(self, needed: Needed, now: float) -> bool:
         """Another than this makes room; False when there is none."""
-        other = next((each for each in self._in_order(page_set.band, now) if each is not page_set), None)
+        own = set(needed.parts)
+        other = next((each for each in self._in_order(needed.band, now) if each not in own), None)
         if other is not None:
             self._leave(other)
         return other is not None

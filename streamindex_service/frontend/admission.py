@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from streamindex_service.core.layers import KeyCache, Snapshot
 from streamindex_service.core.scheduler import Band
@@ -25,18 +25,20 @@ async def admit(
     parameters: SearchParameters,
     deadline_s: Callable[[], float | None],
     version_is_right: Callable[[int], None] = lambda version: None,
+    *,
+    among_others: bool = False,
 ) -> AdmittedSearch:
     """Open a search on a cache that the caller has just found, once the layer's keys are in host memory.
 
     deadline_s: the caller's remaining time; `version_is_right` raises for a version of the layer. Both are asked when
-    the keys are there. Raises ServiceError.
+    the keys are there. among_others: rows of other calls lie in the same blocks. Raises ServiceError.
     """
     found = service.caches.layer(cache, layer)
     async with service.room.with_pages(cache, lambda: found.pages if found.spilled_pages else []):
         if cache.deleted:  # while its keys were brought
             raise CacheNotFoundError
         version_is_right(found.version)
-        return AdmittedSearch(service, cache, layer, parameters, deadline_s())
+        return AdmittedSearch(service, cache, layer, parameters, deadline_s(), among_others)
 
 
 class GivesBack(Protocol):
@@ -95,6 +97,9 @@ class OpenCall:
         for snapshot in self._snapshots:
             self.service.caches.release_snapshot(snapshot)
 
+    async def __aenter__(self) -> Self:
+        return self
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -121,7 +126,8 @@ class OpenCall:
 
 
 class AdmittedSearch(OpenCall):
-    """An open search: `tiles` computes it."""
+    """An open search: `tiles` computes it. The blocks of all searches of a kind whose rows lie `among_others` are laid
+    out alike."""
 
     def __init__(
         self,
@@ -130,6 +136,7 @@ class AdmittedSearch(OpenCall):
         layer: int,
         parameters: SearchParameters,
         deadline_s: float | None,
+        among_others: bool = False,
     ) -> None:
         super().__init__(service, cache)
         self.snapshot = self._hold(layer)
@@ -139,7 +146,7 @@ class AdmittedSearch(OpenCall):
                 service,
                 self.snapshot,
                 parameters,
-                lambda scored: BlockLayout.of(cache.spec, parameters.top_k, scored, block_bytes),
+                lambda scored: BlockLayout.of(cache.spec, parameters.top_k, scored or among_others, block_bytes),
                 lambda: self.search,
             )
             self._operations.append(self.tiles)
@@ -153,6 +160,3 @@ class AdmittedSearch(OpenCall):
         except BaseException:
             self._let_go()
             raise
-
-    async def __aenter__(self) -> AdmittedSearch:
-        return self

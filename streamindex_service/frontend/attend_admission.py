@@ -34,7 +34,9 @@ async def admit_attention(
     found = [service.caches.layer(cache, layer, kind) for kind in RowKind]
 
     def spilled() -> list[Page]:
-        return [page for rows in found if rows.spilled_pages for page in rows.pages]
+        if not any(rows.spilled_pages for rows in found):
+            return []
+        return [page for rows in found for page in rows.pages]  # all: those that are there must stay meanwhile
 
     async with service.room.with_pages(cache, spilled):
         if cache.deleted:  # while its rows were brought
@@ -93,9 +95,6 @@ class AdmittedAttention(OpenCall):
         except BaseException:
             self._let_go()
             raise
-
-    async def __aenter__(self) -> AdmittedAttention:
-        return self
 
     def tile_rows(self, keys: int) -> int:
         """Query rows of the next tile, where they see up to so many index keys."""

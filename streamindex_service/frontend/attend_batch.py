@@ -1,30 +1,24 @@
 """SparseAttendBatch: a ragged decode step of attention; each item fails or not by itself.
 
-Items of one kind, as they nearly always are, pass through blocks in groups: each finds its indices by itself, as in a
+Items of one kind, as they nearly always are, pass through blocks in groups: their indices are found as in a
 SearchBatch, and then their rows attend together.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import Callable
 
 from streamindex.v1 import attention_pb2 as pb
 from streamindex.v1 import types_pb2
 
 from streamindex_service.core.scheduler import Band
-from streamindex_service.core.specs import KvSpec
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import batch
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, PARTS, attend_layout, part_bytes
-from streamindex_service.frontend.attend_group import AttendGroup, Member, refuse
+from streamindex_service.frontend.attend_group import AttendGroup, AttendMember, refuse
 from streamindex_service.frontend.attend_requests import check_asked, item_parameters
-from streamindex_service.frontend.neighbours import Neighbours
-from streamindex_service.frontend.query_block import BlockLayout
+from streamindex_service.frontend.batch_group import BatchCall, search_kind
 from streamindex_service.frontend.service import Service
-
-_GROUPS_AT_ONCE = 2  # of one call: while one attends, the other's indices are found
 
 
 class BatchAttention:
@@ -40,10 +34,7 @@ class BatchAttention:
         self._service = service
         self._owner = owner
         self._request = request
-        self._deadline_s = deadline_s
-        self._waiting: dict[tuple[KvSpec, BlockLayout], deque[Member]] = {}  # by kind
-        self._turns = asyncio.Semaphore(batch.ITEMS_AT_ONCE)
-        self._groups = Neighbours()
+        self._call = BatchCall(deadline_s)
         found = request.want_indices and request.WhichOneof("selection") == "top_k"
         self._kept = (OUT, LSE, INDICES) if found else (OUT, LSE)
 
@@ -62,25 +53,13 @@ class BatchAttention:
             member.item.row_count * member.layout.row_bytes[tensor] for member in members for tensor in self._kept
         )
         batch.check_answers(service, len(results), answer_bytes)
-        for member in members:
-            self._waiting.setdefault((member.parameters.kv, member.layout), deque()).append(member)
-        with batch.step(service, Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)):
-            if len(members) == 1:  # a task of its own would come a turn of the loop later
-                await self._answer()
-            else:
-                async with asyncio.TaskGroup() as groups:
-                    for _ in range(_GROUPS_AT_ONCE):
-                        groups.create_task(self._answer())
+        kinds = [((member.parameters.kv, search_kind(member.cache.spec), member.layout), member) for member in members]
+        band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
+        with batch.step(service, band), batch.caches_kept(service, self._owner, request.items):
+            await self._call.answer(kinds, lambda: AttendGroup(service, self._call))
         return pb.SparseAttendBatchResponse(results=results)
 
-    async def _answer(self) -> None:
-        """Group after group, until none waits."""
-        while waiting := next((members for members in self._waiting.values() if members), None):
-            with self._groups.part():
-                group = AttendGroup(self._service, self._turns, self._groups, self._deadline_s)
-                await group.run(waiting, self._kept)
-
-    def _checked(self, item: pb.SparseAttendBatchItem, result: pb.SparseAttendBatchResult) -> Member | None:
+    def _checked(self, item: pb.SparseAttendBatchItem, result: pb.SparseAttendBatchResult) -> AttendMember | None:
         """The item, if nothing is wrong with it so far."""
         service = self._service
         try:
@@ -94,4 +73,4 @@ class BatchAttention:
         except ServiceError as error:
             refuse(service, result, error)
             return None
-        return Member(item, result, cache, parameters, layout)
+        return AttendMember(service, item, result, cache, parameters, layout, self._kept)

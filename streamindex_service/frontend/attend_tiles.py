@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from streamindex_service.core.attention_estimates import AttentionTerms, AttentionWork, window_group
+from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.sizes import PAGE_KEYS
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
@@ -125,16 +126,16 @@ class AttendTiles:
         smallest: bool = False,
     ) -> SearchTurn:
         """Ask for a turn. See `TileOperation`; there is but one size of workspace."""
-        need = need_together([(self, piece)])
+        need = self.need_together([(self, piece)], smallest=smallest)
         return self._service.governor.request(self._search(), need, granted, refused, alone=alone)
 
     def grow(self, turn: SearchTurn, piece: TilePiece) -> None:
         """A tile that still waits has become this one."""
-        self._service.governor.grow(turn, need_together([(self, piece)]))
+        self._service.governor.grow(turn, self.need_together([(self, piece)], smallest=False))
 
     def submit(self, piece: TilePiece, grant: Grant, due: TileDue, request_key: str) -> Submitted:
         """Give the device a tile whose turn was granted. See `TileOperation`."""
-        return submit_together([(self, piece)], due, request_key)
+        return self.submit_together([(self, piece)], grant, due, request_key)
 
     def sequence(self, piece: TilePiece) -> tuple[pb.AttendSequence, list[View]]:
         """What rows of a tile attend, as the worker knows it. For the moment in which a turn is granted; raises
@@ -204,6 +205,57 @@ class AttendTiles:
         first, stop = self._tokens_of(piece)
         return self.work.copy_bytes(piece.rows, stop - first)
 
+    # Of tiles whose rows are of several calls; see `tiles_together`.
+
+    @property
+    def speed(self) -> DeviceSpeed:
+        """What attention takes."""
+        return self._service.attention_speed
+
+    def flop_of(self, piece: TilePiece) -> int:
+        """Operations of a tile."""
+        return self.work.flop(piece.rows)
+
+    def may_join(self, rows: int, keys: int) -> bool:
+        """Whether a tile of so many rows is as fast as several: each row is worked on by itself."""
+        return True
+
+    @staticmethod
+    def need_together(parts: Sequence[tuple[AttendTiles, TilePiece]], *, smallest: bool) -> Need:
+        """What a tile takes whose rows, one after another in a block, are these pieces of calls of one kind. There is
+        but one size of workspace."""
+        tiles = parts[0][0]
+        rows = sum(piece.rows for _, piece in parts)
+        pages = tiles.pages_of(parts[0][1])
+        layers: Sequence[Sequence[Page]] = ()
+        if len(parts) > 1:  # each once, for forks share them
+            layers = [each.pages_of(piece) for each, piece in parts]
+            pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
+        staging_bytes = tiles.work.staging_bytes(rows)
+        floor_bytes = tiles.workspace_bytes + staging_bytes + sum(each.copy_bytes(piece) for each, piece in parts)
+        flop = sum(each.work.flop(piece.rows) for each, piece in parts)
+        return Need(pages, floor_bytes, floor_bytes, flop, staging_bytes, floor_bytes, tiles.speed, layers)
+
+    @staticmethod
+    def submit_together(
+        parts: Sequence[tuple[AttendTiles, TilePiece]], grant: Grant, due: TileDue, request_key: str
+    ) -> Submitted:
+        """Give the device such a tile, whose turn was granted. Raises WorkerLostError."""
+        tiles, first = parts[0]
+        sequences, views = [], []
+        for each, piece in parts:
+            sequence, read = each.sequence(piece)
+            sequences.append(sequence)
+            views += read
+        whole = TilePiece(first.block, first.first, sum(piece.rows for _, piece in parts), 0, 0)
+        message = tiles.message(whole, due, sequences)
+
+        def numbered(tile_id: int) -> pb.ToWorker:
+            message.tile_id = tile_id
+            return pb.ToWorker(attend_tile=message)
+
+        return Submitted(*tiles.service.device.submit(views, first.block, request_key, numbered), views)
+
     def _tokens_of(self, piece: TilePiece) -> tuple[int, int]:
         """Tokens that are in the windows of a tile's rows."""
         if self._window is None:
@@ -224,38 +276,6 @@ class AttendTiles:
                 oldest = self._places.pop(next(iter(self._places)))
                 self._service.governor.let_go(self._search(), oldest.pages)
         return place
-
-
-def need_together(parts: Sequence[tuple[AttendTiles, TilePiece]]) -> Need:
-    """What a tile takes whose rows, one after another in a block, are these pieces of calls of one kind."""
-    tiles = parts[0][0]
-    rows = sum(piece.rows for _, piece in parts)
-    pages = parts[0][0].pages_of(parts[0][1])
-    if len(parts) > 1:  # each once, for forks share them
-        pages = tuple(dict.fromkeys(page for each, piece in parts for page in each.pages_of(piece)))
-    staging_bytes = tiles.work.staging_bytes(rows)
-    floor_bytes = tiles.workspace_bytes + staging_bytes + sum(each.copy_bytes(piece) for each, piece in parts)
-    flop = sum(each.work.flop(piece.rows) for each, piece in parts)
-    speed = tiles.service.attention_speed
-    return Need(pages, floor_bytes, floor_bytes, flop, staging_bytes, floor_bytes, speed)
-
-
-def submit_together(parts: Sequence[tuple[AttendTiles, TilePiece]], due: TileDue, request_key: str) -> Submitted:
-    """Give the device such a tile, whose turn was granted. Raises WorkerLostError."""
-    (tiles, first), device = parts[0], parts[0][0].service.device
-    sequences, views = [], []
-    for each, piece in parts:
-        sequence, read = each.sequence(piece)
-        sequences.append(sequence)
-        views += read
-    whole = TilePiece(first.block, first.first, sum(piece.rows for _, piece in parts), 0, 0)
-    message = tiles.message(whole, due, sequences)
-
-    def numbered(tile_id: int) -> pb.ToWorker:
-        message.tile_id = tile_id
-        return pb.ToWorker(attend_tile=message)
-
-    return Submitted(*device.submit(views, first.block, request_key, numbered), views)
 
 
 def attention_terms(message: pb.AttentionTerms) -> AttentionTerms:

@@ -26,11 +26,11 @@ class AttentionServicer:
 
     async def sparse_attend(self, request_iterator: Any, context: Any) -> None:
         """SparseAttend."""
-        service = self._service
-        writer = MessageWriter(context, service.settings.limits.slow_consumer_s)
+        service, limits = self._service, self._service.settings.limits
+        writer = MessageWriter(context, limits.slow_consumer_s)
         try:
             service.admit()
-            header: pb.SparseAttendHeader = await read_header(context)
+            header: pb.SparseAttendHeader = await read_header(context, limits.slow_consumer_s)
             owner = self._identify(context)
             cache = service.caches.get(owner, header.key_cache_id)
             parameters = attend_parameters(header, cache.spec, service.settings)
@@ -51,7 +51,7 @@ class AttentionServicer:
                     window_rows=admitted.window.length_keys,
                     layer_version=admitted.version,
                     implementation=service.require_worker_info().attention.implementation,
-                    max_chunk_bytes=int(service.settings.limits.max_chunk_bytes),
+                    max_chunk_bytes=int(limits.max_chunk_bytes),
                 )
                 await writer.write(pb.SparseAttendResponse(accepted=accepted))
                 stream = AttendStream(service, admitted, parameters, key, context, writer)

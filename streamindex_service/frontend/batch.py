@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from streamindex.v1 import types_pb2
 
+from streamindex_service.core.layers import KeyCache
 from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import MAX_POSITION
-from streamindex_service.errors import InvalidArgumentError, ServiceError
+from streamindex_service.errors import CacheNotFoundError, InvalidArgumentError, ServiceError
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.service import Service
@@ -20,12 +21,14 @@ from streamindex_service.frontend.tile_run import TileRun
 from streamindex_service.frontend.tiles import TileOperation
 
 _ITEM_OVERHEAD_BYTES = 1024  # of the answer message: lengths, or an error with its figures
-# Items of one call that are on their way to the device at a time; well below the bound of the governor's queue.
-ITEMS_AT_ONCE = 16
 
 
 class Item(Protocol):
     """A few rows of one cache."""
+
+    @property
+    def key_cache_id(self) -> str:
+        """Of which."""
 
     @property
     def row_count(self) -> int:
@@ -84,6 +87,23 @@ def check_item(item: Item, parts: Sequence[tuple[str, bytes, int]]) -> None:
 def step(service: Service, band: Band) -> AbstractContextManager[None]:
     """While the call is answered: streams of a lower priority hold back for an interactive one."""
     return contextlib.nullcontext() if band > Band.INTERACTIVE else service.pacing.step()
+
+
+@contextlib.contextmanager
+def caches_kept(service: Service, owner: str, items: Sequence[Item]) -> Iterator[None]:
+    """While the call is answered: caches that it names do not expire, however long their items wait for the others."""
+    store, named = service.caches, set[KeyCache]()
+    for item in items:
+        with contextlib.suppress(CacheNotFoundError):
+            named.add(store.get(owner, item.key_cache_id))
+    for cache in named:
+        cache.busy += 1
+    try:
+        yield
+    finally:
+        for cache in named:
+            cache.busy -= 1
+            store.touch(cache)
 
 
 def refuse(service: Service, result: Result, error: ServiceError) -> None:

@@ -53,7 +53,7 @@ class HostExtents:
     """The segments of the host page pool. `dropped(segment_id)` is told of every segment that goes.
 
     Within the limits, segments without an extent are kept for the next extents, as they are: whoever makes pages
-    visible sees to it that no old byte is left in them. All methods are for the event loop, but for `write`.
+    visible sees to it that no old byte is left in them. All methods but `write` are for the event loop alone.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class HostExtents:
         return had_any
 
     def _have_spares_dropped(self) -> None:
-        """On any thread but the loop's. Another thread may have had it done a moment before."""
-        if self._loop is None:
+        """On any thread. Another may have had it done a moment before."""
+        if self._loop is None or asyncio._get_running_loop() is self._loop:
             self.drop_spares()
             return
         answer: Future[bool] = Future()
@@ -139,7 +139,7 @@ class HostExtents:
 
     def write(self, pieces: Sequence[tuple[int, int, memoryview]]) -> list[Bytes]:
         """Write pieces at (extent, byte within the extent). Lets go of the interpreter lock; raises HostMemoryError,
-        when there is no memory even without what is spare. For a thread that is not the loop's.
+        when there is no memory even without what is spare. For any thread; the loop's may write a few rows itself.
 
         Through the descriptor, not the mapping: the first touch of a mapped page costs about twice as much as the
         write itself. Pieces that lie one after the other are written together; what was written together is given as it

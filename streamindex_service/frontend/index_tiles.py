@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 
-from streamindex_service.core.estimates import TopkWork, WorkspaceTerms
-from streamindex_service.core.layers import Snapshot
+from streamindex_service.core.estimates import DeviceSpeed, TopkWork, WorkspaceTerms
+from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.windows import MERGE_BYTES_PER_ENTRY, windows_of
 from streamindex_service.errors import ServiceError
@@ -117,18 +117,8 @@ class IndexTiles:
 
     def submit(self, piece: TilePiece, grant: Grant, due: TileDue, request_key: str) -> Submitted:
         """Give the device a tile whose turn was granted. See `TileOperation`."""
-        view = self._view_of(piece.step)
-        message = partial(
-            search_tile,
-            view=view,
-            spec=self.spec,
-            block=piece.block,
-            place=self.layout.place(piece.first, piece.rows, self._keeps_scores),
-            workspace_bytes=grant.workspace_bytes - self._staging_bytes(piece.rows),
-            part=TilePart(self.windows[piece.step].first_key, piece.step == self.steps(piece.keys) - 1),
-            due=due,
-        )
-        return Submitted(*self._service.device.submit((view,), piece.block, request_key, message), (view,))
+        part = TilePart(self.windows[piece.step].first_key, piece.step == self.steps(piece.keys) - 1)
+        return self._submit([(self, piece)], part, grant, due, request_key)
 
     def drop_views(self) -> None:
         """No tile will come any more."""
@@ -152,17 +142,86 @@ class IndexTiles:
         return self.work.staging_bytes(rows) + (self._merge_bytes(rows) if self.in_parts else 0)
 
     def _need(self, piece: TilePiece, smallest: bool) -> Need:
-        memory, staging, window = (
-            self._service.settings.memory,
-            self._staging_bytes(piece.rows),
-            self.windows[piece.step],
-        )
-        floor = int(memory.workspace_floor_bytes)
-        seen = min(window.keys, max(0, piece.keys - window.first_key))
-        most = self.work.workspace_bytes(piece.rows, seen)
+        return self._need_of([(self, piece)], piece.step, smallest=smallest)
+
+    # Of tiles whose rows are of several calls; see `tiles_together`.
+
+    @property
+    def speed(self) -> DeviceSpeed:
+        """What work like this takes."""
+        return self._service.governor.speed
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The least that a tile takes beside rows and keys."""
+        return int(self._service.settings.memory.workspace_floor_bytes)
+
+    def bytes_of(self, piece: TilePiece) -> int:
+        """Device memory of all that a tile reads and writes; without the workspace."""
+        pages_bytes = len(self.windows[0].pages) * self._snapshot.spec.page_bytes
+        return pages_bytes + self.work.staging_bytes(piece.rows)
+
+    def flop_of(self, piece: TilePiece) -> int:
+        """Operations of a tile."""
+        return self.work.flop(piece.rows, piece.keys)
+
+    def may_join(self, rows: int, keys: int) -> bool:
+        """Whether a tile of so many rows, of which one sees so many keys, is as fast as several of fewer."""
+        return self.work.workspace_bytes(rows, keys) <= int(self._service.settings.memory.workspace_bytes)
+
+    @staticmethod
+    def need_together(parts: Sequence[tuple[IndexTiles, TilePiece]], *, smallest: bool) -> Need:
+        """What a tile takes whose rows, one after another in a block, are these pieces of calls of one kind."""
+        return parts[0][0]._need_of(parts, 0, smallest=smallest)
+
+    @staticmethod
+    def submit_together(
+        parts: Sequence[tuple[IndexTiles, TilePiece]], grant: Grant, due: TileDue, request_key: str
+    ) -> Submitted:
+        """Give the device such a tile, whose turn was granted. Raises WorkerLostError."""
+        return parts[0][0]._submit(parts, TilePart(), grant, due, request_key)
+
+    def _need_of(self, parts: Sequence[tuple[IndexTiles, TilePiece]], step: int, *, smallest: bool) -> Need:
+        window, memory, floor = self.windows[step], self._service.settings.memory, self.workspace_bytes
+        pages: Sequence[Page] = window.pages
+        layers: Sequence[Sequence[Page]] = ()
+        if len(parts) > 1:  # each once, for forks share them
+            layers = [each.windows[0].pages for each, _ in parts]
+            pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
+        rows = sum(piece.rows for _, piece in parts)
+        staging = self._staging_bytes(rows)
+        seen = [
+            min(each.windows[step].keys, max(0, piece.keys - each.windows[step].first_key)) for each, piece in parts
+        ]
+        most = self.work.workspace_bytes(rows, max(seen))
         want = floor if smallest else min(int(memory.workspace_bytes), max(floor, most))
-        flop = self.work.flop(piece.rows, seen)
-        return Need(window.pages, floor + staging, want + staging, flop, staging, most + staging)
+        flop = sum(each.work.flop(piece.rows, keys) for (each, piece), keys in zip(parts, seen, strict=True))
+        return Need(pages, floor + staging, want + staging, flop, staging, most + staging, layers=layers)
+
+    def _submit(
+        self,
+        parts: Sequence[tuple[IndexTiles, TilePiece]],
+        part: TilePart,
+        grant: Grant,
+        due: TileDue,
+        request_key: str,
+    ) -> Submitted:
+        (_, first), rows = parts[0], sum(piece.rows for _, piece in parts)
+        views = [each._view_of(piece.step) for each, piece in parts]
+        message = partial(
+            search_tile,
+            sequences=[
+                worker_pb2.SearchSequence(view_id=view.view_id, rows=piece.rows)
+                for view, (_, piece) in zip(views, parts, strict=True)
+            ],
+            spec=self.spec,
+            block=first.block,
+            place=self.layout.place(first.first, rows, self._keeps_scores),
+            workspace_bytes=grant.workspace_bytes - self._staging_bytes(rows),
+            part=part,
+            due=due,
+        )
+        return Submitted(*self._service.device.submit(views, first.block, request_key, message), views)
 
 
 def workspace_terms(message: worker_pb2.WorkspaceTerms) -> WorkspaceTerms:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 from streamindex.framing import Chunk
@@ -13,7 +15,7 @@ from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import MessageWriter, read_message, to_message
+from streamindex_service.frontend.rpc import MessageWriter, read_first, to_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.upload_stream import UploadStream
 
@@ -70,9 +72,10 @@ class KeyCacheServicer:
         """ForkKeyCache."""
         caches, keys = self._service.caches, request.keys if request.HasField("keys") else None
         window_rows = request.window_rows if request.HasField("window_rows") else None
-        twin = await self._service.room.make(
-            lambda: caches.fork(self._find(context, request.key_cache_id), keys, window_rows)
-        )
+        with caches.kept(self._find(context, request.key_cache_id)):
+            twin = await self._service.room.make(
+                lambda: caches.fork(self._find(context, request.key_cache_id), keys, window_rows)
+            )
         return pb.ForkKeyCacheResponse(key_cache=to_key_cache(twin))
 
     async def query_upload(self, request: pb.QueryUploadRequest, context: Any) -> pb.QueryUploadResponse:
@@ -83,13 +86,14 @@ class KeyCacheServicer:
     async def append(self, request_iterator: Any, context: Any) -> None:
         """AppendKeys."""
         stream: UploadStream | None = None
-        writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
+        limits = self._service.settings.limits
+        writer = MessageWriter(context, limits.slow_consumer_s)
         try:
             self._service.admit()
-            message = await read_message(context)
-            upload = await self._service.room.make(lambda: self._open(message, context))
+            message = await read_first(context, limits.slow_consumer_s)
+            with self._kept(message, context):
+                upload = await self._service.room.make(lambda: self._open(message, context))
             stream = UploadStream(self._service, upload, context, writer)
-            limits = self._service.settings.limits
             accepted = pb.UploadAccepted(
                 upload_id=upload.upload_id,
                 row_offset=upload.rows_held,
@@ -104,6 +108,12 @@ class KeyCacheServicer:
         finally:
             if stream is not None:  # to its end, even when the call is cancelled in the middle of it
                 await asyncio.shield(self._service.background(stream.close()))
+
+    def _kept(self, message: Any, context: Any) -> AbstractContextManager[None]:
+        """The cache of an upload that starts does not expire while that waits for memory."""
+        if isinstance(message, pb.AppendKeysRequest) and message.header.WhichOneof("kind") == "start":
+            return self._service.caches.kept(self._find(context, message.header.start.key_cache_id))
+        return contextlib.nullcontext()
 
     def _open(self, message: Any, context: Any) -> Upload:
         if message is None or isinstance(message, Chunk) or message.WhichOneof("message") != "header":

@@ -1,7 +1,8 @@
-"""Parts of one call that go on side by side, and what finds no host memory beside the others.
+"""Parts of one call that go on side by side, and what finds no room beside the others.
 
-The rows of what a part works on stay in host memory until it ends. A part that finds none for its own may have no other
-in its way than its neighbours: it comes after them, and is refused only where it finds none without them.
+The rows of what a part works on stay in host memory until it ends, it is one of the searches that are open, and its
+tiles are among those that wait. A part that finds no memory for its own rows, or the queue full, may have no other in
+its way than its neighbours: it comes after them, and is refused only where there is no room without them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
-from streamindex_service.errors import HostMemoryError
+from streamindex_service.errors import HostMemoryError, QueueFullError
+
+NO_ROOM = (HostMemoryError, QueueFullError)
+"""What a part may be refused with for what its neighbours have."""
 
 Result = TypeVar("Result")
 
@@ -38,15 +42,15 @@ class Neighbours:
             self._ends.clear()
 
     async def beside(self, take: Callable[[], Awaitable[Result]]) -> Result:
-        """Do what takes host memory and, where it fails, leaves none taken; again when a neighbour has ended.
+        """Do what takes room and, where it fails, leaves none taken; again when a neighbour has ended.
 
-        For a part that holds nothing. Raises HostMemoryError when no neighbour was in the way.
+        For a part that holds nothing. Raises HostMemoryError, QueueFullError when no neighbour was in the way.
         """
         while True:
             before = self._let_go
             try:
                 return await take()
-            except HostMemoryError:
+            except NO_ROOM:
                 # A neighbour that let go while this was under way may have been what was in the way.
                 if self._let_go == before:
                     if self._at_work == 1:

@@ -1,9 +1,10 @@
 """A unix socket that knows the user at its other end.
 
 gRPC does not tell who connects. So this accepts in its place, asks the kernel (SO_PEERCRED), and passes the bytes of
-those who may call on to gRPC's own socket, which lies in a directory that nobody else can enter. The end that connects
-there is bound to an abstract name that says the user: gRPC gives it as the call's peer. The name has a random part, so
-that it cannot be taken beforehand; whoever could reach gRPC's socket to forge one is the service's own user or root.
+those who may call on to gRPC's own socket, which lies beside it, in a directory that nobody else can enter; what a
+server that was killed has left there is taken over. The end that connects there is bound to an abstract name that says
+the user: gRPC gives it as the call's peer. The name has a random part, so that it cannot be taken beforehand; whoever
+could reach gRPC's socket to forge one is the service's own user or root.
 
 Each connection costs two threads and a copy of its bytes.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import secrets
+import shutil
 import socket
+import stat
 import struct
-import tempfile
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -36,8 +39,8 @@ class PeerSocket:
         self._uids = frozenset(uids)
         self._most = max_connections
         self._log = log
-        self._directory = tempfile.TemporaryDirectory(prefix="streamindex-")  # mode 0700
-        self.upstream = str(Path(self._directory.name) / "grpc.sock")
+        self._directory = Path(f"{path}.d")
+        self.upstream = str(self._directory / "s")  # a socket's path has 107 bytes at most
         self._secret = secrets.token_hex(12)
         self._peer = re.compile(rf"unix-abstract:streamindex-{self._secret}-(\d+)-\d+")
         self._connections: set[_Connection] = set()
@@ -45,6 +48,12 @@ class PeerSocket:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.setblocking(False)
         self._listener.bind(path)
+        try:
+            _take(self._directory)
+        except OSError:
+            self._listener.close()
+            os.unlink(path)
+            raise
         os.chmod(path, 0o666)  # noqa: S103 (who may call is decided by user, below)
 
     def start(self) -> None:
@@ -64,7 +73,7 @@ class PeerSocket:
             connection.end()
         for connection in list(self._connections):
             connection.join(_JOIN_S)
-        self._directory.cleanup()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def uid_of(self, peer: str) -> int | None:
         """The user at the other end of a gRPC peer; None for a peer that did not come through here."""
@@ -93,7 +102,22 @@ class PeerSocket:
             return
         connection = _Connection(client, upstream, self._connections.discard)
         self._connections.add(connection)
-        connection.start()
+        try:
+            connection.start()
+        except RuntimeError as error:  # there are no threads left
+            self._log.error("connection_not_passed_on", detail=repr(error))
+
+
+def _take(directory: Path) -> None:
+    """A directory that nobody else can enter, new or left behind. Raises OSError for one that is somebody else's."""
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            text = f"{directory} is there and is not a directory that the service's user alone can enter"
+            raise PermissionError(errno.EPERM, text) from None
+        (directory / "s").unlink(missing_ok=True)
 
 
 class _Connection:
@@ -110,8 +134,16 @@ class _Connection:
         self._threads = [threading.Thread(target=self._pump, args=pair, name="peer", daemon=True) for pair in pairs]
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        """Raises RuntimeError when the system has no threads; then it ends by itself."""
+        started = 0
+        try:
+            for thread in self._threads:
+                thread.start()
+                started += 1
+        except RuntimeError:
+            self.end()
+            self._leave(len(self._threads) - started)
+            raise
 
     def end(self) -> None:
         """Wake both threads."""
@@ -121,7 +153,8 @@ class _Connection:
 
     def join(self, timeout_s: float) -> None:
         for thread in self._threads:
-            thread.join(timeout_s)
+            if thread.ident is not None:
+                thread.join(timeout_s)
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         buffer = memoryview(bytearray(_BUFFER_BYTES))
@@ -131,8 +164,12 @@ class _Connection:
             target.shutdown(socket.SHUT_WR)
         except OSError:  # one of the two has gone: so does the other
             self.end()
+        self._leave(1)
+
+    def _leave(self, threads: int) -> None:
+        """So many threads have ended, or never will begin; the last one closes both ends."""
         with self._lock:
-            self._left -= 1
+            self._left -= threads
             if self._left:
                 return
         for end in self._ends:

@@ -59,9 +59,20 @@ async def read_message(context: Any) -> Any:
     return message
 
 
-async def read_header(context: Any) -> Any:
-    """The header that a stream of rows begins with. Raises MalformedMessageError for anything else."""
-    message = await read_message(context)
+async def read_first(context: Any, timeout_s: float) -> Any:
+    """The message that a stream begins with, None where it ends at once. Raises MalformedMessageError;
+    SlowConsumerError when none comes in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await read_message(context)
+    except TimeoutError:
+        raise SlowConsumerError("the call was made, and no header came for too long") from None
+
+
+async def read_header(context: Any, timeout_s: float) -> Any:
+    """The header that a stream of rows begins with. Raises MalformedMessageError for anything else; SlowConsumerError
+    when none comes in time."""
+    message = await read_first(context, timeout_s)
     if message is None or isinstance(message, framing.Chunk) or message.WhichOneof("message") != "header":
         raise MalformedMessageError("the first message must be a header", field="header")
     return message.header
@@ -300,8 +311,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             return self._authenticate(context)
         except ServiceError as error:
-            if path in self._in_band:
-                await context.write(self._in_band[path](refused=to_message(error)))
+            if path in self._in_band:  # nobody knows who this is: it must not be able to hold the call by not reading
+                await MessageWriter(context, _REFUSAL_TIMEOUT_S).refuse(self._in_band[path](refused=to_message(error)))
             raise
 
     def _record(self, details: grpc.HandlerCallDetails) -> Call:

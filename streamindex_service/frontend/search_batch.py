@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from streamindex.framing import Chunk
@@ -15,9 +14,11 @@ from streamindex_service.core.specs import CacheSpec
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import batch, requests, tensors
 from streamindex_service.frontend.admission import AdmittedSearch, admit
+from streamindex_service.frontend.batch_group import BatchCall, BatchGroup, Member, Share, search_kind
 from streamindex_service.frontend.host_memory import Block
-from streamindex_service.frontend.neighbours import Neighbours
+from streamindex_service.frontend.index_tiles import IndexTiles
 from streamindex_service.frontend.query_block import INDICES, SCORES, BlockLayout, fill_rows
+from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.staging import commit_upload, write_rows
 
@@ -35,8 +36,8 @@ class BatchSearch:
         self._service = service
         self._owner = owner
         self._request = request
-        self._deadline_s = deadline_s
-        self._searches = Neighbours()
+        self._call = BatchCall(deadline_s)
+        self._layouts: dict[CacheSpec, BlockLayout] = {}
 
     async def run(self) -> pb.SearchBatchResponse:
         """Answer all items. Raises InvalidArgumentError for what concerns the whole call."""
@@ -46,7 +47,10 @@ class BatchSearch:
         rows = sum(item.row_count for item in request.items)
         answer_bytes = rows * answer_row_bytes(request.top_k, request.want_scores)
         batch.check_answers(self._service, len(request.items), answer_bytes)
-        with batch.step(self._service, self._parameters.band):
+        with (
+            batch.step(self._service, self._parameters.band),
+            batch.caches_kept(self._service, self._owner, request.items),
+        ):
             return await self._answer()
 
     async def _answer(self) -> pb.SearchBatchResponse:
@@ -58,27 +62,24 @@ class BatchSearch:
                 await self._append(item, result)
             except ServiceError as error:
                 batch.refuse(self._service, result, error)
-        searches = [
-            (item, result)
+        members = [
+            (search_kind(member.cache.spec), member)
             for item, result in zip(request.items, results, strict=True)
-            if item.row_count and not result.HasField("error")
+            if item.row_count and (member := self._member(item, result)) is not None
         ]
-        if len(searches) == 1:  # a task of its own would come a turn of the loop later
-            await self._search(*searches[0])
-        else:
-            await self._search_all(searches)
+        await self._call.answer(members, lambda: _SearchGroup(self._service, self._call, self._parameters))
         return pb.SearchBatchResponse(results=results)
 
-    async def _search_all(self, searches: Sequence[tuple[pb.SearchBatchItem, pb.SearchBatchResult]]) -> None:
-        turns = asyncio.Semaphore(batch.ITEMS_AT_ONCE)
-
-        async def search(item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
-            async with turns:
-                await self._search(item, result)
-
-        async with asyncio.TaskGroup() as group:
-            for item, result in searches:
-                group.create_task(search(item, result))
+    def _member(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> _SearchMember | None:
+        """The item, if nothing is wrong with it so far."""
+        if result.HasField("error"):
+            return None
+        try:
+            cache = self._service.caches.get(self._owner, item.key_cache_id)
+        except ServiceError as error:  # deleted since
+            batch.refuse(self._service, result, error)
+            return None
+        return _SearchMember(self._service, item, result, cache, self._layout(cache.spec), self._parameters.want_scores)
 
     async def _append(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
         cache = self._service.caches.get(self._owner, item.key_cache_id)
@@ -101,70 +102,73 @@ class BatchSearch:
         batch.check_item(item, (("q", item.q, q), ("w", item.w, w)))
 
     def _layout(self, spec: CacheSpec) -> BlockLayout:
-        block_bytes = self._service.blocks.block_bytes
-        return BlockLayout.of(spec, self._request.top_k, self._request.want_scores, block_bytes)
-
-    async def _search(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> None:
-        try:
-            cache = self._service.caches.get(self._owner, item.key_cache_id)
-            with self._searches.part():
-                async with await self._searches.beside(lambda: self._admit(cache, item.layer)) as admitted:
-                    search = _ItemSearch(item, admitted, self._parameters.want_scores)
-                    admitted.users.append(search)
-                    result.indices, result.scores = await search.run()
-                    self._service.counters.queries += item.row_count
-        except ServiceError as error:
-            batch.refuse(self._service, result, error)
-
-    async def _admit(self, cache: KeyCache, layer: int) -> AdmittedSearch:
-        return await admit(self._service, cache, layer, self._parameters, self._deadline_s)
+        layout = self._layouts.get(spec)
+        if layout is None:
+            block_bytes = self._service.blocks.block_bytes
+            # with scores: they are kept for keys that pass through the device page by page, beside others in a block
+            layout = self._layouts[spec] = BlockLayout.of(spec, self._request.top_k, True, block_bytes)
+        return layout
 
 
-class _ItemSearch:
-    """One item, in as many tiles as it takes; nearly always one."""
+class _SearchMember(Member):
+    """An item with rows."""
 
-    def __init__(self, item: pb.SearchBatchItem, admitted: AdmittedSearch, scored: bool) -> None:
-        self._item = item
-        self._admitted = admitted
-        self._tiles = admitted.tiles
-        self._layout = admitted.tiles.layout
-        self._scored = scored
-        self._series = batch.TileSeries()
-        self._block: Block | None = None
-
-    async def run(self) -> tuple[bytes, bytes]:
-        """Indices and scores of the rows. Raises ServiceError."""
-        item, cache = self._item, self._admitted.snapshot.spec
+    def __init__(
+        self,
+        service: Service,
+        item: pb.SearchBatchItem,
+        result: pb.SearchBatchResult,
+        cache: KeyCache,
+        layout: BlockLayout,
+        scored: bool,
+    ) -> None:
+        super().__init__(item, result, layout)
+        self.cache = cache
         positions = np.array(item.positions, dtype=np.int64).tobytes()
         parts = (memoryview(item.q), memoryview(item.w), memoryview(positions))
-        chunk = Chunk(0, item.row_count, parts, None)
-        self._block = block = await self._admitted.service.blocks.acquire()
-        indices, scores = [], []
-        first = 0
-        while first < item.row_count:
-            left = item.positions[first : first + self._layout.rows]
-            count = min(len(left), self._tiles.tile_rows(self._tiles.keys_seen(max(left))))
-            fill_rows(self._layout, cache, chunk, first, count, block, 0, first, None)
-            keys = self._tiles.keys_seen(max(left[:count]))
-            await self._series.run(self._tiles, block, 0, count, keys)
-            indices.append(self._layout.part(block, INDICES, 0, count).tobytes())
-            scores.append(self._layout.part(block, SCORES, 0, count * self._scored).tobytes())
-            first += count
-        return b"".join(indices), b"".join(scores)
+        self.chunk = Chunk(0, item.row_count, parts, None)
+        self._service = service
+        self._indices: list[bytes] = []
+        self._scores: list[bytes] = []
+        self._scored = scored
 
-    @property
-    def runs(self) -> bool:
-        """Whether the device has something of it, or will have."""
-        return self._series.runs
+    def refuse(self, error: ServiceError) -> None:
+        """See `Member`."""
+        if not self.failed:
+            batch.refuse(self._service, self.result, error)
 
-    async def stop(self) -> None:
-        """Wait for the device."""
-        await self._series.stop()
+    def take(self, block: Block, at: int, rows: int) -> None:
+        """See `Member`."""
+        self._indices.append(self.layout.part(block, INDICES, at, rows).tobytes())
+        self._scores.append(self.layout.part(block, SCORES, at, rows * self._scored).tobytes())
 
-    def give_back(self) -> None:
-        """Give the block back."""
-        if self._block is not None:
-            self._admitted.service.blocks.release(self._block)
+    def finish(self) -> None:
+        """See `Member`."""
+        self.result.indices, self.result.scores = b"".join(self._indices), b"".join(self._scores)
+
+
+class _SearchGroup(BatchGroup[_SearchMember, AdmittedSearch]):
+    """Items that are searched in one tile where they can be."""
+
+    def __init__(self, service: Service, call: BatchCall, parameters: SearchParameters) -> None:
+        super().__init__(service, call)
+        self._parameters = parameters
+
+    async def _open(self, member: _SearchMember) -> AdmittedSearch:
+        admitted = await admit(
+            self._service, member.cache, member.item.layer, self._parameters, self._call.deadline_s, among_others=True
+        )
+        assert admitted.tiles.layout == member.layout, "rows of two kinds in one block"
+        return admitted
+
+    def _fill(self, share: Share[_SearchMember, AdmittedSearch], block: Block) -> None:
+        member = share.member
+        fill_rows(
+            member.layout, member.cache.spec, member.chunk, share.first, share.rows, block, share.at, share.first, None
+        )
+
+    def _index(self, admitted: AdmittedSearch) -> IndexTiles:
+        return admitted.tiles
 
 
 async def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.SearchBatchItem.Append) -> None:

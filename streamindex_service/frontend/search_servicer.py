@@ -25,10 +25,11 @@ class SearchServicer:
 
     async def search(self, request_iterator: Any, context: Any) -> None:
         """Search."""
-        writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
+        limits = self._service.settings.limits
+        writer = MessageWriter(context, limits.slow_consumer_s)
         try:
             self._service.admit()
-            header: pb.SearchHeader = await read_header(context)
+            header: pb.SearchHeader = await read_header(context, limits.slow_consumer_s)
             owner = self._identify(context)
             cache = self._service.caches.get(owner, header.key_cache_id)
             parameters = requests.search_parameters(header, cache.spec, self._service.settings)
@@ -47,7 +48,7 @@ class SearchServicer:
                     layer_keys=admitted.snapshot.length_keys,
                     layer_version=admitted.snapshot.version,
                     implementation=self._service.require_worker_info().implementation,
-                    max_chunk_bytes=int(self._service.settings.limits.max_chunk_bytes),
+                    max_chunk_bytes=int(limits.max_chunk_bytes),
                 )
                 await writer.write(pb.SearchResponse(accepted=accepted))
                 stream = SearchStream(self._service, admitted, parameters, key, context, writer)

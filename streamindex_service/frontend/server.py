@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from streamindex import framing
 from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2, server_pb2
@@ -26,6 +26,7 @@ from streamindex_service.config import Settings
 from streamindex_service.errors import DrainingError
 from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.attention_servicer import AttentionServicer
+from streamindex_service.frontend.health import HealthServicer
 from streamindex_service.frontend.identity import Identify, authenticator, current
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
 from streamindex_service.frontend.metrics_server import MetricsServer
@@ -42,6 +43,7 @@ from streamindex_service.telemetry.spans import Tracing
 
 _PIECE_BYTES = 1 << 20
 _METADATA_BYTES = 16_384  # of a call's headers: a token, two ids
+_UNCOMPRESSED_ONLY = 1  # a bit for each of gRPC's compression algorithms; the lowest is for none
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Server:
         self._calls = CallInterceptor(
             self._log, authenticate, self._admit, self.service.counters, services, self._tracing
         )
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer(settings.server.max_health_watchers)
         self._server = self._make_server()
         self._metrics = MetricsServer(self.service, settings.metrics)
 
@@ -131,8 +133,8 @@ class Server:
         except OSError as error:
             where = f"{self.settings.metrics.host}:{self.settings.metrics.port}"
             raise SocketInUseError(f"cannot listen on {where} (metrics.port): {error.strerror}") from error
-        await self._set_health(ready=False)
-        self.service.health_changed = self._health_changed
+        self._set_health(ready=False)
+        self.service.health_changed = lambda ready: self._set_health(ready=ready)
         await self._server.start()
         if self._peers is not None:
             self._peers.start()
@@ -144,7 +146,7 @@ class Server:
         """Not ready, refuse what is new, let running calls go on for `drain_s`, cancel the rest, stop the worker."""
         self._draining = True
         self.service.draining.set()
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
         running = [task for task in self._calls.running if not task.done()]
         if running and drain_s > 0:
             await asyncio.wait(running, timeout=drain_s)
@@ -163,9 +165,6 @@ class Server:
                 os.unlink(self.settings.server.unix_socket)
         self._log.info("stopped")
 
-    def _health_changed(self, ready: bool) -> None:
-        self.service.background(self._set_health(ready))
-
     def _admit(self) -> None:
         if self._draining:
             raise DrainingError("the server is shutting down")
@@ -173,12 +172,8 @@ class Server:
     def _uid_of(self, peer: str) -> int | None:
         return None if self._peers is None else self._peers.uid_of(peer)
 
-    async def _set_health(self, ready: bool) -> None:
-        if self._draining:
-            return
-        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *self._names):
-            await self._health.set(name, state)
+    def _set_health(self, *, ready: bool) -> None:
+        self._health.set(("", *self._names), ready=ready)
 
     def _listen_tcp(self, address: str) -> int:
         """Listen, with TLS if the settings say so; the port."""
@@ -228,6 +223,8 @@ class Server:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.server_handshake_timeout_ms", 10_000),
+                # gRPC unpacks a message before it looks at its length: a megabyte would become a gigabyte.
+                ("grpc.compression_enabled_algorithms_bitset", _UNCOMPRESSED_ONLY),
                 ("grpc.so_reuseport", 0),
                 # Messages are large: fewer, larger pieces cost the event loop a quarter less to put together.
                 ("grpc.http2.max_frame_size", _PIECE_BYTES),
@@ -285,7 +282,7 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
 
     Raises SocketInUseError, CredentialsError, TracesError; UnusableDeviceError when no worker can ever be ready.
     """
-    logs.configure(settings.log.level)
+    logs.configure(settings.log.level, settings.log.max_lines_per_s)
     keep_message_buffers()
     # Two descriptors an extent, here and in the worker, which inherits this.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

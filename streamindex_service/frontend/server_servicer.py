@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 from streamindex.v1 import server_pb2 as pb
@@ -15,6 +14,7 @@ from streamindex_service.errors import InvalidArgumentError, TooManyError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.identity import Identify
 from streamindex_service.frontend.load import load_of
+from streamindex_service.frontend.rpc import MessageWriter
 from streamindex_service.frontend.service import Service
 
 _WATCH_INTERVAL_MS = (100, 60_000)
@@ -63,7 +63,7 @@ class ServerServicer:
         """GetLoad."""
         return await load_of(self._service, self._identify(context))
 
-    async def watch_load(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:
+    async def watch_load(self, request: pb.WatchLoadRequest, context: Any) -> None:
         """WatchLoad."""
         least, most = _WATCH_INTERVAL_MS
         interval_ms = request.interval_ms or _DEFAULT_INTERVAL_MS
@@ -76,10 +76,13 @@ class ServerServicer:
         limit = self._service.settings.server.max_watchers
         if self._watchers >= limit:
             raise TooManyError(f"{limit} callers watch already, as many as may", metadata={"limit": limit})
+        # One who does not read must not keep its place from others.
+        writer = MessageWriter(context, self._service.settings.limits.slow_consumer_s)
         self._watchers += 1
         try:
             while True:
-                yield pb.WatchLoadResponse(load=await load_of(self._service, self._identify(context)))
+                load = await load_of(self._service, self._identify(context))
+                await writer.write(pb.WatchLoadResponse(load=load))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._service.draining.wait(), interval_ms / 1000)
                 self._service.admit()

@@ -104,9 +104,12 @@ class Service:
         """Start the worker and the sweeper."""
         self.supervisor.start()
         self._watchers = [
-            asyncio.create_task(self._sweep(), name="sweeper"),
-            asyncio.create_task(self._end_long_waits(), name="long-waits"),
-            asyncio.create_task(self._keep_room(), name="room"),
+            asyncio.create_task(self._every(period_s, work), name=work.__name__)
+            for period_s, work in (
+                (self.settings.server.sweep_s, self._sweep),
+                (min(_WAIT_CHECK_S, self.settings.scheduler.max_wait_s), self._end_long_waits),
+                (self.settings.server.sweep_s, self._keep_room),
+            )
         ]
 
     async def stop(self) -> None:
@@ -181,13 +184,19 @@ class Service:
     def _lost(self, blamed: bool) -> None:
         self.device.on_lost(blamed)
 
-    async def _end_long_waits(self) -> None:
-        period_s = min(_WAIT_CHECK_S, self.settings.scheduler.max_wait_s)
+    async def _every(self, period_s: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do something again and again. A defect of ours that ends it once must not end it for good, unheard."""
         while True:
             await asyncio.sleep(period_s)
-            expired = self.governor.expire()
-            if expired:
-                self.log.warning("waited_too_long", tiles=expired)
+            try:
+                await work()
+            except Exception:
+                self.log.error("watcher_failed", watcher=work.__name__, exc_info=True)
+
+    async def _end_long_waits(self) -> None:
+        expired = self.governor.expire()
+        if expired:
+            self.log.warning("waited_too_long", tiles=expired)
 
     def _make_room(self) -> HostRoom:
         limits = _spill_limits(self.settings)
@@ -196,25 +205,23 @@ class Service:
         return SpillingRoom(self.caches, self.uploads, self.host_extents, limits, self.clock, self.background, self.log)
 
     async def _keep_room(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.server.sweep_s)
-            await self.room.keep_free()
+        await self.room.keep_free()
 
     async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.server.sweep_s)
-            uploads = self.uploads.expire()
-            caches = self.caches.expired()
-            for cache in caches:
-                self.delete_cache(cache)
-            self.host_extents.expire_spares()
-            if uploads or caches:
-                self.log.info("expired", caches=len(caches), uploads=uploads)
+        uploads = self.uploads.expire()
+        caches = self.caches.expired()
+        for cache in caches:
+            self.delete_cache(cache)
+        self.host_extents.expire_spares()
+        if uploads or caches:
+            self.log.info("expired", caches=len(caches), uploads=uploads)
 
 
 def _quota(settings: Settings) -> Quota:
     limits = settings.limits
-    return Quota(limits.max_caller_caches or None, int(limits.max_caller_host_bytes) or None)
+    return Quota(
+        limits.max_caller_caches or None, int(limits.max_caller_host_bytes) or None, limits.max_caller_uploads or None
+    )
 
 
 def _spare_limits(settings: Settings) -> SpareLimits:

@@ -30,6 +30,7 @@ from streamindex_service.frontend.spill_files import SpillFiles
 
 _FILES = 1024  # at most, about: a disk budget larger than so many extents has larger ones
 _READS = 2  # of a page that is not as it was written, before it is given up
+_MOVES_IN_VAIN = 16  # one after another, each of pages that came into use while they were written
 
 Result = TypeVar("Result")
 
@@ -69,7 +70,8 @@ class HostRoom:
 
     @contextlib.asynccontextmanager
     async def with_pages(self, cache: KeyCache, pages: Callable[[], Sequence[Page]]) -> AsyncIterator[None]:
-        """Within, up to the first wait, these pages of a cache are in host memory."""
+        """Within, up to the first wait, these pages of a cache are in host memory. `pages` gives all of them as long as
+        any is not, and may give none else."""
         yield
 
     async def keep_free(self) -> None:
@@ -134,31 +136,32 @@ class SpillingRoom(HostRoom):
 
     async def make(self, take: Callable[[], Result]) -> Result:
         """See HostRoom. A quota is not a want of memory."""
+        may_be_more = True
         while True:
             try:
                 return take()
             except HostQuotaError:
                 raise
             except HostMemoryError as error:
-                needed = max(self._limits.extent_bytes, int(error.metadata.get("needed_bytes", 0)))
-                if not await self._finished(self._free(needed)):
+                if not may_be_more:
                     raise
+                needed = max(self._limits.extent_bytes, int(error.metadata.get("needed_bytes", 0)))
+                # When nothing can go, others may have given memory back while the disk was waited for.
+                may_be_more = await self._finished(self._free(needed))
 
     @contextlib.asynccontextmanager
     async def with_pages(self, cache: KeyCache, pages: Callable[[], Sequence[Page]]) -> AsyncIterator[None]:
         """See HostRoom. Raises HostMemoryError, ExceedsBudgetError, SpillUnreadableError, QueueFullError."""
-        held: list[Page] = []
+        wanted = _Wanted(self._store, pages)
         cache.busy += 1
         try:
             # What others do to the cache while this waits may bring pages that are on disk as well.
-            while not _all_in_host(found := pages()):
-                self._store.hold(found)
-                held += found
-                await self._finished(self._restore(held))
+            while not _all_in_host(pages()):
+                await self._finished(self._restore(wanted))
             yield
         finally:
             cache.busy -= 1
-            self._store.release(held)
+            wanted.leave()
 
     async def keep_free(self) -> None:
         """Spill what was idle for long while more than the watermark is in use."""
@@ -214,11 +217,18 @@ class SpillingRoom(HostRoom):
         """One move; whether any memory is free that was not. What has expired goes first, and not to the disk."""
         if self._uploads.reclaim(at_once=True):
             return True
-        if self._clock() < self._paused_until:
-            return False
-        move = self.spill.begin_spill(needed_bytes, idle_s)
-        if move is None:
-            return False
+        for _ in range(_MOVES_IN_VAIN):
+            if self._clock() < self._paused_until:
+                return False
+            move = self.spill.begin_spill(needed_bytes, idle_s)
+            if move is None:
+                return False
+            if await self._spill_move(move):
+                return True
+        return False
+
+    async def _spill_move(self, move: Move) -> bool:
+        """Whether any memory is free that was not: not when the disk fails, or all pages came into use meanwhile."""
         checksums = None
         try:
             checksums = await self._on_thread(lambda: self._write(move))
@@ -230,21 +240,20 @@ class SpillingRoom(HostRoom):
         self._moves += freed_bytes > 0
         return freed_bytes > 0
 
-    async def _restore(self, pages: Sequence[Page]) -> None:
-        """Bring pages back that the caller holds, and that this holds until it has ended."""
-        pages = list(pages)
-        self._store.hold(pages)
-        try:
-            async with self._turn():
-                while missing := list(dict.fromkeys(page for page in pages if page.host is None)):
-                    self.spill.refuse_what_never_fits(list(dict.fromkeys(pages)))
-                    move = self.spill.begin_restore(missing)
-                    if move is not None:
-                        await self._bring(move)
-                    elif not await self._spill_some(sum(page.page_bytes for page in missing)):
-                        raise self._store.memory_used_up(missing[0].page_bytes, missing[0].page_bytes, 1.0)
-        finally:
-            self._store.release(pages)
+    async def _restore(self, wanted: _Wanted) -> None:
+        """Bring pages back for as long as somebody wants them, who has them held when this has ended."""
+        async with self._turn():
+            may_be_more = True
+            while missing := wanted.missing():
+                self.spill.refuse_what_never_fits(wanted.held)
+                move = self.spill.begin_restore(missing)
+                if move is not None:
+                    await self._bring(move)
+                    may_be_more = True
+                elif may_be_more:
+                    may_be_more = await self._spill_some(sum(page.page_bytes for page in missing))
+                else:
+                    raise self._store.memory_used_up(missing[0].page_bytes, missing[0].page_bytes, 1.0)
 
     async def _bring(self, move: Move) -> None:
         restored = False
@@ -279,6 +288,34 @@ class SpillingRoom(HostRoom):
             with contextlib.suppress(OSError):
                 return self.files.read(page.spilled, page.page_bytes, page.crc32c)
         return self.files.read(page.spilled, page.page_bytes, page.crc32c)
+
+
+class _Wanted:
+    """Pages that somebody waits for: `pages` tells which. They are held from the turn at the disk on, not before: who
+    waits for that must not keep the memory that those before it need."""
+
+    def __init__(self, store: CacheStore, pages: Callable[[], Sequence[Page]]) -> None:
+        self.held: list[Page] = []
+        self._store = store
+        self._pages = pages
+        self._left = False
+
+    def missing(self) -> list[Page]:
+        """Those of them that are not in host memory now; none when nobody waits any more. All of them are held, and
+        those no longer that have been replaced meanwhile."""
+        if self._left or _all_in_host(found := self._pages()):  # what is held by then stays so
+            return []
+        found = list(dict.fromkeys(found))
+        self._store.hold(found)
+        self._store.release(self.held)
+        self.held = found
+        return [page for page in found if page.host is None]
+
+    def leave(self) -> None:
+        """Nobody waits any more, or all is there and in use."""
+        self._left = True
+        self._store.release(self.held)
+        self.held = []
 
 
 def _all_in_host(pages: Sequence[Page]) -> bool:

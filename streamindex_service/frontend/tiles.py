@@ -116,7 +116,7 @@ def span(block: Block, offset: int) -> pb.Span:
 
 def search_tile(
     tile_id: int,
-    view: View,
+    sequences: Sequence[pb.SearchSequence],
     spec: TileSpec,
     block: Block,
     place: TilePlace,
@@ -124,10 +124,10 @@ def search_tile(
     part: TilePart,
     due: TileDue,
 ) -> pb.ToWorker:
-    """The message that asks for a tile of a search."""
+    """The message that asks for a tile of searches."""
     message = pb.SearchTile(
         tile_id=tile_id,
-        view_id=view.view_id,
+        sequences=sequences,
         rows=place.rows,
         heads=spec.heads,
         ratio=spec.ratio,

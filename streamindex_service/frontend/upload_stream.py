@@ -50,7 +50,7 @@ class UploadStream:
         self._rows_taken = upload.rows_held
         self._reading: asyncio.Task[Any] | None = None
         self._heard_at = service.clock()
-        self._silent: SlowConsumerError | None = None
+        self._too_slow: SlowConsumerError | None = None  # what the caller did not send, or read
         self._acknowledge_now = asyncio.Event()
         self._lane = IngestLane(
             service.ingest_threads,
@@ -96,20 +96,20 @@ class UploadStream:
         try:
             await self._lane.close()
         finally:
-            self._silent = None  # raised, it holds the frames that hold this
+            self._too_slow = None  # raised, it holds the frames that hold this
             self._service.uploads.detach(self._upload)
 
     async def _next(self) -> Any:
         """The next message. Raises SlowConsumerError; what the work on a chunk has raised, even while none comes."""
         await self._service.pacing.before_reading()
-        if self._lane.failure is not None:
-            raise self._lane.failure
+        if (reason := self._lane.failure or self._too_slow) is not None:
+            raise reason
         self._heard_at = self._service.clock()  # silence begins when there is somebody to listen
         self._reading = asyncio.current_task()
         try:
             return await read_message(self._context)
         except asyncio.CancelledError:
-            reason = self._lane.failure or self._silent
+            reason = self._lane.failure or self._too_slow
             if reason is None or self._reading is None:
                 raise
             self._reading.uncancel()
@@ -127,9 +127,12 @@ class UploadStream:
         while True:
             await asyncio.sleep(period_s)
             if self._reading is not None and self._service.clock() - self._heard_at >= period_s:
-                self._silent = SlowConsumerError("nothing came for too long; what is held can be resumed")
-                self._stop_reading()
+                self._end_for(SlowConsumerError("nothing came for too long; what is held can be resumed"))
                 return
+
+    def _end_for(self, reason: SlowConsumerError) -> None:
+        self._too_slow = reason
+        self._stop_reading()
 
     async def _take(self, chunk: Chunk) -> None:
         self._service.pacing.read(chunk.payload_bytes)
@@ -163,7 +166,11 @@ class UploadStream:
             await self._acknowledge_now.wait()
             self._acknowledge_now.clear()
             acknowledged = pb.UploadAcknowledged(row_offset=self._upload.rows_held)
-            await self._writer.write(pb.AppendKeysResponse(acknowledged=acknowledged))
+            try:
+                await self._writer.write(pb.AppendKeysResponse(acknowledged=acknowledged))
+            except SlowConsumerError as error:  # nobody else hears of it before the finish
+                self._end_for(error)
+                return
 
     # On threads, with chunks that follow each other; what is returned counts them, in order.
 

@@ -306,6 +306,10 @@ class Supervisor:
             try:
                 async with asyncio.timeout(self._options.ready_timeout_s):
                     ready = await worker.wait_ready()
+                # Its end may have been read with its readiness. Nobody had been told of it then: nobody is to be now,
+                # or its memory would be believed in from there on.
+                if not worker.alive:
+                    raise WorkerLostError("the device process ended as soon as it was ready")
             except (TimeoutError, WorkerLostError):
                 self._events.log("worker_not_ready", backoff_s=backoff_s)
                 await self._end(worker)

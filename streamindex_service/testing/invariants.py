@@ -115,6 +115,8 @@ class Watch:
         held = sum([page.page_bytes for page in pages])
         accounts = self.service.caches.accounts
         require(held == sum([each.host_bytes for each in accounts]), "the accounts are not what callers hold")
+        uploads = sum([each.uploads for each in accounts])
+        require(uploads == self.service.uploads.open_uploads, "the accounts are not what callers upload")
 
     def _count_places(self, pages: set[Page]) -> None:
         """Every page has exactly one place, and every place that is taken a page."""

@@ -10,7 +10,7 @@ from streamindex_service.ops.paged_keys import PAGE_KEYS, PagedKeys
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import IMPLEMENTATIONS as ATTENTION
 from streamindex_service.ops.sparse_attention import check_sparse_attention
-from streamindex_service.ops.topk import topk
+from streamindex_service.ops.topk import KeySequence, topk_sequences
 from streamindex_service.worker.device import Device, supported
 
 _ROWS, _HEADS, _HEAD_DIM, _KEYS, _TOP_K = 3, 16, 64, 2 * PAGE_KEYS + 37, 32
@@ -28,7 +28,8 @@ def run(device: Device, implementation: str, attention: str) -> None:
 
 
 def search(device: Device, implementation: str) -> None:
-    """Search small integers, which every format represents exactly, and compare bit for bit with the reference.
+    """Search small integers, which every format represents exactly, in two sequences, and compare bit for bit with the
+    reference.
 
     Raises as `run` does.
     """
@@ -45,7 +46,10 @@ def search(device: Device, implementation: str) -> None:
 
     def found(name: str, on: torch.device) -> torch.Tensor:
         keys = PagedKeys.from_contiguous(k.to(on), None if scales is None else scales.to(on))
-        return topk(q.to(on), w.to(on), keys, positions, ratio=1, top_k=_TOP_K, implementation=name).indices.cpu()
+        sequences = [KeySequence(2, keys), KeySequence(_ROWS - 2, keys)]
+        return topk_sequences(
+            q.to(on), w.to(on), sequences, positions, ratio=1, top_k=_TOP_K, implementation=name
+        ).indices.cpu()
 
     answer = found(implementation, device.torch_device)
     if not torch.equal(answer, found("reference", torch.device("cpu"))):

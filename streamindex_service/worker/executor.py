@@ -22,7 +22,7 @@ import torch
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops.cached_attention import CachedSequence
 from streamindex_service.ops.paged_keys import PagedKeys
-from streamindex_service.ops.topk import Order, TopkResult, topk
+from streamindex_service.ops.topk import KeySequence, Order, TopkResult, topk_sequences
 from streamindex_service.worker.attention import AttendTensors, attend, sequences_of
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
@@ -145,12 +145,12 @@ class Executor:
     def search_tile(self, message: pb.SearchTile) -> None:
         """Search some rows; the answers are in the message's spans when TileDone is sent."""
         with self._tile(message.tile_id, self._issued) as work:
-            keys = self.store.view(message.view_id)
+            sequences = [KeySequence(each.rows, self.store.view(each.view_id)) for each in message.sequences]
             if self._device.is_cuda:
                 with self._memory.peak_of(work):
-                    self._search_on_gpu(message, keys, work)
+                    self._search_on_gpu(message, sequences, work)
             else:
-                self._search_on_cpu(message, keys)
+                self._search_on_cpu(message, sequences)
 
     def attend_tile(self, message: pb.AttendTile) -> None:
         """Attention of some rows; the answers are in the message's spans when TileDone is sent."""
@@ -210,14 +210,14 @@ class Executor:
         scores = at(message.scores, torch.float32, (rows, message.top_k)) if has_scores else None
         return q, w, positions, indices, scores
 
-    def _search_on_cpu(self, message: pb.SearchTile, keys: PagedKeys) -> None:
-        q, w, positions, indices, scores = self._host_tensors(message, keys)
+    def _search_on_cpu(self, message: pb.SearchTile, sequences: Sequence[KeySequence]) -> None:
+        q, w, positions, indices, scores = self._host_tensors(message, sequences[0].keys)
         if not message.merge:
-            self._topk(message, q, w, keys, positions, out_indices=indices, out_scores=scores)
+            self._topk(message, q, w, sequences, positions, out_indices=indices, out_scores=scores)
             return
         assert scores is not None
         positions, sees = shift_positions(positions, message.first_key, message.ratio)
-        found = self._topk(message, q, w, keys, positions, order=Order.SCORE)
+        found = self._topk(message, q, w, sequences, positions, order=Order.SCORE)
         assert found.scores is not None
         order = _ORDERS[message.order]
         merged = merge((indices, scores), (found.indices, found.scores), sees, message.first_key, order)
@@ -229,22 +229,22 @@ class Executor:
         message: pb.SearchTile,
         q: torch.Tensor,
         w: torch.Tensor,
-        keys: PagedKeys,
+        sequences: Sequence[KeySequence],
         positions: torch.Tensor,
         *,
         order: Order | None = None,
         out_indices: torch.Tensor | None = None,
         out_scores: torch.Tensor | None = None,
     ) -> TopkResult:
-        return topk(
-            q, w, keys, positions,
+        return topk_sequences(
+            q, w, sequences, positions,
             ratio=message.ratio, top_k=message.top_k, order=order or _ORDERS[message.order],
             implementation=self._implementation, workspace_bytes=message.workspace_bytes,
             want_scores=message.HasField("scores"), out_indices=out_indices, out_scores=out_scores,
         )  # fmt: skip
 
-    def _search_on_gpu(self, message: pb.SearchTile, keys: PagedKeys, work: _Issued) -> None:
-        q_host, w_host, positions, indices_host, scores_host = self._host_tensors(message, keys)
+    def _search_on_gpu(self, message: pb.SearchTile, sequences: Sequence[KeySequence], work: _Issued) -> None:
+        q_host, w_host, positions, indices_host, scores_host = self._host_tensors(message, sequences[0].keys)
         device = self._device.torch_device
         best = None
         with torch.cuda.stream(self._copy_in):
@@ -262,10 +262,10 @@ class Executor:
             work.start_event = _event(timing=True)
             work.start_event.record()
             if best is None:
-                result = self._topk(message, q, w, keys, positions)
+                result = self._topk(message, q, w, sequences, positions)
                 answer = result.indices, result.scores
             else:
-                result = self._topk(message, q, w, keys, positions, order=Order.SCORE)
+                result = self._topk(message, q, w, sequences, positions, order=Order.SCORE)
                 assert result.scores is not None
                 sees.record_stream(self._compute)
                 found = result.indices, result.scores

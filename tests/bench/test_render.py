@@ -88,10 +88,6 @@ class TestRender:
 
 
 class TestPictures:
-    @pytest.fixture(autouse=True)
-    def _matplotlib(self) -> None:
-        pytest.importorskip("matplotlib", reason="the extra `bench`")
-
     def test_scaling_is_drawn_log_log(self, tmp_path: Path) -> None:
         from benchmarks.figures import pictures
 

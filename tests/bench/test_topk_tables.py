@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import benchmarks.__main__ as runner
-from benchmarks import topk_ablations, topk_design, topk_parity, topk_real_data, topk_scaling
+from benchmarks import topk_ablations, topk_decode, topk_design, topk_parity, topk_real_data, topk_scaling
 from benchmarks.harness import Model
 from streamindex_service.ops.topk import reference
 
@@ -38,6 +38,17 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[1300, "reference"]["seconds"] is None
     assert "bound" in found[1300, "reference"]["note"]
     assert all(row["recall"] == 1.0 for row in rows if row["seconds"] is not None)
+
+
+def test_decode(tmp_path: Path) -> None:
+    rows = _run(topk_decode.main, tmp_path, "--models", "Tiny", "--sizes", "1", "3", "--keys", "300")
+    assert len(rows) == 2 * 2 * 2 * 2 * 2
+    assert all(row["recall"] == 1.0 and row["checked_rows"] == row["tokens"] for row in rows)
+    together = [row for row in rows if row["case"].endswith("together")]
+    assert {row["ratio_to"] for row in together} == {"chunked apart", "reference apart"}
+    row = next(row for row in together if row["dtype"] == "fp8_e4m3" and row["tokens"] == row["sequences"] == 3)
+    # of sequences of 300, 250 and 200 keys, each of 32 bytes and a scale
+    assert row["key_bytes_s"] * row["seconds"] == pytest.approx(750 * 36)
 
 
 def test_scaling_tries_each_tiling_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,25 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from streamindex.v1 import search_pb2
+from streamindex.v1 import search_pb2, server_pb2
 
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import Calls, refused, start_message
 from tests.support.http import free_port, request
+from tests.support.promql import Series, legend_labels, missing
 from tests.support.services import ROOMY, is_idle, wait_for
 from tests.support.tensors import Draw, Kind
 
 KIND = Kind(heads=2, head_dim=32)
-OPERATIONS = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+ROOT = Path(__file__).parents[2]
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+ALERTS = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
+SCRAPES = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+PANELS = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "streamindex.json").read_text())["panels"]
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +145,67 @@ def test_the_operations_guide_lists_exactly_these_metrics(service, calls, port):
     exported = {family.name + ("_total" if family.type == "counter" else "") for family in families}
     assert exported == set(re.findall(r"`(streamindex_[a-z_]+)", OPERATIONS))
     assert all(family.documentation for family in families)
+
+
+@pytest.fixture
+def exported(calls, port) -> dict[str, Series]:
+    """Labels of all series that there are once a search was served, by sample, and Prometheus's own `up`."""
+    draw = Draw(4)
+    with calls.cache(KIND, draw.keys(KIND, 300)) as cache:
+        calls.search(KIND, cache.id, draw.queries(KIND, 5), 8)
+    found = {name: [dict(labels) for labels in series] for name, series in scrape(port).items()}
+    return {**found, "up": [{"job": each["job_name"]} for each in SCRAPES]}
+
+
+def test_what_the_alerts_ask_for_is_exported(exported):
+    rules = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+    assert len({rule["alert"] for rule in rules}) == len(rules) > 5
+    for rule in rules:
+        assert missing(rule["expr"], exported) == [], rule["alert"]
+        assert rule.keys() - {"for"} == {"alert", "expr", "labels", "annotations"}, rule["alert"]
+        assert re.fullmatch(r"\d+[sm]", rule.get("for", "1m"))
+        assert rule["labels"].keys() == {"severity"}
+        assert rule["annotations"].keys() == {"summary", "description"}
+
+
+def test_what_the_dashboard_asks_for_is_exported(exported):
+    for panel in PANELS:
+        for target in panel["targets"]:
+            assert missing(target["expr"], exported) == [], panel["title"]
+            shown = legend_labels(target.get("legendFormat") or "")
+            labels = {label for name in exported if name in target["expr"] for each in exported[name] for label in each}
+            assert shown <= labels, panel["title"]
+
+
+def test_what_callers_make_up_makes_no_series(calls, port):
+    """Every series is held for as long as the service runs, and in Prometheus longer than that."""
+
+    def series() -> set[tuple[str, tuple[tuple[str, str], ...]]]:
+        found = scrape(port)
+        return {(name, labels) for name in found if name.startswith("streamindex_") for labels in found[name]}
+
+    before = series()
+    for number in range(20):
+        for path in ("/streamindex.v1.SearchService/Made{}", "/streamindex.v1.Made{}/Search", "/made.up{}/Search"):
+            with pytest.raises(grpc.RpcError) as caught:
+                calls.channel.unary_unary(path.format(number))(b"", timeout=20)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        metadata = (("x-request-id", f"id-{number}"), ("x-made-up", "x" * number))
+        calls.server.GetLoad(server_pb2.GetLoadRequest(), timeout=20, metadata=metadata)
+    assert series() == before
+
+
+def test_a_query_for_what_nobody_exports_is_found(exported):
+    for query, what in (
+        ("streamindex_redy == 0", "streamindex_redy"),
+        ('streamindex_ledger_limit_bytes{ledger="device"} > 1', "ledger='device'"),
+        ('rate(streamindex_refusals_total{reason=~"QUEUE_FULL|QUEUE_EMPTY"}[5m])', "reason='QUEUE_EMPTY'"),
+        ("1 - sum by (caller) (streamindex_queue_tiles)", "by caller"),
+    ):
+        (found,) = missing(query, exported)
+        assert what in found
+    with pytest.raises(ValueError, match="parenthesis"):
+        missing("sum(streamindex_ready", exported)
 
 
 def test_the_process_itself_is_measured(service, port):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from streamindex.v1 import search_pb2, types_pb2
 
-from tests.support.calls import TIMEOUT_S, refused
+from tests.support.calls import TIMEOUT_S, Calls, refused
 from tests.support.calls import batch_item as item
 from tests.support.services import is_idle, wait_for
 from tests.support.tensors import FP8, FP16, Draw, Kind, expected
@@ -187,3 +187,47 @@ def test_a_message_longer_than_the_limit(calls):
 
 def test_no_items(calls):
     assert len(batch(calls, [], 5)) == 0
+
+
+def test_sequences_are_searched_in_one_tile(inside, monkeypatch):
+    """All of a kind whose rows a block holds, in the order of the items; another kind has a tile of its own."""
+    submit, tiles, draw, made = inside.server.service.device.submit, [], Draw(9), []
+
+    def seen(views, block, request_key, message):
+        tile = message(0).search_tile
+        tiles.append((tile.heads, [each.rows for each in tile.sequences]))
+        assert len(views) == len(tile.sequences)
+        return submit(views, block, request_key, message)
+
+    with Calls(inside.target) as calls, contextlib.ExitStack() as stack:
+        for number in range(30):
+            kind = KIND if number % 3 else Kind(heads=4, head_dim=32)
+            keys = draw.keys(kind, 100 + 37 * number)
+            queries = draw.queries(kind, 1 + number % 4, start_position=len(keys) - 2)
+            made.append((kind, stack.enter_context(calls.cache(kind, keys)).id, keys, queries))
+        items = [item(kind, cache_id, queries) for kind, cache_id, _, queries in made]
+        monkeypatch.setattr(inside.server.service.device, "submit", seen)
+        results = batch(calls, items, 60, want_scores=True)
+        monkeypatch.undo()
+        for (kind, _, keys, queries), result in zip(made, results, strict=True):
+            assert_answers(result, kind, keys, queries, 60, want_scores=True)
+        wait_for(lambda: is_idle(calls.load()))
+    wanted = [(heads, [len(queries) for kind, _, _, queries in made if kind.heads == heads]) for heads in (3, 4)]
+    assert sorted(tiles) == wanted
+
+
+def test_one_cache_in_many_items(calls):
+    """Forks and the cache itself, the same item twice: pages that several of a tile read are pinned once for each."""
+    draw = Draw(10)
+    keys = draw.keys(KIND, 900)
+    with calls.cache(KIND, keys) as cache:
+        forks = [(calls.fork(cache.id, length).id, length) for length in (900, 600, 256)]
+        asked = [(cache.id, 900), *forks, forks[0], (cache.id, 900)]
+        queries = [draw.queries(KIND, 2, start_position=898) for _ in asked]
+        items = [item(KIND, cache_id, rows) for (cache_id, _), rows in zip(asked, queries, strict=True)]
+        for _ in range(2):
+            for result, (_, length), rows in zip(batch(calls, items, 70), asked, queries, strict=True):
+                assert_answers(result, KIND, keys[:length], rows, 70)
+        for cache_id, _ in forks:
+            calls.delete(cache_id)
+    wait_for(lambda: is_idle(calls.load()))

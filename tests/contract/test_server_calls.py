@@ -167,7 +167,8 @@ def test_callers_see_no_other_callers_name(inside):
             load = calls.server.GetLoad(server_pb2.GetLoadRequest(), timeout=30, metadata=calls.metadata)
         return {each.caller: each.own for each in load.queue.callers}
 
-    turns = [Turn(name, Band.BATCH, 1.0, 1, 0.0) for name in ("mine", "theirs")]
+    # Not from long ago: the service looks for tiles that have waited too long, and these are none of a search.
+    turns = [Turn(name, Band.BATCH, 1.0, 1, service.clock()) for name in ("mine", "theirs")]
     scheduler = Scheduler(service.governor.limits.queue)
     for each in turns:
         scheduler.add(each)

@@ -202,12 +202,13 @@ def test_a_client_refuses_what_makes_no_sense(client, sequences):
 
 
 def test_sequences_attend_in_one_tile(inside, monkeypatch):
-    """All sequences of a kind whose rows a block holds, in whatever number; found by sequence."""
+    """All sequences of a kind whose rows a block holds, in whatever number; and their indices are found in one."""
     submit, tiles = inside.server.service.device.submit, []
 
     def seen(views, block, request_key, message):
         tile = message(0)
-        tiles.append([each.rows for each in tile.attend_tile.sequences])
+        kind = tile.WhichOneof("message")
+        tiles.append((kind, [each.rows for each in getattr(tile, kind).sequences]))
         return submit(views, block, request_key, message)
 
     with streamindex_client.connect(inside.target) as client, Calls(inside.target) as calls:
@@ -220,8 +221,8 @@ def test_sequences_attend_in_one_tile(inside, monkeypatch):
             sequence.check(result)
             sequence.cache.delete()
         wait_for(lambda: is_idle(calls.load()))
-    assert len(tiles) == 21 + 2
-    assert sorted(filter(None, tiles), key=len) == [[2], [1 + seed % 3 for seed in range(20)]]
+    rows = [1 + seed % 3 for seed in range(20)]
+    assert sorted(tiles) == [("attend_tile", rows), ("attend_tile", [2]), ("search_tile", rows), ("search_tile", [2])]
 
 
 def test_more_items_than_calls_may_be_open():

@@ -10,10 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from streamindex_service import cli
+from streamindex_service.frontend.tokens import new_token
 from streamindex_service.testing.service import RunningService, ServiceStartError
+from tests.support.calls import Calls
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,40 @@ def test_health(service: RunningService, kind: str) -> None:
     done = streamindex("health", "--address", getattr(service, kind))
     assert done.returncode == 0, done.stderr
     assert "SERVING on cpu" in done.stdout
+
+
+def test_health_needs_no_token_and_tells_alive_from_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As probes ask it, of a service whose callers need tokens."""
+    token, line = new_token("caller")
+    (tmp_path / "tokens").write_text(line)
+    (tmp_path / "right").write_text(token)
+    (tmp_path / "wrong").write_text(new_token("caller")[0])
+    settings = {"worker": {"device": "cpu"}, "auth": {"token_file": str(tmp_path / "tokens")}}
+    with RunningService(settings) as service, Calls(service.address) as calls:
+
+        def health(*options: str) -> tuple[Any, str]:
+            monkeypatch.setattr(sys, "argv", ["streamindex", "health", "--address", service.address, *options])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            return ended.value.code or 0, capsys.readouterr().out.removeprefix(service.address).strip()
+
+        calls.metadata = (("authorization", f"Bearer {token}"),)
+        assert health() == (0, ": SERVING")
+        assert health("--alive") == (0, ": SERVING")
+        code, text = health("--token-file", str(tmp_path / "right"))
+        assert code == 0
+        assert "on cpu" in text
+        assert health("--token-file", str(tmp_path / "wrong")) == (1, "")
+        with calls.append_call() as call:
+            call.rpc.initial_metadata()  # a call that runs: the service drains for its sake
+            service.process.send_signal(signal.SIGTERM)
+            calls.wait_health(2)
+            assert health() == (1, "")
+            assert health("--alive") == (0, ": NOT_SERVING")
+        assert service.process.wait(30) == 0
+        assert health("--alive") == (1, "")
 
 
 def test_load_for_people(service: RunningService) -> None:

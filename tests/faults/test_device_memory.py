@@ -102,15 +102,53 @@ def test_a_defect_at_the_moment_of_its_turn_ends_one_search_alone(inside, monkey
 
 
 def test_others_wait_while_one_runs_alone(inside, short_of_memory):
-    draw = Draw(3)
-    keys, queries = draw.keys(KIND, 900), draw.queries(KIND, ROWS, start_position=880)
-    with Calls(inside.target) as calls, calls.cache(KIND, keys) as cache:
+    """Items of several kinds, which are tiles of their own."""
+    draw, made = Draw(3), []
+    with Calls(inside.target) as calls:
+        for kind in (KIND, Kind(heads=4, head_dim=32), Kind(heads=2, head_dim=64), Kind(heads=1, head_dim=32)):
+            cache_id, keys = calls.create(kind).id, draw.keys(kind, 900)
+            calls.upload(kind, cache_id, keys)
+            made.append((kind, cache_id, keys, draw.queries(kind, ROWS, start_position=880)))
         seen = short_of_memory(5)
-        items = [batch_item(KIND, cache.id, queries)] * 8
+        items = [batch_item(kind, cache_id, queries) for kind, cache_id, _, queries in made]
         results = calls.searches.SearchBatch(search_pb2.SearchBatchRequest(items=items, top_k=30), timeout=60).results
-        wanted = expected(KIND, keys, queries, 30)[0]
-        for result in results:
-            assert np.array_equal(np.frombuffer(result.indices, np.int32).reshape(ROWS, 30), wanted)
+        for (kind, cache_id, keys, queries), result in zip(made, results, strict=True):
+            found = np.frombuffer(result.indices, np.int32).reshape(ROWS, 30)
+            assert np.array_equal(found, expected(kind, keys, queries, 30)[0])
+            calls.delete(cache_id)
         wait_for(lambda: is_idle(calls.load()))
     assert any(in_flight > 1 for rows, _, in_flight in seen if rows == ROWS)
     assert all(in_flight == 1 for rows, _, in_flight in seen if rows < ROWS)
+
+
+def test_an_item_that_has_failed_has_no_further_tiles(inside, short_of_memory, monkeypatch):
+    """Of many tiles of an item, which wait side by side, those that have not begun are not asked for any more; the rest
+    of the call goes on."""
+    service, draw, made, rows = inside.server.service, Draw(5), [], 64
+    submit = service.device.submit
+    seen = short_of_memory(0)
+    without_memory = service.device.submit
+
+    def by_kind(views, block, request_key, message):
+        short = message(0).search_tile.heads == KIND.heads
+        return (without_memory if short else submit)(views, block, request_key, message)
+
+    monkeypatch.setattr(service.device, "submit", by_kind)
+    monkeypatch.setattr(service.governor.speed, "rows", lambda flop_per_row, seconds, most: 1)  # a tile of each row
+    with Calls(inside.target) as calls:
+        for kind in (KIND, Kind(heads=4, head_dim=32)):
+            cache_id, keys = calls.create(kind).id, draw.keys(kind, 300)
+            calls.upload(kind, cache_id, keys)
+            made.append((kind, cache_id, keys, draw.queries(kind, rows, start_position=299)))
+        items = [batch_item(kind, cache_id, queries) for kind, cache_id, _, queries in made]
+        request = search_pb2.SearchBatchRequest(items=items, top_k=30)
+        wrong, right = calls.searches.SearchBatch(request, timeout=60).results
+        assert wrong.error.reason == "DEVICE_MEMORY"
+        kind, _, keys, queries = made[1]
+        found = np.frombuffer(right.indices, np.int32).reshape(rows, 30)
+        assert np.array_equal(found, expected(kind, keys, queries, 30)[0])
+        for _, cache_id, _, _ in made:
+            calls.delete(cache_id)
+        wait_for(lambda: is_idle(calls.load()))
+    tries = service.settings.worker.memory_retries + 1
+    assert 0 < len(seen) <= tries * rows // 4  # as many tiles as wait at a time, not all

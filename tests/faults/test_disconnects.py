@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import grpc
 import numpy as np
@@ -15,6 +14,7 @@ from streamindex_service.frontend import row_stream, search_stream
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import (
     Calls,
+    StreamCall,
     answers,
     batch_item,
     finish_message,
@@ -71,7 +71,7 @@ def test_a_search_that_ends_early_gives_everything_back(service, calls, frozen, 
         calls.search(KIND, cache.id, draw.queries(KIND, 1), 5)  # the pages are on the device
         before = ledgers(calls)
         assert before["ingress"] == 0
-        call = other.start_search(KIND, cache.id, 64, timeout_s=1.5 if way == "deadline" else 60)
+        call = other.start_search(KIND, cache.id, 64, timeout_s=4.0 if way == "deadline" else 60)
         if moment == "answered":
             call.send(query_chunk(KIND, queries, 0, 100))
             call.receive("chunk")
@@ -111,26 +111,18 @@ def test_the_device_stops_within_a_tile(calls, frozen):
         many = [calls.start_search(kind, cache.id, 64, start_position=8000) for _ in range(8)]
         for call in many:
             call.send(*query_chunks(kind, queries, 100))
-        wait_for(lambda: ledgers(calls)["ingress"] == 8 * MIB)  # sixteen tiles are with the worker
+        wait_for(lambda: ledgers(calls)["ingress"] == 8 * MIB)  # two tiles are with the worker, and others wait
         for call in many:
             call.cancel()
         last = calls.start_search(kind, cache.id, 64, start_position=8000, want_scores=False)
         last.send(query_chunk(kind, queries, 0, 1))
         last.half_close()
-        started = time.monotonic()
+        done = calls.load().device.tiles_done
         frozen(False)
-        messages = last.rest()
-        elapsed_us = 1e6 * (time.monotonic() - started)
-        assert messages[-1].done.row_count == 1
+        assert last.rest()[-1].done.row_count == 1
         wait_for(lambda: is_idle(calls.load()))
-        # one tile of another search, and its own: not sixteen
-        reference = calls.search_call()
-        with reference:
-            reference.send(search_header(kind, cache.id, 64, start_position=8000))
-            reference.send(query_chunk(kind, queries, 0, 14))  # what a block holds of such rows
-            reference.half_close()
-            tile_us = reference.rest()[-1].done.device_us
-        assert elapsed_us < 8 * tile_us + 2e6
+        # its own, and of the others' what the worker had begun before it heard of their end
+        assert 1 <= calls.load().device.tiles_done - done <= 2
 
 
 def test_a_search_that_waits_in_the_queue_is_cancelled(calls, frozen):
@@ -295,6 +287,16 @@ def test_a_cancelled_batch_gives_everything_back(service, calls, frozen):
         frozen(False)
         wait_for(lambda: is_idle(calls.load()))
         assert ledgers(calls) == before
+
+
+def test_a_stream_that_never_begins_is_ended(impatient):
+    """Before its header as well: it has a place among the calls of its connection, and a drain waits for it."""
+    with Calls(impatient.address) as calls:
+        streams = [calls.append_call(), calls.search_call(), StreamCall(calls.attention.SparseAttend)]
+        for call in streams:
+            refusal = call.refusal()
+            assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_CONSUMER")
+        assert calls.load().ready
 
 
 def test_an_upload_that_falls_silent_can_be_resumed(impatient):

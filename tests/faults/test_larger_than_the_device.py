@@ -64,6 +64,30 @@ def test_positions_in_any_order_and_ties_everywhere(small):
         assert result.scores == b""
 
 
+@pytest.mark.parametrize("want_scores", [False, True], ids=["indices", "scores"])
+def test_beside_others_in_a_step(small, want_scores):
+    """One that passes in windows between those that are a tile together, of more rows than its merges hold; and more
+    of those than fit together."""
+    kind, draw, made = Kind(heads=2, head_dim=64), Draw(5), []
+    for pages in (3, 90, 2, 1, 5, 4):
+        keys = draw.keys(kind, pages * PAGE - 11)
+        cache_id = small.create(kind).id
+        small.upload(kind, cache_id, keys)
+        made.append((cache_id, keys, draw.queries(kind, 3, start_position=len(keys) - 2)))
+    items = [batch_item(kind, cache_id, queries) for cache_id, _, queries in made]
+    request = search_pb2.SearchBatchRequest(items=items, top_k=300, want_scores=want_scores)
+    for _ in range(2):
+        results = small.searches.SearchBatch(request, timeout=60).results
+        for result, (_, keys, queries) in zip(results, made, strict=True):
+            assert not result.HasField("error"), result.error
+            wanted = expected(kind, keys, queries, 300)
+            assert np.array_equal(np.frombuffer(result.indices, np.int32).reshape(3, 300), wanted[0])
+            assert result.scores == (wanted[1].tobytes() if want_scores else b"")
+    for cache_id, _, _ in made:
+        small.delete(cache_id)
+    assert small.ledger("hbm").peak_bytes <= small.ledger("hbm").limit_bytes
+
+
 def test_keys_written_while_it_is_searched_are_not_seen(small):
     kind = Kind(heads=2, head_dim=64)
     draw = Draw(3)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2
 from streamindex.v1 import key_cache_pb2, server_pb2
 
 from streamindex_service.config import Settings
@@ -19,7 +21,8 @@ from tests.support.services import ROOMY, wait_for
 from tests.support.tensors import Draw, Kind, expected
 
 KIND = Kind(heads=3, head_dim=32)
-NOT_SERVING = 2
+SERVING, NOT_SERVING = 1, 2
+AFTER_DRAIN_S = 10  # tests/unit/test_deployment.py has the same
 
 
 @pytest.fixture
@@ -86,6 +89,36 @@ def test_a_second_signal_stops_at_once(service):
     assert not service.socket_path.exists()
 
 
+def test_what_outlasts_the_drain_is_cancelled_and_the_service_ends():
+    """A caller that hangs and a device that does; within AFTER_DRAIN_S, which is what those who stop it leave."""
+    worker_settings = {**ROOMY["worker"], "heartbeat_timeout_s": 600, "work_timeout_s": 600}  # it is not replaced
+    settings = {**ROOMY, "server": {**ROOMY["server"], "drain_s": 1.0}, "worker": worker_settings}
+    with RunningService(settings) as service:
+        draw = Draw(3)
+        with Calls(service.address) as calls:
+            cache = calls.create(KIND)
+            calls.upload(KIND, cache.id, draw.keys(KIND, 300))
+            (worker,) = service.worker_pids()
+            health = calls.health_stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+            assert next(health).status == SERVING
+            silent = calls.start_search(KIND, cache.id, 5)
+            os.kill(worker, signal.SIGSTOP)
+            waiting = calls.start_search(KIND, cache.id, 5)
+            waiting.send(*query_chunks(KIND, draw.queries(KIND, 5), 5))
+            waiting.half_close()
+            wait_for(lambda: calls.load().device.tiles == 1)
+            service.process.send_signal(signal.SIGTERM)
+            assert next(health).status == NOT_SERVING
+            for call in (silent, waiting):
+                _, error = call.to_the_end()
+                assert error is not None
+        assert service.process.wait(1 + AFTER_DRAIN_S) == 0
+        (line,) = [line for line in service.log_tail().splitlines() if '"event": "calls_cancelled"' in line]
+        assert json.loads(line)["count"] == 2
+        assert is_gone(worker)
+        assert not service.socket_path.exists()
+
+
 def test_a_killed_frontend_leaves_no_process_and_its_socket_can_be_taken_over(service):
     draw = Draw(2)
     keys = draw.keys(KIND, 300)
@@ -111,7 +144,7 @@ def test_a_killed_frontend_leaves_no_process_and_its_socket_can_be_taken_over(se
 
 async def test_stopped_while_its_worker_starts(tmp_path):
     server = {"tcp_address": "", "unix_socket": str(tmp_path / "s.sock")}
-    starting = Server(Settings(**{**ROOMY, "server": server}))
+    starting = Server(Settings(**{**ROOMY, "server": server, "metrics": {"port": 0}}))
     await starting.start()
     await asyncio.sleep(0)  # the supervisor's first step starts it
     worker = starting.service.supervisor.link.process.pid

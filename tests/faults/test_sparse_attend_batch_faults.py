@@ -234,7 +234,7 @@ def test_keys_that_pass_through_the_device_in_windows_beside_keys_that_fit(small
 
 @pytest.fixture
 def failing(inside, monkeypatch):
-    """Tiles for which the device has no memory, by their message; the list has the sequences of tiles of attention."""
+    """Tiles for which the device has no memory, by message and views; the list has the rows of tiles of attention."""
     device, tiles = inside.server.service.device, []
     submit = device.submit
 
@@ -244,7 +244,7 @@ def failing(inside, monkeypatch):
             if tile.HasField("attend_tile"):
                 tiles.append([each.rows for each in tile.attend_tile.sequences])
             tile_id, future = submit(views, block, request_key, message)
-            if not short(tile):
+            if not short(tile, views):
                 return tile_id, future
             failed = asyncio.get_running_loop().create_future()
             future.add_done_callback(lambda _: failed.set_exception(DeviceMemoryError("no memory")))
@@ -259,10 +259,10 @@ def failing(inside, monkeypatch):
 
 def test_a_tile_without_memory_runs_alone_then_in_pieces_across_sequences(inside, failing):
     step = Step.of(inside.target, [(300, 2), (200, 3), (400, 1), (250, 4)])
-    tiles = failing(lambda tile: tile.attend_tile.rows > 3)
+    tiles = failing(lambda tile, views: tile.attend_tile.rows > 3)
     results = step.ask()
     assert tiles == [[2, 3, 1, 4], [2, 3, 1, 4], [2, 1], [2, 1], [3], [1]]
-    failing(lambda tile: False)
+    failing(lambda tile, views: False)
     step.check(results)
     wait_for(lambda: is_idle(step.calls.load()))
     for each in step.sequences:
@@ -272,10 +272,17 @@ def test_a_tile_without_memory_runs_alone_then_in_pieces_across_sequences(inside
 
 def test_an_item_whose_indices_cannot_be_found_fails_alone(inside, failing):
     step = Step.of(inside.target, [(300, 2), (200, 2), (400, 1), (250, 2)])
-    tiles = failing(lambda tile: tile.search_tile.rows == 1)
+    third = []
+
+    def short(tile, views):
+        if not third:  # the tile of all four
+            third.append(views[2].pages)
+        return tile.HasField("search_tile") and any(view.pages is third[0] for view in views)
+
+    tiles = failing(short)
     results = step.ask()
     assert tiles == [[2, 2], [2]]  # what lies between has no indices
-    failing(lambda tile: False)
+    failing(lambda tile, views: False)
     for number, (sequence, result) in enumerate(zip(step.sequences, results, strict=True)):
         if number == 2:
             assert result.error.reason == "DEVICE_MEMORY"
@@ -291,9 +298,9 @@ def test_an_item_whose_indices_cannot_be_found_fails_alone(inside, failing):
 def test_what_fits_in_no_way_fails_the_items_and_the_worker_lives(inside, failing):
     step = Step.of(inside.target, [(300, 2), (200, 1)])
     restarts = step.calls.load().worker_restarts
-    failing(lambda tile: tile.HasField("attend_tile"))
+    failing(lambda tile, views: tile.HasField("attend_tile"))
     assert [result.error.reason for result in step.ask()] == ["DEVICE_MEMORY"] * 2
-    failing(lambda tile: False)
+    failing(lambda tile, views: False)
     step.check(step.ask())
     assert step.calls.load().worker_restarts == restarts
     for each in step.sequences:

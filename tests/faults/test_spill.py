@@ -18,32 +18,12 @@ from streamindex_service.core.caches import CACHE_RECORD_BYTES, LAYER_RECORD_BYT
 from streamindex_service.testing.service import RunningService, ServiceStartError
 from tests.support.calls import Calls, batch_item, finish_message, key_chunks, search_header, start_message
 from tests.support.inprocess import InProcessServer
-from tests.support.services import MIB, ROOMY, is_idle, wait_for
+from tests.support.services import is_idle, wait_for
+from tests.support.spilling import HOST_BYTES, KIND, PAGE_BYTES, PAGE_KEYS, check, filled, settings, spill_all
 from tests.support.tensors import FP8, Draw, Kind, ModelCache, expected
 
-KIND = Kind(heads=2, head_dim=64)  # a page has 32 KiB
 SCALED = Kind(heads=2, head_dim=64, key_format=FP8, layers=2)
-PAGE_BYTES, PAGE_KEYS = 32_768, 256
-HOST_BYTES = 4 * MIB  # 128 pages
-RECORD_BYTES = CACHE_RECORD_BYTES + LAYER_RECORD_BYTES
 EXHAUSTED, DATA_LOSS = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DATA_LOSS
-
-
-def settings(directory, **memory):
-    """Nothing happens by itself: pages go when a test says so, or when somebody needs their memory."""
-    return {
-        **ROOMY,
-        "server": {"sweep_s": 3600},
-        "memory": {
-            **ROOMY["memory"],
-            "host_budget_bytes": HOST_BYTES,
-            "extent_bytes": 65_536,
-            "spill_dir": str(directory),
-            "spill_bytes": 32 * MIB,
-            "spill_pause_s": 0.05,
-            **memory,
-        },
-    }
 
 
 @pytest.fixture(scope="module")
@@ -64,36 +44,6 @@ def calls(server):
 @pytest.fixture
 def room(server):
     return server.server.service.room
-
-
-def spill_all(server):
-    """Everything idle goes to disk."""
-    room = server.server.service.room
-
-    async def go():
-        while await room._finished(room._free(1 << 40)):
-            pass
-
-    server.run(go)
-
-
-def check(calls, kind, cache_id, model, layer=0, seed=0):
-    keys = model.layers[layer]
-    queries = Draw(seed).queries(kind, 2, start_position=len(keys) + 1)
-    top_k = max(1, min(4096, len(keys)))
-    found = calls.search(kind, cache_id, queries, top_k, layer=layer, want_scores=True)
-    for one, other in zip(found, expected(kind, keys, queries, top_k), strict=True):
-        assert np.array_equal(one, other)
-
-
-def filled(calls, kind, rows, seed, **others):
-    """A cache with rows in each layer, and its model."""
-    cache, model, draw = calls.create(kind, **others), ModelCache(kind), Draw(seed)
-    for layer in range(kind.layers):
-        keys = draw.keys(kind, rows)
-        model.write(layer, 0, keys)
-        calls.upload(kind, cache.id, keys, layer=layer, chunk_rows=4096)
-    return cache.id, model
 
 
 @pytest.mark.parametrize("kind", [KIND, SCALED], ids=["bf16", "fp8"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,39 @@ def test_a_peers_name_tells_the_user_and_cannot_be_guessed(tmp_path):
         assert peers.uid_of(other) is None
     peers.stop()
     assert not os.path.exists(os.path.dirname(peers.upstream))
+
+
+def test_what_a_killed_service_leaves_is_taken_over_and_nothing_is_left_in_the_end(tmp_path):
+    settings = {**ROOMY, "auth": {"unix_uids": (os.getuid(),)}}
+    with RunningService(settings, environment={"TMPDIR": str(tmp_path)}) as running:
+        place = running.socket_path.parent
+        os.kill(running.process.pid, signal.SIGKILL)
+        running.process.wait(10)
+        running.start()
+        with connect(running.address, options=ONCE) as client:
+            assert client.load().ready
+        assert {path.name for path in place.iterdir()} == {"s.sock", "s.sock.d", "stdout", "stderr"}
+        running.process.terminate()
+        assert running.process.wait(20) == 0
+        assert {path.name for path in place.iterdir()} == {"stdout", "stderr"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["a file", "a directory for all", "a link"])
+def test_a_place_that_is_not_the_services_own_is_not_used(tmp_path, what):
+    """The socket may lie where others can write: what they put there before is not entered."""
+    place = tmp_path / "s.sock.d"
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    if what == "a file":
+        place.touch()
+    elif what == "a link":
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    with pytest.raises(PermissionError, match="alone can enter"):
+        PeerSocket(str(tmp_path / "s.sock"), [1], 1, None)
+    assert not (tmp_path / "s.sock").exists()
 
 
 def test_tcp_callers_are_not_users():

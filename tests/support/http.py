@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
 import socket
 from dataclasses import dataclass
 
 TIMEOUT_S = 10.0
+_FIRST_PORT, _WORKERS, _WORKER_PORTS = 21_000, 10, 1000
 
 
 @dataclass(frozen=True)
@@ -16,10 +20,15 @@ class Response:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on. It is below those that the system gives to whoever asks for any, and each process
+    of the tests has some of its own: nobody else takes it before the service under test does."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = _FIRST_PORT + number % _WORKERS * _WORKER_PORTS
+    for port in random.sample(range(first, first + _WORKER_PORTS), _WORKER_PORTS):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def connect(port: int) -> socket.socket:

@@ -16,7 +16,7 @@ PAGE = 8192
 
 def with_quota(**quota) -> World:
     world = World(host_bytes=10_000_000)
-    world.store.accounts._quota = Quota(**quota)
+    world.store.accounts.quota = Quota(**quota)
     return world
 
 
@@ -30,6 +30,22 @@ def test_a_caller_has_no_more_caches_than_its_quota():
     world.store.create("other", KIND)
     world.delete(first)
     world.store.create(OWNER, KIND)
+    world.check()
+
+
+@pytest.mark.parametrize("bound", ["of all callers", "of one"])
+def test_caches_that_have_expired_are_in_nobodys_way(bound):
+    """Nobody is told of too many because the sweep has not come yet."""
+    world = with_quota(caches=12 if bound == "of one" else None)
+    world.store._max_caches = 100 if bound == "of one" else 12
+    for _ in range(12):
+        world.store.create(OWNER, KIND)
+    with pytest.raises(TooManyError):
+        world.store.create(OWNER, KIND)
+    world.clock.advance(KIND.idle_ttl_s)
+    made = world.store.create(OWNER, KIND)
+    assert world.store.owned_by(OWNER, 0, 100) == [made]
+    assert world.store.accounts.of(OWNER).caches == len(world.store) == 1
     world.check()
 
 
@@ -47,6 +63,33 @@ def test_a_caller_has_no_more_host_memory_than_its_quota():
     world.store.truncate(fork, 300, None)
     world.write(fork, 0, 300, 1)
     assert world.store.accounts.of(OWNER).host_bytes == 3 * PAGE
+
+
+def test_a_caller_has_no_more_open_uploads_than_its_quota():
+    world = with_quota(uploads=2)
+    cache, other = world.store.create(OWNER, KIND), world.store.create("other", KIND)
+
+    def start(at=cache):
+        return world.uploads.start(at, 0, 0, 10, 1 << 20)
+
+    first, second = start(), start()
+    with pytest.raises(TooManyError) as caught:
+        start()
+    assert caught.value.metadata == {"open_uploads": "2", "limit": "2"}
+    start(other)
+    world.uploads.attach(first)
+    world.uploads.hold(first, 10)
+    first.rows_held = 10
+    world.uploads.commit(first)  # remembered, and not open
+    third = start()
+    world.uploads.drop(second)
+    start()
+    world.uploads.drop(first)
+    world.uploads.drop(third)
+    assert world.store.accounts.of(OWNER).uploads == 1
+    world.delete(cache)
+    assert len(world.store.accounts) == 1
+    assert world.store.accounts.of("other").uploads == 1
 
 
 def test_an_account_goes_with_the_last_that_its_caller_holds():

@@ -211,6 +211,15 @@ async def test_a_write_for_which_there_is_no_memory_has_what_is_spare(monkeypatc
     assert (len(system.told), system.tries) == (2, 2)
 
 
+async def test_a_write_on_the_loop_has_what_is_spare_and_does_not_wait_for_the_loop(monkeypatch):
+    """As the rows are written that an item of a batch appends."""
+    system = Scarce(monkeypatch, needed=2)
+    extents = system.extents()
+    (stretch,) = extents.write([(3, 16, memoryview(b"rows"))])
+    assert stretch.tobytes() == b"rows"
+    assert (len(system.told), system.tries) == (2, 2)
+
+
 @pytest.mark.parametrize(("code", "dropped", "tries"), [(errno.ENOMEM, 2, 2), (errno.EIO, 0, 1)])
 async def test_a_write_that_fails_all_the_same_is_refused(monkeypatch, code, dropped, tries):
     system = Scarce(monkeypatch, needed=9, code=code)

@@ -8,7 +8,7 @@ from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.spill import Spill
-from streamindex_service.errors import ExceedsBudgetError
+from streamindex_service.errors import ExceedsBudgetError, HostMemoryError
 from tests.support.core_world import EXTENT_BYTES, OWNER, Memory, World, spec
 
 PAGE = 256 * 16 * 2
@@ -251,6 +251,33 @@ def test_memory_comes_back_piece_by_piece():
     assert len(move.pages) == 2
     world.spill.end_restore(move, False)
     world.check_books()
+
+
+def test_a_system_that_lacks_memory_for_some_of_the_pages_gets_the_others_back():
+    """The budget has room for all of them; what was taken for the first must not be forgotten."""
+    world = SpillWorld()
+    cache = made(world, pages=EXTENT_BYTES // PAGE + 2)
+    while world.go():
+        pass
+    make, extents = world.store.host._make_extent, []
+
+    def make_one(extent_id, extent_bytes):
+        if extents:
+            raise HostMemoryError("no descriptors")
+        extents.append(extent_id)
+        make(extent_id, extent_bytes)
+
+    world.store.host._make_extent = make_one
+    move = world.spill.begin_restore(cache.layers[0].pages)
+    assert len(move.pages) == EXTENT_BYTES // PAGE
+    with pytest.raises(HostMemoryError):
+        world.spill.begin_restore(cache.layers[0].pages[len(move.pages) :])
+    world.spill.end_restore(move, False)
+    world.check_books()
+    world.store.host._make_extent = make
+    world.come_back(cache.layers[0].pages)
+    world.delete(cache)
+    assert (world.disk.reserved_bytes, world.host.reserved_bytes) == (0, 0)
 
 
 def test_a_layer_larger_than_host_memory():

@@ -123,6 +123,17 @@ def test_so_many_uploads_and_no_more(world, cache):
     attached(world, cache, 10, 10)
 
 
+def test_uploads_that_have_expired_are_in_nobodys_way(world, cache):
+    """Nobody is told of too many because the sweep has not come yet."""
+    for _ in range(8):
+        world.uploads.start(cache, 0, 0, 10, MOST)
+    with pytest.raises(TooManyError):
+        world.uploads.start(cache, 0, 0, 10, MOST)
+    world.clock.advance(30.0)
+    world.uploads.start(cache, 0, 0, 10, MOST)
+    assert world.uploads.open_uploads == 1
+
+
 def test_a_deleted_cache_takes_its_uploads_along(world, cache):
     idle, busy = attached(world, cache, 0, 300), attached(world, cache, 0, 300)
     for upload in (idle, busy):

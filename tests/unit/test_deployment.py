@@ -23,27 +23,6 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 UNIT = ROOT / "deploy" / "systemd" / "streamindex.service"
 USER = 10001
 METRICS_PORT = 9464
-# What the dashboard and the alerts may use.
-METRICS = {
-    "streamindex_call_duration_seconds_bucket",
-    "streamindex_calls_total",
-    "streamindex_device_busy_seconds_total",
-    "streamindex_device_memory_estimate_ratio_max",
-    "streamindex_device_memory_failures_total",
-    "streamindex_evicted_pages_total",
-    "streamindex_key_caches",
-    "streamindex_ledger_limit_bytes",
-    "streamindex_ledger_reserved_bytes",
-    "streamindex_ledger_spare_bytes",
-    "streamindex_open_searches",
-    "streamindex_promoted_pages_total",
-    "streamindex_queue_device_seconds",
-    "streamindex_queue_tiles",
-    "streamindex_ready",
-    "streamindex_refusals_total",
-    "streamindex_tile_phase_seconds_bucket",
-    "streamindex_worker_restarts_total",
-}
 
 
 def seconds(text: str) -> float:
@@ -115,13 +94,6 @@ class TestNames:
         for words in (*probes, check, ["streamindex", *serve[1:]], ["streamindex", *container()["args"]]):
             options = {option for parameter in commands[words[1]].params for option in parameter.opts}
             assert {word for word in words[2:] if word.startswith("--")} <= options, words
-
-    def test_metrics_are_of_the_list(self) -> None:
-        rules = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"][0]["rules"]
-        board = json.loads((ROOT / "deploy/grafana/dashboards/streamindex.json").read_text())
-        queries = [rule["expr"] for rule in rules]
-        queries += [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-        assert {name for query in queries for name in re.findall(r"streamindex_\w+", query)} == METRICS
 
     def test_the_dashboard_asks_the_source_that_is_provisioned(self) -> None:
         sources = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
@@ -235,7 +207,14 @@ class TestKubernetes:
         settings = kubernetes_settings(monkeypatch)
         start = container()["startupProbe"]
         assert start["periodSeconds"] * start["failureThreshold"] > settings.worker.ready_timeout_s
-        assert container()["livenessProbe"]["exec"]["command"][1] != "health", "health fails while a worker is replaced"
+        assert "--alive" in container()["livenessProbe"]["exec"]["command"], "not ready while a worker is replaced"
+        for name in ("startupProbe", "readinessProbe"):
+            assert "--alive" not in container()[name]["exec"]["command"]
+
+    def test_probes_need_no_token(self) -> None:
+        """Of the commands `health` alone does without: with tokens in force others are refused, and the pod killed."""
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container()[name]["exec"]["command"][:2] == ["streamindex", "health"]
 
     def test_probes_use_the_socket_that_the_service_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
         address = f"unix://{kubernetes_settings(monkeypatch).server.unix_socket}"

@@ -104,3 +104,23 @@ async def test_a_new_search_does_not_wait_behind_those_that_come_again_and_again
     budget.release(1)
     await asyncio.gather(*others)
     assert given < 20
+
+
+def test_a_decode_step_waits_for_no_room_while_its_layers_are_there():
+    """Sequences come, go and change places: what the steps have in common is not counted once for each."""
+    world, layers = World(), [layer(2) for _ in range(5)]
+    before: Grant | None = None
+    for order in ([0, 1, 2, 3], [1, 2, 3, 0], [2, 0, 3, 1], [3, 2], [0, 3, 1, 2]):
+        some = [layers[number] for number in order]
+        search = world.search(some[0], Band.INTERACTIVE)
+        pages = tuple(page for each in some for page in each)
+        need = Need(pages, PAGE_BYTES // 2, PAGE_BYTES // 2, 1, layers=some)
+        world.governor.request(search, need, world.granted[search].append, pytest.fail)
+        (grant,) = world.granted[search]
+        if before is not None:
+            world.governor.finish(before)
+            world.governor.close(before.turn.open_search)
+        before = grant
+    new = world.search(layers[4], Band.INTERACTIVE)
+    assert not world.turn(new, layers[4])  # this one has to be brought, and its gate is shut
+    assert world.governor.is_held_back(new)

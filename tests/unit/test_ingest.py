@@ -274,6 +274,6 @@ async def test_a_failure_holds_nothing_of_the_work(bench, together):
         gate.set()
     with pytest.raises(ValueError, match="bad") as caught:
         await bench.lane.settle()
-    await asyncio.sleep(0.05)  # the thread is done too
+    await asyncio.to_thread(bench.threads.shutdown)  # they are done too
     assert not seen, "without the garbage collector"
     assert "in write" in "".join(traceback.format_exception(caught.value)), "where it was raised is still told"

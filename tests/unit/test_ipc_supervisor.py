@@ -23,6 +23,7 @@ from streamindex_service.frontend.host_memory import Block, HostExtents, SharedS
 from streamindex_service.frontend.tiles import TileDue, TilePart, TilePlace, TileSpec, search_tile
 from streamindex_service.ipc import supervisor as module
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
+from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 # What stands in for a worker: says that it is ready, answers pings, and does what a tile's id says.
 STAND_IN = """
@@ -32,6 +33,8 @@ from streamindex_service.ipc.v1 import worker_pb2 as pb
 sock = socket.socket(fileno=int(sys.argv[1]))
 link.receive(sock)
 link.send(sock, pb.FromWorker(ready=pb.Ready(device_name="stand-in")))
+if os.environ.get("STAND_IN") == "ends at once":
+    os._exit(0)
 while True:
     try:
         message = pb.ToWorker.FromString(link.receive(sock)[0])
@@ -58,7 +61,16 @@ while True:
 
 def tile_message(view, block, rows, tile_id):
     place = TilePlace(rows, 0, 0, 0, 0, None)
-    return search_tile(tile_id, view, TileSpec(1, 1, 1, 0), block, place, 1, TilePart(), TileDue())
+    return search_tile(
+        tile_id,
+        [pb.SearchSequence(view_id=view.view_id, rows=place.rows)],
+        TileSpec(1, 1, 1, 0),
+        block,
+        place,
+        1,
+        TilePart(),
+        TileDue(),
+    )
 
 
 class Events:
@@ -235,6 +247,31 @@ async def test_who_has_not_learnt_that_the_worker_is_gone_is_not_accused_of_the_
     device.refuse_poison("late")
     with pytest.raises(PoisonError):
         device.refuse_poison("killer")
+
+
+async def test_a_worker_that_is_gone_when_its_readiness_is_heard_of_was_never_ready(stand_in, monkeypatch):
+    """Both arrive in one turn of the loop. Were it told of as ready, nobody would learn that its memory is gone."""
+    running, _, events, tile = stand_in
+    spawn, told = running._spawn, []
+    while not events.queue.empty():
+        events.queue.get_nowait()
+
+    def spawn_one_that_ends_at_once():
+        monkeypatch.setattr(running, "_spawn", spawn)
+        monkeypatch.setitem(running._options.environment, "STAND_IN", "ends at once")
+        worker = spawn()
+        monkeypatch.delitem(running._options.environment, "STAND_IN")
+        assert worker.process.wait(20) == 0  # the loop has seen nothing of it so far
+        return worker
+
+    monkeypatch.setattr(running, "_spawn", spawn_one_that_ends_at_once)
+    running.link.process.kill()
+    while len(told) < 5:
+        told.append((await asyncio.wait_for(events.queue.get(), 20))[0])
+    assert told == ["governor lost", "down", "lost", "governor ready", "ready"]
+    assert running.restarts == 1
+    assert (await tile(1)).tile_done.device_us == 5
+    assert events.queue.empty()
 
 
 async def test_stop_leaves_no_process(stand_in):

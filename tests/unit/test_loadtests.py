@@ -155,10 +155,6 @@ class TestParameters:
 
 
 class TestReports:
-    @pytest.fixture(autouse=True)
-    def _matplotlib(self) -> None:
-        pytest.importorskip("matplotlib", reason="the extra `bench`")
-
     def test_a_run(self, tmp_path: Path) -> None:
         requests = [request(end_s=100.0 + number) for number in range(20)]
         requests.append(request(outcome=Outcome.FAILED, error="<b>&</b>"))
@@ -187,6 +183,5 @@ class TestReports:
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `bench`")
     with pytest.raises(SystemExit):
         command_line.main(["report", str(tmp_path)])

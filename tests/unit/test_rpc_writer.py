@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from streamindex.v1 import search_pb2
 
-from streamindex_service.errors import SlowConsumerError
-from streamindex_service.frontend.rpc import MessageWriter
+from streamindex_service.errors import SlowConsumerError, UnauthenticatedError
+from streamindex_service.frontend import rpc
+from streamindex_service.frontend.rpc import CallInterceptor, MessageWriter
+from streamindex_service.telemetry.counters import Counters
 
 
 class Reader:
@@ -55,3 +58,17 @@ async def test_a_write_that_was_given_up_by_its_task_is_not_overtaken():
     reader.open.set()
     await second
     assert reader.taken == ["acknowledged", "committed"]
+
+
+async def test_whoever_calls_without_credentials_and_does_not_read_holds_no_call(monkeypatch):
+    monkeypatch.setattr(rpc, "_REFUSAL_TIMEOUT_S", 0.05)
+
+    def nobody(context):
+        raise UnauthenticatedError
+
+    services = [search_pb2.DESCRIPTOR.services_by_name["SearchService"]]
+    calls, reader = CallInterceptor(None, nobody, lambda: None, Counters(), services), Reader()
+    async with asyncio.timeout(20):
+        with pytest.raises(UnauthenticatedError):
+            await calls._identified("/streamindex.v1.SearchService/Search", reader)
+    assert reader.writing, "it was to be told"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -81,9 +83,10 @@ def test_a_malformed_header_starts_a_trace_of_its_own(header):
 
 @pytest.fixture
 def _logging_as_before() -> Iterator[None]:
-    before = structlog.get_config()
+    before, last_resort = structlog.get_config(), logging.lastResort
     yield
     structlog.configure(**before)
+    logging.lastResort = last_resort
 
 
 @pytest.mark.usefixtures("_logging_as_before")
@@ -96,3 +99,44 @@ def test_bound_ids_are_in_the_lines_within(capsys):
     inside, outside = map(json.loads, capsys.readouterr().err.splitlines())
     assert (inside["request_id"], inside["trace_id"]) == ("r1", "t1")
     assert "request_id" not in outside
+
+
+def passed(limit: logs.Limit, event: str, method: str = "info") -> dict[str, object] | None:
+    try:
+        return dict(limit(None, method, {"event": event}))
+    except structlog.DropEvent:
+        return None
+
+
+def test_lines_of_one_kind_are_bounded_by_the_second():
+    now = [7.9]
+    limit = logs.Limit(2, lambda: now[0])
+    assert [passed(limit, "refused") is not None for _ in range(5)] == [True, True, False, False, False]
+    assert passed(limit, "expired") == {"event": "expired"}, "another kind has its own bound"
+    now[0] = 8.0
+    assert passed(limit, "refused") == {"event": "refused", "left_out": 3}
+    assert passed(limit, "refused") == {"event": "refused"}, "told once"
+    assert passed(limit, "refused") is None
+
+
+def test_lines_for_debugging_are_not_bounded():
+    limit = logs.Limit(1, lambda: 1.0)
+    assert all(passed(limit, "tile", "debug") for _ in range(10))
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+def test_what_libraries_log_has_the_same_form(capsys, monkeypatch):
+    logs.configure()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # a service has none; pytest has its own
+
+    async def nobody_looks() -> None:
+        asyncio.get_running_loop().call_exception_handler({"message": "of asyncio", "exception": ValueError("x")})
+
+    asyncio.run(nobody_looks())
+    logging.getLogger("a.library").warning("of %s", "a library")
+    logging.getLogger("a.library").info("less severe")
+    one, other = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (one["component"], one["event"], one["level"]) == ("asyncio", "library", "error")
+    assert "of asyncio" in one["detail"]
+    assert "ValueError: x" in one["exception"]
+    assert (other["component"], other["detail"], other["level"]) == ("a.library", "of a library", "warning")

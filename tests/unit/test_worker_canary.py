@@ -39,7 +39,7 @@ def test_attention_that_is_wrong_is_found(monkeypatch, wrong):
 
 
 def test_a_search_that_is_wrong_is_found(monkeypatch):
-    real = canary.topk
+    real = canary.topk_sequences
 
     def topk(*arguments, **others):
         result = real(*arguments, **others)
@@ -47,7 +47,7 @@ def test_a_search_that_is_wrong_is_found(monkeypatch):
             result.indices[1, 0] = 4
         return TopkResult(result.indices, result.scores)
 
-    monkeypatch.setattr(canary, "topk", topk)
+    monkeypatch.setattr(canary, "topk_sequences", topk)
     with pytest.raises(RuntimeError, match="canary search"):
         canary.run(CPU, "chunked", "chunked")
 

@@ -46,7 +46,7 @@ def test_pages_that_cannot_be_copied_hold_no_place(executor, sent):
 def test_tiles_of_a_view_that_is_not_there_hold_no_place(executor, sent, finished):
     for tile in range(1, 20):
         with pytest.raises(MissingMemoryError):
-            executor.search_tile(pb.SearchTile(tile_id=tile, view_id=9))
+            executor.search_tile(pb.SearchTile(tile_id=tile, sequences=[pb.SearchSequence(view_id=9)]))
     assert finished == list(range(1, 20))
     assert executor.oldest_running_ms() == 0
     executor.load_pages(pb.LoadPages(operation_id=100, page_bytes=64))

@@ -65,8 +65,9 @@ def test_what_a_worker_says_of_its_memory_counts_at_once():
 def test_the_first_that_came_makes_room_and_the_gate_is_closed():
     working = working_set()
     first, second, *_ = [admitted(working) for _ in range(BUDGET)]
-    assert working.room_bytes(Band.STANDARD, 0.0, displacing=True) == BUDGET
-    admitted(working)
+    waits = asked(working)
+    assert working.room_bytes(Band.STANDARD, 0.0, waits) == BUDGET
+    working.admit(waits, 0, 0.0, through_gate=True)
     assert not first.admitted
     assert second.admitted
     assert not working.gate_is_open(Band.STANDARD, FACTOR * COPY_S - 0.01)
@@ -155,3 +156,55 @@ def test_a_search_may_go_on_with_other_pages_after_the_device_was_lost():
     working.go(page_set, to_another=True)
     assert len(working) == 0
     assert working.complete
+
+
+def together(working, layers, band=Band.STANDARD, now=0.0):
+    """A tile of a new search waits for all of these layers."""
+    found = working.ask_together(layers, band, lambda size_bytes: COPY_S * size_bytes, now)
+    working.come(found)
+    return found
+
+
+def test_layers_that_a_tile_needs_together_take_part_each_by_itself():
+    """Only what is new needs room, is waited for, and makes others leave; what the tile has stays."""
+    working = working_set()
+    a, b, c, d, e = ([OneByte()] for _ in range(5))
+    first, other = together(working, [a, b, c]), together(working, [d])
+    for each in (first, other):
+        working.admit(each, 0, 0.0, through_gate=True)
+        left(working, each, 0.0)
+    assert working.complete
+    step = together(working, [c, e, b, a], now=COPY_S / 2)  # in another order, and one more
+    assert not step.admitted
+    assert step.copy_s == COPY_S
+    assert not working.fits(step, 0, working.room_bytes(Band.STANDARD, COPY_S / 2))
+    assert working.fits(step, 0, working.room_bytes(Band.STANDARD, COPY_S / 2, step))
+    working.admit(step, 0, COPY_S / 2, through_gate=True)
+    assert step.admitted
+    assert not other.admitted
+    assert sum(map(len, working.kept_pages())) == BUDGET
+    assert not working.leave_one(step, COPY_S / 2)
+    assert not working.gate_is_open(Band.STANDARD, COPY_S / 2)
+    assert working.gate_is_open(Band.STANDARD, COPY_S / 2 + FACTOR * COPY_S)
+    left(working, step, 0.0)
+    working.clear()
+    assert working.complete
+    assert working.room_bytes(Band.BATCH, 0.0) == BUDGET
+
+
+def test_what_needs_all_that_there_is_waits_for_no_more_than_that():
+    """Its workspaces would not fit beside it, and part of it is there."""
+    working = working_set()
+    layers = [[OneByte()] for _ in range(BUDGET)]
+    working.admit(together(working, layers[:2]), 0, 0.0, through_gate=True)
+    step = together(working, layers)
+    assert working.fits(step, 2, working.room_bytes(Band.STANDARD, 0.0, step))
+
+
+def test_forks_are_one_page_set_however_many_a_tile_needs():
+    working, page = working_set(), OneByte()
+    fork = together(working, [[page], [page, OneByte()], [page], []])
+    assert fork.size_bytes == 2
+    assert fork.turns == fork.searches == 1
+    left(working, fork, 0.0)
+    assert working.ask_together([[]], Band.BATCH, float, 0.0) is None

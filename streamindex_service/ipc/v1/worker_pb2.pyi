@@ -166,10 +166,18 @@ class Span(_message.Message):
     offset_bytes: int
     def __init__(self, segment_id: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
-class SearchTile(_message.Message):
-    __slots__ = ("tile_id", "view_id", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge", "band", "estimated_us", "request_id", "traceparent")
-    TILE_ID_FIELD_NUMBER: _ClassVar[int]
+class SearchSequence(_message.Message):
+    __slots__ = ("view_id", "rows")
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    view_id: int
+    rows: int
+    def __init__(self, view_id: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class SearchTile(_message.Message):
+    __slots__ = ("tile_id", "sequences", "rows", "heads", "ratio", "top_k", "order", "workspace_bytes", "q", "w", "positions", "indices", "scores", "first_key", "merge", "band", "estimated_us", "request_id", "traceparent")
+    TILE_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
     RATIO_FIELD_NUMBER: _ClassVar[int]
@@ -188,7 +196,7 @@ class SearchTile(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     tile_id: int
-    view_id: int
+    sequences: _containers.RepeatedCompositeFieldContainer[SearchSequence]
     rows: int
     heads: int
     ratio: int
@@ -206,7 +214,7 @@ class SearchTile(_message.Message):
     estimated_us: int
     request_id: str
     traceparent: str
-    def __init__(self, tile_id: _Optional[int] = ..., view_id: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    def __init__(self, tile_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SearchSequence, _Mapping]]] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., ratio: _Optional[int] = ..., top_k: _Optional[int] = ..., order: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., w: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., scores: _Optional[_Union[Span, _Mapping]] = ..., first_key: _Optional[int] = ..., merge: bool = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class AttendSequence(_message.Message):
     __slots__ = ("view_id", "window_view_id", "first_window_row", "rows")

@@ -15,6 +15,7 @@ from streamindex_service.ops.topk.order import Order
 from streamindex_service.ops.topk.plan import MIN_WORKSPACE_BYTES, KernelTiles, Plan, WorkspaceTooSmallError
 from streamindex_service.ops.topk.problem import LIMITS, Limits, TopkInputError
 from streamindex_service.ops.topk.reference import ReferenceTooLargeError, indexer_scores
+from streamindex_service.ops.topk.sequences import KeySequence, topk_sequences
 
 __all__ = [
     "DEFAULT_WORKSPACE_BYTES",
@@ -24,6 +25,7 @@ __all__ = [
     "CheckReport",
     "Implementation",
     "KernelTiles",
+    "KeySequence",
     "Limits",
     "Order",
     "Plan",
@@ -37,4 +39,5 @@ __all__ = [
     "indexer_scores",
     "plan_for",
     "topk",
+    "topk_sequences",
 ]

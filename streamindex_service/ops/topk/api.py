@@ -1,6 +1,6 @@
 """`topk`: the lightning indexer's scores and the exact top-k of each row, by an implementation chosen by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from streamindex_service.ops.topk.plan import Plan, Shape, WorkspaceTerms, choos
 from streamindex_service.ops.topk.problem import (
     LIMITS,
     Limits,
+    Part,
     Problem,
     check_inputs,
     check_output,
@@ -41,9 +42,11 @@ class Implementation(Runnable):
     repeatable: the device types on which chunk, tile, workspace and neighbours cannot change a bit of the answer.
     plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled.
     terms: device type -> what its plans take, in closed form.
+    of_parts: the same, for rows that see the keys of several sequences; None if each is a run of its own.
     """
 
     function: Callable[[Problem, Plan | None], None]
+    of_parts: Callable[[Problem, Plan, Sequence[Part]], None] | None = None
     formats: frozenset[KeyFormat] = frozenset(KeyFormat)
     repeatable: frozenset[str] = ANY_DEVICE
     limits: Limits = LIMITS
@@ -65,11 +68,15 @@ def _chunked(problem: Problem, plan: Plan | None) -> None:
 
 
 def _triton(problem: Problem, plan: Plan | None) -> None:
+    assert plan is not None
+    _triton_of_parts(problem, plan, ())
+
+
+def _triton_of_parts(problem: Problem, plan: Plan, parts: Sequence[Part]) -> None:
     # imported here: Triton need not be installed where it is not asked for
     from streamindex_service.ops.topk.triton import run_triton
 
-    assert plan is not None
-    run_triton(problem, plan)
+    run_triton(problem, plan, parts)
 
 
 def _plan_triton(shape: Shape, workspace_bytes: int, device: torch.device) -> Plan:
@@ -105,6 +112,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = by_name(
     Implementation(
         name="triton",
         function=_triton,
+        of_parts=_triton_of_parts,
         plan=_plan_triton,
         terms=lambda device_type: planning.triton_terms(),
         requires="triton",
@@ -193,6 +201,18 @@ def topk(
     found = find_implementation(implementation, q.device, keys.format)
     host_positions = positions if isinstance(positions, int) else positions.cpu()
     host_positions = check_inputs(q, w, keys, host_positions, ratio, top_k)
+    outputs = checked_outputs(q, top_k, want_scores, out_indices, out_scores)
+    problem = Problem(q, w, keys, host_positions, ratio, top_k, Order(order), *outputs)
+    if is_empty(problem):
+        return outputs
+    found.function(problem, plan or plan_of(found, problem, workspace_bytes))
+    return outputs
+
+
+def checked_outputs(
+    q: Tensor, top_k: int, want_scores: bool, out_indices: Tensor | None, out_scores: Tensor | None
+) -> TopkResult:
+    """Where the answers go: what was given, if it is right, else memory of their own. Raises TopkInputError."""
     rows, device = q.shape[0], q.device
     if out_indices is None:
         out_indices = torch.empty((rows, top_k), dtype=torch.int32, device=device)
@@ -201,15 +221,23 @@ def topk(
     check_output("out_indices", out_indices, rows, top_k, torch.int32, device)
     if out_scores is not None:
         check_output("out_scores", out_scores, rows, top_k, torch.float32, device)
-    problem = Problem(q, w, keys, host_positions, ratio, top_k, Order(order), out_indices, out_scores)
-    width = problem.max_visible(0, rows) if rows else 0
-    if not width:
-        out_indices.fill_(-1)
-        if out_scores is not None:
-            out_scores.fill_(-torch.inf)
-        return TopkResult(out_indices, out_scores)
-    if plan is None and found.plan is not None:
-        shape = Shape(rows, q.shape[1], q.shape[2], width, top_k, keys.format.value, keys.format.element_bytes)
-        plan = found.plan(shape, workspace_bytes, device)
-    found.function(problem, plan)
     return TopkResult(out_indices, out_scores)
+
+
+def is_empty(problem: Problem) -> bool:
+    """Whether no row sees any key; then the answers are written."""
+    if problem.rows and problem.max_visible(0, problem.rows):
+        return False
+    problem.out_indices.fill_(-1)
+    if problem.out_scores is not None:
+        problem.out_scores.fill_(-torch.inf)
+    return True
+
+
+def plan_of(implementation: Implementation, problem: Problem, workspace_bytes: int) -> Plan | None:
+    """Its plan of a problem; None if it has none. Raises WorkspaceTooSmallError."""
+    if implementation.plan is None:
+        return None
+    p, width = problem, problem.max_visible(0, problem.rows)
+    shape = Shape(p.rows, p.heads, p.head_dim, width, p.top_k, p.format.value, p.format.element_bytes)
+    return implementation.plan(shape, workspace_bytes, p.q.device)

@@ -17,6 +17,7 @@ No length, row count or stride is a compile-time constant or specialised upon: a
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -30,7 +31,7 @@ from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
 from streamindex_service.ops.topk.plan import KernelTiles, Plan, ScoreKernel
-from streamindex_service.ops.topk.problem import Problem
+from streamindex_service.ops.topk.problem import Part, Problem
 from streamindex_service.ops.topk.selection import (
     finish_kernel,
     mark_kernel,
@@ -152,13 +153,17 @@ def survivor_counts(problem: Problem, plan: Plan) -> Tensor:
     return buffers.counts.masked_fill(short.to(buffers.counts.device), -2)
 
 
-def run_triton(problem: Problem, plan: Plan) -> None:
+def run_triton(problem: Problem, plan: Plan, parts: Sequence[Part] = ()) -> None:
     """Fill the outputs chunk by chunk, without waiting for the device. Raises ValueError for a q that is not 16-byte
-    aligned."""
+    aligned.
+
+    parts: whose keys the rows are scored with, where not all with the problem's own: all rows, in order. Only scores
+    are computed part by part; which keys are the best of a row is asked of all rows at once.
+    """
     if problem.q.data_ptr() % 16:
         raise ValueError("q: its address is not a multiple of 16 bytes")
     with torch.cuda.device_of(problem.q):  # kernels start on the current device, which need not be the tensors'
-        run = _Run(problem, plan)
+        run = _Run(problem, plan, parts)
         # From the last row on, which sees most keys: while the device has long work the host gets ahead of it.
         stop = problem.rows
         while stop > 0:
@@ -174,9 +179,10 @@ def run_triton(problem: Problem, plan: Plan) -> None:
 class _Run:
     """What all chunks of one run share; `arena` is the one allocation that every chunk lays its buffers out in."""
 
-    def __init__(self, problem: Problem, plan: Plan) -> None:
+    def __init__(self, problem: Problem, plan: Plan, parts: Sequence[Part] = ()) -> None:
         assert plan.tiles is not None
         self.problem, self.plan, self.tiles = problem, plan, plan.tiles
+        self.parts = parts
         rows = min(plan.query_chunk, problem.rows)
         self.arena_bytes = planning.arena_bytes(problem.top_k, rows, plan.key_tile, plan.tiles)
         self.arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=problem.q.device)
@@ -262,7 +268,7 @@ def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
     for tile_start in range(0, max(width, 1), tile):
         tile_keys = min(tile, width - tile_start)
         if tile_keys > 0:
-            run.launch_scores(problem, run.tiles, buffers.scores, chunk, tile_start, tile_keys)
+            _score_chunk(run, buffers.scores, chunk, tile_start, tile_keys)
         if tile_start + tile >= width and problem.order is Order.INDEX:  # as the caller wants it
             scores = new[0] if problem.out_scores is None else problem.out_scores[start:stop]
             new = (scores, problem.out_indices[start:stop])
@@ -271,6 +277,24 @@ def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
     if problem.order is Order.SCORE:
         _launch_order(problem, start, *old)
     return buffers
+
+
+def _score_chunk(run: _Run, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int) -> None:
+    """Scores of a chunk's rows with keys tile_start to tile_start + keys, of each part with its own."""
+    if not run.parts:
+        run.launch_scores(run.problem, run.tiles, scores, chunk, tile_start, keys)
+        return
+    for part in run.parts:
+        first, stop = max(chunk.start, part.start), min(chunk.stop, part.stop)
+        if first >= stop:
+            continue
+        seen = min(keys, part.problem.max_visible(first, stop) - tile_start)
+        if seen > 0:
+            inside = slice(first - chunk.start, stop - chunk.start)
+            explicit = not isinstance(part.problem.positions, int)
+            positions = chunk.positions[inside] if explicit else None
+            rows = _Chunk(first, stop, positions)
+            run.launch_scores(part.problem, run.tiles, scores[inside], rows, tile_start, seen)
 
 
 def _launch_order(problem: Problem, start: int, scores: Tensor, indices: Tensor) -> None:
