@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from streamindex_service.core.specs import CacheSpec
 from streamindex_service.core.turns import OpenSearch
-from streamindex_service.errors import DeviceMemoryError, ServiceError
+from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError
 from streamindex_service.frontend import batch
 from streamindex_service.frontend.admission import OpenCall
 from streamindex_service.frontend.host_memory import Block
@@ -25,6 +25,7 @@ from streamindex_service.frontend.tiles import TilePiece
 from streamindex_service.frontend.tiles_together import Part, Together, joined
 
 _MOST_MEMBERS = 64  # calls that a group has open at a time, and a quarter of all that may be open
+_OF_A_PART = (DeviceMemoryError, InternalError)  # what rows of one member can make a tile of several fail with
 _GROUPS_AT_ONCE = 2  # of one call: while one is computed, the other is admitted
 _TILES_AT_ONCE = 16  # of one call, that find indices; well below the bound of the governor's queue
 
@@ -248,7 +249,7 @@ class BatchGroup(ABC, Generic[AnyMember, Opened]):
             await self._run_together(shares, block, tile)
 
     async def _run_together(self, shares: list[Share[AnyMember, Opened]], block: Block, tile: Together[Any]) -> None:
-        """A tile of rows of several members. What fits in no way together may fit apart: one fails by itself then."""
+        """A tile of rows of several members. What fails together may be right apart: one fails by itself then."""
         series, queue = self._new_series(), deque([tile])
         while queue:
             tile = queue.popleft()
@@ -257,7 +258,7 @@ class BatchGroup(ABC, Generic[AnyMember, Opened]):
             try:
                 await series.run(tile, block, tile.first, tile.rows, tile.keys)
             except ServiceError as error:
-                if isinstance(error, DeviceMemoryError) and len(tile.parts) > 1:
+                if isinstance(error, _OF_A_PART) and len(tile.parts) > 1:
                     queue += [Together([part], self._place) for part in tile.parts]
                 else:
                     refuse_rows(shares, tile.first, tile.rows, error)

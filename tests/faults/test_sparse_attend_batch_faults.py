@@ -17,7 +17,7 @@ import torch
 from streamindex_client import WorkerLostError
 from streamindex_client.attend_batch import build_attend_batch
 
-from streamindex_service.errors import DeviceMemoryError
+from streamindex_service.errors import DeviceMemoryError, InternalError
 from streamindex_service.frontend.host_memory import SharedSegment
 from streamindex_service.testing.service import RunningService, process_children
 from tests.support.attend_batch import ASKED, Sequence
@@ -238,7 +238,7 @@ def failing(inside, monkeypatch):
     device, tiles = inside.server.service.device, []
     submit = device.submit
 
-    def without_memory(short):
+    def without_memory(short, error=lambda: DeviceMemoryError("no memory")):
         def submit_or_fail(views, block, request_key, message):
             tile = message(0)
             if tile.HasField("attend_tile"):
@@ -247,7 +247,7 @@ def failing(inside, monkeypatch):
             if not short(tile, views):
                 return tile_id, future
             failed = asyncio.get_running_loop().create_future()
-            future.add_done_callback(lambda _: failed.set_exception(DeviceMemoryError("no memory")))
+            future.add_done_callback(lambda _: failed.set_exception(error()))
             return tile_id, failed
 
         monkeypatch.setattr(device, "submit", submit_or_fail)
@@ -270,7 +270,15 @@ def test_a_tile_without_memory_runs_alone_then_in_pieces_across_sequences(inside
     step.close()
 
 
-def test_an_item_whose_indices_cannot_be_found_fails_alone(inside, failing):
+@pytest.mark.parametrize(
+    ("error", "reason", "code"),
+    [
+        (lambda: DeviceMemoryError("no memory"), "DEVICE_MEMORY", grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (InternalError, "INTERNAL", grpc.StatusCode.INTERNAL),
+    ],
+    ids=["no-memory", "a-defect"],
+)
+def test_an_item_whose_indices_cannot_be_found_fails_alone(inside, failing, error, reason, code):
     step = Step.of(inside.target, [(300, 2), (200, 2), (400, 1), (250, 2)])
     third = []
 
@@ -279,15 +287,14 @@ def test_an_item_whose_indices_cannot_be_found_fails_alone(inside, failing):
             third.append(views[2].pages)
         return tile.HasField("search_tile") and any(view.pages is third[0] for view in views)
 
-    tiles = failing(short)
+    tiles = failing(short, error)
     results = step.ask()
     assert tiles == [[2, 2], [2]]  # what lies between has no indices
     failing(lambda tile, views: False)
     for number, (sequence, result) in enumerate(zip(step.sequences, results, strict=True)):
         if number == 2:
-            assert result.error.reason == "DEVICE_MEMORY"
-            assert result.error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert result.error.retry_after_s
+            assert (result.error.reason, result.error.code) == (reason, code)
+            assert bool(result.error.retry_after_s) == (reason == "DEVICE_MEMORY")
         else:
             sequence.check(result)
         sequence.cache.delete()
