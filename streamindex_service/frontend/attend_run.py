@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from streamindex_service.errors import WorkerLostError
 from streamindex_service.frontend.attend_tiles import AttendTiles
+from streamindex_service.frontend.futures import seen
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.index_tiles import IndexTiles
 from streamindex_service.frontend.tile_run import TileRun
@@ -38,7 +39,7 @@ class AttendRun:
         self.device_us = 0
         self.queued_s = 0.0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.done.add_done_callback(_seen)
+        self.done.add_done_callback(seen)
         self._attend = attend
         self._block = block
         self._blame_key = blame_key
@@ -103,9 +104,3 @@ class AttendRun:
         else:
             self.done.set_exception(error)
         self._ended(self)
-
-
-def _seen(future: asyncio.Future[None]) -> None:
-    """Nobody may be left to look at the outcome."""
-    if not future.cancelled():
-        future.exception()

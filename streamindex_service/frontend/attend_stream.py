@@ -14,8 +14,8 @@ from streamindex_service.frontend.attend_block import LSE, OUT, PARTS, AttendFil
 from streamindex_service.frontend.attend_requests import AttendParameters
 from streamindex_service.frontend.attend_run import AttendRun
 from streamindex_service.frontend.host_memory import Block
+from streamindex_service.frontend.messages import MessageWriter
 from streamindex_service.frontend.row_stream import RowStream, Run
-from streamindex_service.frontend.rpc import MessageWriter
 from streamindex_service.frontend.service import Service
 
 

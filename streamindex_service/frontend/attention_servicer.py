@@ -13,7 +13,8 @@ from streamindex_service.frontend.attend_batch import BatchAttention
 from streamindex_service.frontend.attend_requests import attend_parameters
 from streamindex_service.frontend.attend_stream import AttendStream
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import MessageWriter, read_header, to_message
+from streamindex_service.frontend.messages import MessageWriter, read_header
+from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.service import Service
 
 

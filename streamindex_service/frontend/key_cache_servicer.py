@@ -15,7 +15,8 @@ from streamindex_service.core.uploads import Upload
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import MessageWriter, read_first, to_message
+from streamindex_service.frontend.messages import MessageWriter, read_first
+from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.upload_stream import UploadStream
 

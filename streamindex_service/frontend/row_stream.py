@@ -30,7 +30,7 @@ from streamindex_service.core.turns import OpenSearch
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.host_memory import Block
-from streamindex_service.frontend.rpc import MessageReader, MessageWriter
+from streamindex_service.frontend.messages import MessageReader, MessageWriter
 from streamindex_service.frontend.service import Service
 
 _TILES_AHEAD = 2  # tiles of one search that wait for the device or are there: one runs, one is ready

@@ -10,7 +10,8 @@ from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.admission import admit
 from streamindex_service.frontend.identity import Identify
-from streamindex_service.frontend.rpc import MessageWriter, read_header, to_message
+from streamindex_service.frontend.messages import MessageWriter, read_header
+from streamindex_service.frontend.rpc import to_message
 from streamindex_service.frontend.search_batch import BatchSearch
 from streamindex_service.frontend.search_stream import SearchStream
 from streamindex_service.frontend.service import Service

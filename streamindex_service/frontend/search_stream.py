@@ -11,10 +11,10 @@ from streamindex_service.core.sizes import MAX_POSITION, POSITION_BYTES
 from streamindex_service.core.turns import OpenSearch
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.host_memory import Block
+from streamindex_service.frontend.messages import MessageWriter
 from streamindex_service.frontend.query_block import INDICES, SCORES, Q, W, fill_rows
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.row_stream import RowStream, Run
-from streamindex_service.frontend.rpc import MessageWriter
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tile_run import TileRun
 

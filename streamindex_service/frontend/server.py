@@ -28,10 +28,11 @@ from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.attention_servicer import AttentionServicer
 from streamindex_service.frontend.health import HealthServicer
 from streamindex_service.frontend.identity import Identify, authenticator, current
+from streamindex_service.frontend.interceptor import CallInterceptor
 from streamindex_service.frontend.key_cache_servicer import KeyCacheServicer
 from streamindex_service.frontend.metrics_server import MetricsServer
 from streamindex_service.frontend.peer_socket import PeerSocket
-from streamindex_service.frontend.rpc import CallInterceptor, generic_handler
+from streamindex_service.frontend.rpc import generic_handler
 from streamindex_service.frontend.search_servicer import SearchServicer
 from streamindex_service.frontend.server_servicer import ServerServicer
 from streamindex_service.frontend.service import Service

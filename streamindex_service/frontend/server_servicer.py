@@ -14,7 +14,7 @@ from streamindex_service.errors import InvalidArgumentError, TooManyError
 from streamindex_service.frontend import requests
 from streamindex_service.frontend.identity import Identify
 from streamindex_service.frontend.load import load_of
-from streamindex_service.frontend.rpc import MessageWriter
+from streamindex_service.frontend.messages import MessageWriter
 from streamindex_service.frontend.service import Service
 
 _WATCH_INTERVAL_MS = (100, 60_000)

@@ -16,6 +16,7 @@ from streamindex_service.core.turns import Grant, SearchTurn
 from streamindex_service.errors import DeviceMemoryError, InternalError, ServiceError, WorkerLostError
 from streamindex_service.frontend.call import CURRENT
 from streamindex_service.frontend.device import tile_error
+from streamindex_service.frontend.futures import seen
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.tiles import Submitted, TileDue, TileOperation, TilePiece
 from streamindex_service.ipc.supervisor import CancelledTileError
@@ -44,7 +45,7 @@ class TileRun:
         self.device_us = 0
         self.queued_s = 0.0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.done.add_done_callback(_seen)
+        self.done.add_done_callback(seen)
         self._operation = operation
         self._call = CURRENT.get()
         self._span = self._call.span if self._call is not None else None
@@ -220,9 +221,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CancelledTileError):
         return "CANCELLED"
     return error.reason if isinstance(error, ServiceError) else InternalError.reason
-
-
-def _seen(future: asyncio.Future[None]) -> None:
-    """Nobody may be left to look at the outcome."""
-    if not future.cancelled():
-        future.exception()

@@ -21,8 +21,8 @@ from streamindex_service.errors import (
 )
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.ingest import IngestLane
+from streamindex_service.frontend.messages import MessageWriter, read_message
 from streamindex_service.frontend.row_checks import row_check
-from streamindex_service.frontend.rpc import MessageWriter, read_message
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.staging import commit_upload, page_ranges, page_rows, write_rows
 from streamindex_service.frontend.tensors import RowRange

@@ -9,7 +9,7 @@ import pytest
 from streamindex.v1 import server_pb2
 
 from streamindex_service.errors import SlowConsumerError
-from streamindex_service.frontend.rpc import MessageWriter
+from streamindex_service.frontend.messages import MessageWriter
 from tests.support.calls import Calls, StreamCall, key_chunks, refusal_of
 from tests.support.inprocess import InProcessServer
 from tests.support.services import ROOMY, wait_for

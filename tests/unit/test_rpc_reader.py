@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from streamindex_service.errors import MalformedMessageError, SlowConsumerError
-from streamindex_service.frontend.rpc import Malformed, MessageReader
+from streamindex_service.frontend.messages import Malformed, MessageReader
 
 
 class Writer:

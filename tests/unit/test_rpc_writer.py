@@ -8,8 +8,9 @@ import pytest
 from streamindex.v1 import search_pb2
 
 from streamindex_service.errors import SlowConsumerError, UnauthenticatedError
-from streamindex_service.frontend import rpc
-from streamindex_service.frontend.rpc import CallInterceptor, MessageWriter
+from streamindex_service.frontend import interceptor, messages
+from streamindex_service.frontend.interceptor import CallInterceptor
+from streamindex_service.frontend.messages import MessageWriter
 from streamindex_service.telemetry.counters import Counters
 
 
@@ -61,7 +62,8 @@ async def test_a_write_that_was_given_up_by_its_task_is_not_overtaken():
 
 
 async def test_whoever_calls_without_credentials_and_does_not_read_holds_no_call(monkeypatch):
-    monkeypatch.setattr(rpc, "_REFUSAL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(interceptor, "REFUSAL_TIMEOUT_S", 0.05)  # of the writer
+    monkeypatch.setattr(messages, "REFUSAL_TIMEOUT_S", 0.05)  # of a refusal
 
     def nobody(context):
         raise UnauthenticatedError
