@@ -8,10 +8,9 @@ import signal
 import pytest
 import streamindex_client
 import torch
-from streamindex.v1 import search_pb2
 
 from tests.support.attention import Queries, Rows, Shape
-from tests.support.calls import TIMEOUT_S, Calls, batch_item, query_chunk, refused
+from tests.support.calls import Calls, query_chunk, refused
 from tests.support.inprocess import InProcessServer
 from tests.support.services import ROOMY, is_idle, wait_for
 from tests.support.spans import KeptSpans
@@ -103,12 +102,17 @@ def test_a_call_whose_caller_does_not_trace_it_is_not_traced(calls, kept):
 
 
 def test_tiles_of_a_long_call_are_told_in_groups(calls, kept):
+    """Two rows at a time, the next when the last are answered."""
     draw, items = Draw(4), 40
     with calls.cache(KIND, draw.keys(KIND, 300)) as cache:
-        queries = draw.queries(KIND, 2)
-        batch = [batch_item(KIND, cache.id, queries)] * items
-        calls.searches.SearchBatch(search_pb2.SearchBatchRequest(items=batch, top_k=8), timeout=TIMEOUT_S)
-        call = kept.call("SearchBatch")
+        queries = draw.queries(KIND, 2 * items)
+        with calls.start_search(KIND, cache.id, 8) as search:
+            for first in range(0, 2 * items, 2):
+                search.send(query_chunk(KIND, queries, first, 2))
+                search.receive("chunk")
+            search.half_close()
+            assert search.rest()[-1].done.row_count == 2 * items
+        call = kept.call("Search")
     assert call.attributes["streamindex.tiles"] == items
     assert len(kept.below(call, "tile")) == MAX_TILES
     groups = kept.below(call, "tiles")
