@@ -353,7 +353,7 @@ class Governor:
 
     def _page_set_is_done(self, turn: SearchTurn) -> None:
         if turn.page_set is not None:
-            self.working_set.turn_over(turn.page_set, self._clock())
+            self.working_set.turn_over(turn.page_set, turn.open_search.band, self._clock())
 
     def held_s(self, turn: Turn) -> float:
         """0.0 when a turn's pages take part, or there is room for them; else for how long copies close a gate."""

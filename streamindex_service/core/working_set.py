@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
@@ -39,8 +39,8 @@ class WorkingSetLimits:
 class PageSet:
     """Pages that tiles need together: a layer, or a window of one. Forks that share its first page share it.
 
-    turns: tiles that wait or are with the device; searches: open ones that came for it last; copy_s: estimated seconds
-    to bring all of it.
+    turns: tiles that wait or are with the device, by band; searches: open ones that came for it last; copy_s: estimated
+    seconds to bring all of it. band: the highest of any tile; of the last one, where there is none.
     """
 
     pages: Sequence[Page]
@@ -51,6 +51,22 @@ class PageSet:
     turns: int = 0
     searches: int = 0
     admitted: bool = False
+    turns_of: dict[Band, int] = field(default_factory=dict)
+
+    def add_turn(self, band: Band) -> None:
+        """A tile comes."""
+        self.band = min(self.band, band) if self.turns else band
+        self.turns += 1
+        self.turns_of[band] = self.turns_of.get(band, 0) + 1
+
+    def remove_turn(self, band: Band) -> None:
+        """A tile is done, or waits no longer. What is there for lower bands alone must make room for a higher one: a
+        tile of theirs may wait for room itself, beside other pages that it needs."""
+        self.turns -= 1
+        left = self.turns_of[band] = self.turns_of.get(band, 0) - 1
+        assert left >= 0, "a tile of a page set ends twice"
+        if not left and self.turns:
+            self.band = min(each for each, turns in self.turns_of.items() if turns)
 
     @property
     def in_use(self) -> bool:
@@ -137,9 +153,8 @@ class WorkingSet:
             found = self._known[pages[0]] = PageSet(pages, band, copy_s, size_bytes, now)
         if found.admitted:
             self._admitted_bytes += size_bytes - found.size_bytes
-        found.band = min(found.band, band) if found.turns else band
         found.pages, found.copy_s, found.size_bytes = pages, copy_s, size_bytes
-        found.turns += 1
+        found.add_turn(band)
         return found
 
     def ask_together(
@@ -154,11 +169,10 @@ class WorkingSet:
         parts = tuple(part for part in asked if part is not None)
         return PageSets(parts) if len(parts) > 1 else next(iter(parts), None)
 
-    def turn_over(self, needed: Needed, now: float) -> None:
-        """One of its tiles is done, or waits no longer."""
+    def turn_over(self, needed: Needed, band: Band, now: float) -> None:
+        """One of its tiles, of this band, is done, or waits no longer."""
         for page_set in needed.parts:
-            page_set.turns -= 1
-            assert page_set.turns >= 0, "a tile of a page set ends twice"
+            page_set.remove_turn(band)
             page_set.idle_since = now
             self._forget_unused(page_set)
 

@@ -104,7 +104,7 @@ class Watch:
                 spilled = len([page for page in layer.pages if page.spilled is not None])
                 require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
                 pages.update(layer.pages)
-        for snapshot_pages in {search.snapshot.pages for search in self.service.searches}:
+        for snapshot_pages in {each.pages for search in self.service.searches for each in search.snapshots}:
             pages.update(snapshot_pages)
             on_disk = [page for page in snapshot_pages if page.host is None]
             require(not on_disk, "a search has pages that are not in host memory")
@@ -189,7 +189,8 @@ class Watch:
         working_set = governor.working_set
         turns = [turn for queue in governor.scheduler._bands.values() for turn in queue.turns]
         turns += [grant.turn for grant in governor._grants]
-        for_pages = len([turn for turn in turns if isinstance(turn, SearchTurn) and turn.page_set is not None])
+        needed = [turn.page_set for turn in turns if isinstance(turn, SearchTurn) and turn.page_set is not None]
+        for_pages = sum([len(each.parts) for each in needed])
         known = working_set._known.values()
         counted = sum([page_set.turns for page_set in known])
         require(for_pages == counted, "a page set has lost count of its turns")

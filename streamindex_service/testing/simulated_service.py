@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streamindex_service.core.caches import CacheStore
@@ -114,7 +114,8 @@ class SimulatedService:
 
 
 class SimulatedSearch:
-    """One search from its header to its end. `outcome` is "" until then."""
+    """One search from its header to its end. `outcome` is "" until then. beside: caches that it searches as well, each
+    tile all of them, as a decode step does."""
 
     def __init__(
         self,
@@ -125,22 +126,30 @@ class SimulatedSearch:
         band: Band,
         rows: int,
         deadline_s: float | None,
+        beside: Sequence[KeyCache] = (),
     ) -> None:
         self.caller = caller
         self.band = band
         self.outcome = ""
         self.outstanding: list[SimulatedTile] = []
         self.service = service
-        self._cache = cache
+        self._caches = (cache, *beside)
         self._rows = rows
         self._ready = 0
         self._submitted = 0
         self._ended = False
-        self.snapshot = service.caches.snapshot(cache, layer)
-        self.content = [service.written[page] for page in self.snapshot.pages]
+        self.snapshots = [service.caches.snapshot(each, layer) for each in self._caches]
+        self.snapshot = self.snapshots[0]
+        self.pages: Sequence[Page] = self.snapshot.pages
+        self.layers: Sequence[Sequence[Page]] = ()
+        if beside:
+            self.layers = [each.pages for each in self.snapshots]
+            self.pages = tuple(dict.fromkeys(page for pages in self.layers for page in pages))
+        self.content = [service.written[page] for page in self.pages]
         least = Need(self.snapshot.pages, service.sizes.floor_bytes, 0, FLOP_PER_ROW)
         run_s = service.governor.speed.seconds(rows * FLOP_PER_ROW)
-        cache.busy += 1
+        for each in self._caches:
+            each.busy += 1
         service.searches.append(self)
         self.open: OpenSearch | None = None
         try:
@@ -203,9 +212,10 @@ class SimulatedSearch:
         self.service.searches.remove(self)
         if self.open is not None:
             self.service.governor.close(self.open)
-        self.service.caches.release_snapshot(self.snapshot)
-        self._cache.busy -= 1
-        self._cache.used_at = self.service.time.now_s
+        for snapshot, cache in zip(self.snapshots, self._caches, strict=True):
+            self.service.caches.release_snapshot(snapshot)
+            cache.busy -= 1
+            cache.used_at = self.service.time.now_s
         self.service.governor.pump()
 
 
@@ -250,7 +260,8 @@ class SimulatedTile:
     def _need(self, rows: int, smallest: bool) -> Need:
         floor = self._service.sizes.floor_bytes
         want = floor if smallest else floor * (1 + rows % 3)
-        return Need(self._search.snapshot.pages, floor, want, rows * FLOP_PER_ROW, 64 * rows)
+        search = self._search
+        return Need(search.pages, floor, want, rows * FLOP_PER_ROW, 64 * rows, layers=search.layers)
 
     def _granted(self, grant: Grant) -> None:
         service = self._service
@@ -265,7 +276,7 @@ class SimulatedTile:
             self._ran(grant, how, seconds)
 
         search = self._search
-        tile = FakeTile(search.snapshot.pages, search.content, grant.workspace_bytes, ended, seconds, search.band)
+        tile = FakeTile(search.pages, search.content, grant.workspace_bytes, ended, seconds, search.band)
         if service.tiles_out_of_memory():
             tile.outcome = "no memory"
         service.device.run(tile)

@@ -31,6 +31,7 @@ _EXPIRY_PERIOD_S = 0.5
 _MOST_EVENTS = 20_000  # of a history; one that goes on for longer has lost its way
 _BANDS = (Band.INTERACTIVE, Band.STANDARD, Band.STANDARD, Band.BATCH)
 _ROWS = (1, 1, 2, 8, 40, 150, 500)
+_STEPS = 0.25  # of searches, that are of several caches
 
 
 class History:
@@ -217,15 +218,31 @@ class History:
         draw = self._random
         rows, band = draw.choice(_ROWS), draw.choice(_BANDS)
         deadline_s = draw.choice((None, None, 0.02, 0.3))
-        search = SimulatedSearch(self.service, cache, 0, caller, band, rows, deadline_s)
+        beside = self._beside(cache)
+        search = SimulatedSearch(self.service, cache, 0, caller, band, rows, deadline_s, beside)
         self._everyone.append(search)
-        self._log(f"{caller} searches {rows} rows, {band.name.lower()} {search.outcome}")
+        more = f" of {1 + len(beside)} caches" if beside else ""
+        self._log(f"{caller} searches {rows} rows{more}, {band.name.lower()} {search.outcome}")
         if deadline_s is not None:
             self.service.time.after(deadline_s, lambda: self._end(search, "DEADLINE"))
         first = draw.choice((rows, 1))
         search.feed(first)
         if first < rows:
             self.service.time.after(draw.random() / 10, lambda: search.feed(rows))
+
+    def _beside(self, cache: KeyCache) -> list[KeyCache]:
+        """Caches that are searched in the same tiles, now and then: as many as the device holds together."""
+        draw, sizes = self._random, self.service.sizes
+        if draw.random() >= _STEPS:
+            return []
+        found, used_bytes = [], len(cache.layers[0].pages) * PAGE_BYTES + sizes.floor_bytes + sizes.extent_bytes
+        for other in draw.sample(self._caches, min(3, len(self._caches))):
+            layer = other.layers[0]
+            size_bytes = len(layer.pages) * PAGE_BYTES
+            if other is not cache and not layer.spilled_pages and used_bytes + size_bytes <= sizes.hbm_bytes:
+                found.append(other)
+                used_bytes += size_bytes
+        return found
 
     def _end(self, search: SimulatedSearch, outcome: str) -> None:
         if not search.outcome:

@@ -38,7 +38,7 @@ def admitted(working, band=Band.STANDARD, now=0.0, **options):
 
 def left(working, page_set, now):
     """Its tile and its search end."""
-    working.turn_over(page_set, now)
+    working.turn_over(page_set, page_set.band, now)
     working.go(page_set, to_another=False)
 
 
@@ -110,7 +110,7 @@ def test_who_has_left_makes_room_after_the_seconds_of_its_copy():
 def test_a_silent_search_keeps_its_place_from_its_own_band_only():
     working = working_set()
     page_set = admitted(working)
-    working.turn_over(page_set, 0.0)
+    working.turn_over(page_set, page_set.band, 0.0)
     assert working.room_bytes(Band.STANDARD, 100.0) == BUDGET - 1
     assert working.room_bytes(Band.BATCH, ACTIVE_S) == BUDGET
 
@@ -131,7 +131,7 @@ def test_those_below_make_room_before_ones_own_and_those_above_last():
 def test_a_window_that_is_done_with_leaves_at_once():
     working = working_set()
     page_set = admitted(working)
-    working.turn_over(page_set, 0.0)
+    working.turn_over(page_set, page_set.band, 0.0)
     working.go(page_set, to_another=True)
     assert working.room_bytes(Band.STANDARD, 0.0) == BUDGET
     assert not working.kept_pages()
@@ -151,7 +151,7 @@ def test_nobody_is_remembered_whom_nobody_needs():
 def test_a_search_may_go_on_with_other_pages_after_the_device_was_lost():
     working = working_set()
     page_set = admitted(working)
-    working.turn_over(page_set, 0.0)
+    working.turn_over(page_set, page_set.band, 0.0)
     working.clear()
     working.go(page_set, to_another=True)
     assert len(working) == 0
@@ -208,3 +208,14 @@ def test_forks_are_one_page_set_however_many_a_tile_needs():
     assert fork.turns == fork.searches == 1
     left(working, fork, 0.0)
     assert working.ask_together([[]], Band.BATCH, float, 0.0) is None
+
+
+def test_what_is_there_for_a_lower_band_alone_makes_room_for_a_higher():
+    """A tile of each band came for the same pages, and the higher is done: the lower may wait, for other pages too."""
+    working = working_set()
+    page_set = admitted(working, Band.BATCH)
+    assert working.ask(page_set.pages, Band.INTERACTIVE, COPY_S, 0.0) is page_set
+    assert working.room_bytes(Band.STANDARD, 0.0) == BUDGET - 1
+    working.turn_over(page_set, Band.INTERACTIVE, 0.0)
+    assert page_set.turns == 1
+    assert working.room_bytes(Band.STANDARD, 0.0) == BUDGET
