@@ -18,8 +18,18 @@ from streamindex_service.core.caches import CACHE_RECORD_BYTES, LAYER_RECORD_BYT
 from streamindex_service.testing.service import RunningService, ServiceStartError
 from tests.support.calls import Calls, batch_item, finish_message, key_chunks, search_header, start_message
 from tests.support.inprocess import InProcessServer
-from tests.support.services import is_idle, wait_for
-from tests.support.spilling import HOST_BYTES, KIND, PAGE_BYTES, PAGE_KEYS, check, filled, settings, spill_all
+from tests.support.services import wait_for
+from tests.support.spilling import (
+    HOST_BYTES,
+    KIND,
+    PAGE_BYTES,
+    PAGE_KEYS,
+    calls_that_leave_nothing,
+    check,
+    filled,
+    settings,
+    spill_all,
+)
 from tests.support.tensors import FP8, Draw, Kind, ModelCache, expected
 
 SCALED = Kind(heads=2, head_dim=64, key_format=FP8, layers=2)
@@ -34,11 +44,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def calls(server):
-    with Calls(server.target) as connection:
+    with calls_that_leave_nothing(server) as connection:
         yield connection
-        wait_for(lambda: is_idle(connection.load()))
-        wait_for(lambda: connection.ledger("host").reserved_bytes == 0)
-        assert connection.ledger("spill").reserved_bytes == 0
 
 
 @pytest.fixture

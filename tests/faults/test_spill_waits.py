@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from tests.support.calls import Calls, search_header
+from tests.support.calls import search_header
 from tests.support.inprocess import InProcessServer
-from tests.support.services import is_idle, wait_for
-from tests.support.spilling import KIND, PAGE_KEYS, check, filled, settings, spill_all
+from tests.support.services import wait_for
+from tests.support.spilling import KIND, PAGE_KEYS, calls_that_leave_nothing, check, filled, settings, spill_all
 from tests.support.tensors import Draw, ModelCache, expected
 
 
@@ -26,11 +26,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def calls(server):
-    with Calls(server.target) as connection:
+    with calls_that_leave_nothing(server) as connection:
         yield connection
-        wait_for(lambda: is_idle(connection.load()))
-        wait_for(lambda: connection.ledger("host").reserved_bytes == 0)
-        assert connection.ledger("spill").reserved_bytes == 0
 
 
 @contextmanager

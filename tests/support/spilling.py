@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from tests.support.calls import Calls
 from tests.support.inprocess import InProcessServer
-from tests.support.services import MIB, ROOMY
+from tests.support.services import MIB, ROOMY, is_idle, wait_for
 from tests.support.tensors import Draw, Kind, ModelCache, expected
 
 KIND = Kind(heads=2, head_dim=64)  # a page has 32 KiB
@@ -32,6 +34,16 @@ def settings(directory: Path, **memory: Any) -> dict[str, dict[str, Any]]:
             **memory,
         },
     }
+
+
+@contextmanager
+def calls_that_leave_nothing(server: InProcessServer) -> Iterator[Calls]:
+    """Calls on it; in the end no byte is held, in memory or on disk."""
+    with Calls(server.target) as connection:
+        yield connection
+        wait_for(lambda: is_idle(connection.load()))
+        wait_for(lambda: connection.ledger("host").reserved_bytes == 0)
+        assert connection.ledger("spill").reserved_bytes == 0
 
 
 def spill_all(server: InProcessServer) -> None:
