@@ -79,7 +79,7 @@ def _latency(axes: Axes, series: Mapping[str, Any]) -> None:
         }
         axes.plot(*zip(*points["p50_ms"], strict=True), color=color, label=scenario)
         axes.plot(*zip(*points["p99_ms"], strict=True), color=color, linestyle=":", linewidth=1)
-    axes.set(yscale="log", ylabel="ms", title="Latency of each scenario's main call: p50, and p99 dotted")
+    axes.set(yscale="log", ylabel="ms of the main call", title="p50, and p99 dotted")
     _legend(axes)
 
 

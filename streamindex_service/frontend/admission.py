@@ -123,6 +123,7 @@ class OpenCall:
         self.service.governor.pump()
         self._cache.busy -= 1
         self.service.caches.touch(self._cache)
+        self.users.clear()  # they refer to this: messages and blocks' rows would wait for the garbage collector
 
 
 class AdmittedSearch(OpenCall):

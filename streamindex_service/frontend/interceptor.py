@@ -14,6 +14,7 @@ import structlog
 
 from streamindex_service.errors import InternalError, ServiceError
 from streamindex_service.frontend.call import CURRENT, Call
+from streamindex_service.frontend.call_context import CallContext
 from streamindex_service.frontend.futures import seen
 from streamindex_service.frontend.identity import Identify
 from streamindex_service.frontend.messages import REFUSAL_TIMEOUT_S, Malformed, MessageWriter, raise_malformed
@@ -79,9 +80,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             make = grpc.unary_unary_rpc_method_handler
 
         async def call(request: Any, context: Any) -> Any:
+            running = CallContext(context)
+            del context
             # A stream's servicer asks by itself, so that it can say in-band what it refuses with.
             admit = None if handler.request_streaming else self._admit
-            return await self._call(behaviour, streams, admit, record, details.method, request, context)
+            if handler.request_streaming:
+                request = None  # gRPC's iterator, which refers to the context; servicers read by themselves
+            try:
+                return await self._call(behaviour, streams, admit, record, details.method, request, running)
+            finally:
+                running.end()
 
         return make(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
@@ -101,7 +109,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             stream, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
 
-    async def _identified(self, path: str, context: Any) -> str:
+    async def _identified(self, path: str, context: CallContext) -> str:
         """The caller. A refusal is said in-band first where the method has a message for it."""
         try:
             return self._authenticate(context)
@@ -132,7 +140,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         record: Call,
         path: str,
         request: Any,
-        context: Any,
+        context: CallContext,
     ) -> Any:
         task = asyncio.current_task()
         assert task is not None

@@ -149,7 +149,7 @@ def pack_rows(keys: Tensor, kv_format: KvFormat) -> KvRows:
         return KvRows(kv_format, keys.to(torch.bfloat16).contiguous())
     if keys.dim() != 2 or keys.shape[1] != packing.key_dim:
         raise ValueError(f"keys: expected [rows, {packing.key_dim}], got {list(keys.shape)}")
-    groups = keys[:, : packing.narrow].float().reshape(keys.shape[0], -1, packing.group)
+    groups = keys[:, : packing.narrow].float().reshape(keys.shape[0], packing.narrow // packing.group, packing.group)
     exponent = (groups.abs().amax(dim=2).clamp(min=_AMAX_FLOOR) / _E4M3_MAX).log2().ceil()
     narrow = (groups * torch.exp2(-exponent)[:, :, None]).clamp(-_E4M3_MAX, _E4M3_MAX)
     parts = [narrow.flatten(1).to(torch.float8_e4m3fn).view(torch.uint8)]

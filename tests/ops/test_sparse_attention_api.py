@@ -161,3 +161,12 @@ def test_rows_refuse_parts_that_disagree() -> None:
         KvRows(KvFormat.BF16, torch.zeros(4 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 64))
     with pytest.raises(ValueError, match="keys"):
         pack_rows(torch.zeros(4, 64), KvFormat.FP8_D512)
+
+
+@pytest.mark.parametrize("kv_format", list(KvFormat), ids=lambda each: each.value)
+def test_no_rows_are_packed_as_some_are(kv_format: KvFormat) -> None:
+    key_dim = kv_format.packed.key_dim if kv_format.packed else 64
+    some, none = (pack_rows(torch.zeros(rows, key_dim), kv_format) for rows in (3, 0))
+    assert none.rows == 0
+    assert none.row_bytes == some.row_bytes
+    assert (none.scales is None) == (some.scales is None)
