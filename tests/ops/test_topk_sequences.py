@@ -87,13 +87,14 @@ def test_any_cut_of_triton(drawn, shape, chunk, tile, order):
     _cut("triton", drawn, shape, chunk, tile, order)
 
 
-def test_selection_is_launched_once_for_all(monkeypatch):
-    """Scores are computed sequence by sequence, of those alone that are seen; the rest is asked of all rows."""
+def test_one_launch_for_all_parts_whose_rows_follow_each_other(monkeypatch):
+    """Scores of the others are computed part by part, of those alone that are seen; the selection is of all rows."""
     from streamindex_service.ops.topk import triton
 
-    step = drawn(FORMATS[0], [700, 300, 0, 90], [[1399], [599, 600], [7], [179]], kernel_device())
+    positions = [[1399], [599, 600], [7], [9, 3], [179]]
+    step = drawn(FORMATS[0], [700, 300, 0, 90, 90], positions, kernel_device())
     launched = []
-    select, scores = triton._launch_select, triton._launch_scores
+    select, scores, part_scores = triton._launch_select, triton._launch_scores, triton._launch_part_scores
 
     def selected(run, buffers, chunk, *others):
         launched.append((chunk.start, chunk.stop))
@@ -103,11 +104,16 @@ def test_selection_is_launched_once_for_all(monkeypatch):
         launched.append((chunk.start, chunk.stop, keys))
         scores(problem, tiles, target, chunk, tile_start, keys)
 
+    def scored_together(problem, tiles, target, start, parts, tile_start, keys):
+        launched.append((parts.count, parts.most_rows, start, keys))
+        part_scores(problem, tiles, target, start, parts, tile_start, keys)
+
     monkeypatch.setattr(triton, "_launch_select", selected)
     monkeypatch.setattr(triton, "_launch_scores", scored)
+    monkeypatch.setattr(triton, "_launch_part_scores", scored_together)
     expected = step.alone("reference")
     assert torch.equal(step.together("triton").indices, expected.indices)
-    assert launched == [(0, 1, 700), (1, 3, 300), (4, 5, 90), (0, 5)]
+    assert launched == [(3, 2, 0, 700), (4, 6, 5), (0, 7)]
 
 
 @pytest.mark.parametrize("rows", [[1], [2, 1], [3, 0], []], ids=str)

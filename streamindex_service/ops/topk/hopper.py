@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from streamindex_service.ops.paged_keys import PAGE_KEYS
+from streamindex_service.ops.topk.parts import FIELDS, PartTable
 from streamindex_service.ops.topk.plan import KernelTiles, shared_queries
 
 # What this module takes from Gluon and this Triton's does not have.
@@ -43,8 +44,10 @@ _ELEMENTS = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, to
 _WORKER_REGISTERS = 112
 _FEEDER_REGISTERS = 24
 _TRIMMED_QUERIES = gl.constexpr(256)  # of explicit positions looked at at a time
+_FIELDS = gl.constexpr(FIELDS)
 _SCALARS = [
     "row_start", "rows", "tile_start", "tile_keys", "length", "first_position", "ratio", "score_stride", "query_group",
+    "part_count",
 ]  # fmt: skip
 
 
@@ -63,21 +66,57 @@ def launch_scores(
 ) -> None:  # fmt: skip
     """Write the scores [rows, keys] of one chunk × tile. positions: the chunk's own on the device, or None where they
     are consecutive."""
-    p, table, scale_table = problem, problem.keys.key_table, problem.keys.scale_table
     explicit = positions is not None
-    query_group = shared_queries(rows, p.heads * p.head_dim * p.format.element_bytes)
+    first_position = 0 if explicit else problem.positions
+    _launch(
+        problem, tiles, q_desc, positions, scores, row_start, rows, tile_start, keys, first_position, None, rows,
+        processors,
+    )  # fmt: skip
+
+
+def launch_part_scores(
+    problem, tiles: KernelTiles, q_desc, scores, parts: PartTable, row_start: int, tile_start: int, keys: int,
+    processors: int,
+) -> None:  # fmt: skip
+    """Write the scores [rows, keys] of all parts of one chunk × tile, whose first row is row_start, each with its own
+    keys."""
+    _launch(
+        problem, tiles, q_desc, None, scores, row_start, 0, tile_start, keys, 0, parts, parts.most_rows, processors
+    )  # fmt: skip
+
+
+def _launch(
+    problem, tiles, q_desc, positions, scores, row_start, rows, tile_start, keys, first_position, parts, most_rows,
+    processors,
+):  # fmt: skip
+    p, table, scale_table = problem, problem.keys.key_table, problem.keys.scale_table
+    query_group = shared_queries(most_rows, p.heads * p.head_dim * p.format.element_bytes)
     # pointers that a variant does not use are given the offset table: any other tensor's alignment could compile anew
     score_kernel[(processors,)](
         q_desc, p.w, table.anchor, table.offsets,
         scale_table.anchor if scale_table else table.offsets, scale_table.offsets if scale_table else table.offsets,
-        positions if explicit else table.offsets, scores,
-        row_start, rows, tile_start, keys, p.keys.length, 0 if explicit else p.positions, p.ratio, scores.stride(0),
-        query_group,
+        table.offsets if positions is None else positions, table.offsets if parts is None else parts.table, scores,
+        row_start, rows, tile_start, keys, p.keys.length, first_position, p.ratio, scores.stride(0),
+        query_group, 0 if parts is None else parts.count,
         HEADS=p.heads, HEAD_DIM=p.head_dim, QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
-        PAGE=PAGE_KEYS, HAS_SCALES=scale_table is not None, EXPLICIT=explicit,
+        PAGE=PAGE_KEYS, HAS_SCALES=scale_table is not None, EXPLICIT=positions is not None, PARTS=parts is not None,
         STAGES=tiles.score_stages, NARROW=p.format.element_bytes == 1, REGISTERS=_WORKER_REGISTERS,
         FEEDER_REGISTERS=_FEEDER_REGISTERS, num_warps=tiles.score_warps,
     )  # fmt: skip
+
+
+@gluon.jit
+def _part(parts, part, keys, key_offsets, scales, scale_offsets):
+    """A part's own tables, rows, length and position: see `parts.FIELDS`."""
+    at = parts + part * _FIELDS
+    ALIGNED: gl.constexpr = 128 // keys.dtype.element_ty.primitive_bitwidth
+    own_keys = keys + gl.multiple_of(gl.load(at), ALIGNED)
+    own_offsets = key_offsets + gl.load(at + 1)
+    own_scales = scales + gl.multiple_of(gl.load(at + 2), 4)
+    own_scale_offsets = scale_offsets + gl.load(at + 3)
+    start, rows = gl.load(at + 4).to(gl.int32), gl.load(at + 5).to(gl.int32)
+    length, first_position = gl.load(at + 6).to(gl.int32), gl.load(at + 7).to(gl.int32)
+    return own_keys, own_offsets, own_scales, own_scale_offsets, start, rows, length, first_position
 
 
 @gluon.jit
@@ -148,12 +187,17 @@ def _trim(
 
 
 @gluon.jit
-def _share(total):
-    """This block's part of `total` steps: first and end. Parts differ by one step at most."""
-    block, blocks = gl.program_id(0), gl.num_programs(0)
+def _share(total, turned):
+    """This block's part of `total` steps: first and end. Parts differ by one step at most.
+
+    turned: where the blocks begin that have one step more, counted back; it is given for the next work, so that those
+    come next that had none.
+    """
+    blocks = gl.num_programs(0)
+    block = (gl.program_id(0) + turned) % blocks
     least, more = total // blocks, total % blocks
     begin = block * least + gl.minimum(block, more)
-    return begin, begin + least + (block < more).to(gl.int32)
+    return begin, begin + least + (block < more).to(gl.int32), (turned + blocks - more) % blocks
 
 
 @gluon.constexpr_function
@@ -177,24 +221,23 @@ def _score_layout(keys, queries):
 
 
 @gluon.jit
-def _feed(
+def _feed_rows(
     q_desc, w, positions, row_start, rows, tile_start, tile_keys, length, first_position, ratio, query_group,
-    q_smem, w_smem, full, empty,
+    q_smem, w_smem, full, empty, done, turned,
     QUERIES: gl.constexpr, HEADS: gl.constexpr, BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
     NARROW: gl.constexpr, EXPLICIT: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: keep the ring of query stages full."""
+    """Stages for the queries of some rows. done: that were filled; turned: see `_share`; both as they are then."""
     COLUMNS: gl.constexpr = QUERIES * HEADS
     place_of_gate = gl.arange(0, COLUMNS, layout=gl.BlockedLayout([COLUMNS // 32], [32], [1], [0]))
     # of 16 columns, a lane of the product has 2 l, 2 l + 1, 2 l + 8 and 2 l + 9
     n = place_of_gate // 16 * 16 + place_of_gate // 4 % 4 * 2 + place_of_gate // 2 % 2 * 8 + place_of_gate % 2
-    done = rows * 0
     for group_start in range(0, rows, query_group):
         steps, whole, _, total = _group_work(
             group_start, query_group, rows, row_start, tile_start, tile_keys, length, first_position, ratio,
             QUERIES, BLOCK_KEYS, EXPLICIT,
         )  # fmt: skip
-        place, end = _share(total)
+        place, end, turned = _share(total, turned)
         while place < end:
             block, step, count = _segment(
                 place, end, steps, whole, group_start, row_start, tile_start, first_position, ratio,
@@ -226,6 +269,34 @@ def _feed(
                 hopper.mbarrier.arrive(full.index(slot), count=1)
                 row += QUERIES
             done += count
+    return done, turned
+
+
+@gluon.jit
+def _feed(
+    q_desc, w, keys, key_offsets, scales, scale_offsets, positions, parts, row_start, rows, tile_start, tile_keys,
+    length, first_position, ratio, query_group, part_count, q_smem, w_smem, full, empty,
+    QUERIES: gl.constexpr, HEADS: gl.constexpr, BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    NARROW: gl.constexpr, EXPLICIT: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: keep the ring of query stages full."""
+    done, turned = rows * 0, rows * 0
+    if PARTS:
+        for part in range(part_count):
+            _, _, _, _, own_start, own_rows, own_length, own_position = _part(
+                parts, part, keys, key_offsets, scales, scale_offsets
+            )
+            done, turned = _feed_rows(
+                q_desc, w, positions, own_start, own_rows, tile_start, tile_keys, own_length, own_position, ratio,
+                query_group, q_smem, w_smem, full, empty, done, turned,
+                QUERIES, HEADS, BLOCK_KEYS, STAGES, BYTES, NARROW, EXPLICIT,
+            )  # fmt: skip
+    else:
+        _feed_rows(
+            q_desc, w, positions, row_start, rows, tile_start, tile_keys, length, first_position, ratio,
+            query_group, q_smem, w_smem, full, empty, done, turned,
+            QUERIES, HEADS, BLOCK_KEYS, STAGES, BYTES, NARROW, EXPLICIT,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -256,13 +327,15 @@ def _chain(x, gate, total, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
+def _consume_rows(
     keys, key_offsets, scales, scale_offsets, positions, scores, row_start, rows, tile_start, tile_keys, length,
     first_position, ratio, score_stride, query_group, k_smem, q_smem, w_smem, full, empty,
+    done, turned,
     WORKER: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, QUERIES: gl.constexpr, BLOCK_KEYS: gl.constexpr,
     PAGE: gl.constexpr, HAS_SCALES: gl.constexpr, EXPLICIT: gl.constexpr, STAGES: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: its quarter of each key block against every query of the block's segment."""
+    """One warpgroup: its quarter of each key block against every query of the block's segment. done: stages that were
+    used; turned: see `_share`. Both as they are after that."""
     KEYS: gl.constexpr = BLOCK_KEYS // 4
     bits: gl.constexpr = q_smem.dtype.primitive_bitwidth
     COLUMNS: gl.constexpr = QUERIES * HEADS
@@ -274,13 +347,12 @@ def _consume(
     lanes: gl.constexpr = HEAD_DIM // vector
     wide: gl.constexpr = gl.BlockedLayout([1, vector], [32 // lanes, lanes], [4, 1], [1, 0])
     my_keys = k_smem.slice(WORKER * KEYS, KEYS, dim=0)
-    done = rows * 0
     for group_start in range(0, rows, query_group):
         steps, whole, _, total = _group_work(
             group_start, query_group, rows, row_start, tile_start, tile_keys, length, first_position, ratio,
             QUERIES, BLOCK_KEYS, EXPLICIT,
         )  # fmt: skip
-        place, end = _share(total)
+        place, end, turned = _share(total, turned)
         while place < end:
             block, step, count = _segment(
                 place, end, steps, whole, group_start, row_start, tile_start, first_position, ratio,
@@ -338,6 +410,37 @@ def _consume(
                 gl.store(target + step.to(gl.int64) * jump, score + 0.0, mask=mask)
                 hopper.mbarrier.arrive(empty.index(slot), count=1)
             done += count
+    return done, turned
+
+
+@gluon.jit
+def _consume(
+    keys, key_offsets, scales, scale_offsets, positions, parts, scores, row_start, rows, tile_start, tile_keys, length,
+    first_position, ratio, score_stride, query_group, part_count, k_smem, q_smem, w_smem, full, empty,
+    WORKER: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, QUERIES: gl.constexpr, BLOCK_KEYS: gl.constexpr,
+    PAGE: gl.constexpr, HAS_SCALES: gl.constexpr, EXPLICIT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    NARROW: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: all rows, or part after part."""
+    done, turned = rows * 0, rows * 0
+    if PARTS:
+        for part in range(part_count):
+            own_keys, own_offsets, own_scales, own_scale_offsets, own_start, own_rows, own_length, own_position = _part(
+                parts, part, keys, key_offsets, scales, scale_offsets
+            )
+            done, turned = _consume_rows(
+                own_keys, own_offsets, own_scales, own_scale_offsets, positions,
+                scores + (own_start - row_start).to(gl.int64) * score_stride, own_start, own_rows, tile_start,
+                tile_keys, own_length, own_position, ratio, score_stride, query_group, k_smem, q_smem, w_smem, full,
+                empty, done, turned,
+                WORKER, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, STAGES, NARROW,
+            )  # fmt: skip
+    else:
+        _consume_rows(
+            keys, key_offsets, scales, scale_offsets, positions, scores, row_start, rows, tile_start, tile_keys, length,
+            first_position, ratio, score_stride, query_group, k_smem, q_smem, w_smem, full, empty, done, turned,
+            WORKER, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, STAGES, NARROW,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -362,10 +465,10 @@ def _scores_of(products, w_smem, HEADS: gl.constexpr, NARROW: gl.constexpr):
 
 @gluon.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=["w", "positions"])
 def score_kernel(
-    q_desc, w, keys, key_offsets, scales, scale_offsets, positions, scores,
-    row_start, rows, tile_start, tile_keys, length, first_position, ratio, score_stride, query_group,
+    q_desc, w, keys, key_offsets, scales, scale_offsets, positions, parts, scores,
+    row_start, rows, tile_start, tile_keys, length, first_position, ratio, score_stride, query_group, part_count,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, QUERIES: gl.constexpr, BLOCK_KEYS: gl.constexpr,
-    PAGE: gl.constexpr, HAS_SCALES: gl.constexpr, EXPLICIT: gl.constexpr,
+    PAGE: gl.constexpr, HAS_SCALES: gl.constexpr, EXPLICIT: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, NARROW: gl.constexpr, REGISTERS: gl.constexpr, FEEDER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A chunk of queries against a tile of keys. Grid: (multiprocessors,); 4 warps, and those of the other partitions.
@@ -374,7 +477,8 @@ def score_kernel(
     cache. A group's work is a row of steps, a step being one product of QUERIES queries with one block of keys, block
     by block; each block of the grid takes an equal part of it, whichever keys that begins or ends with.
 
-    q_desc: q as [all rows × HEADS, HEAD_DIM]. Everything else as in triton.py's kernel.
+    q_desc: q as [all rows × HEADS, HEAD_DIM]. Everything else as in triton.py's kernel. PARTS go through the ring
+    one after another, without a gap.
     """
     element: gl.constexpr = q_desc.dtype
     bits: gl.constexpr = element.primitive_bitwidth
@@ -394,29 +498,33 @@ def score_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                keys, key_offsets, scales, scale_offsets, positions, scores, row_start, rows, tile_start, tile_keys,
-                length, first_position, ratio, score_stride, query_group, k_smem, q_smem, w_smem, full, empty,
-                0, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, STAGES, NARROW,
+                keys, key_offsets, scales, scale_offsets, positions, parts, scores, row_start, rows, tile_start,
+                tile_keys, length, first_position, ratio, score_stride, query_group, part_count, k_smem, q_smem, w_smem,
+                full, empty,
+                0, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, PARTS, STAGES, NARROW,
             )),
             (_consume, (
-                keys, key_offsets, scales, scale_offsets, positions, scores, row_start, rows, tile_start, tile_keys,
-                length, first_position, ratio, score_stride, query_group, k_smem, q_smem, w_smem, full, empty,
-                1, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, STAGES, NARROW,
+                keys, key_offsets, scales, scale_offsets, positions, parts, scores, row_start, rows, tile_start,
+                tile_keys, length, first_position, ratio, score_stride, query_group, part_count, k_smem, q_smem, w_smem,
+                full, empty,
+                1, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, PARTS, STAGES, NARROW,
             )),
             (_consume, (
-                keys, key_offsets, scales, scale_offsets, positions, scores, row_start, rows, tile_start, tile_keys,
-                length, first_position, ratio, score_stride, query_group, k_smem, q_smem, w_smem, full, empty,
-                2, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, STAGES, NARROW,
+                keys, key_offsets, scales, scale_offsets, positions, parts, scores, row_start, rows, tile_start,
+                tile_keys, length, first_position, ratio, score_stride, query_group, part_count, k_smem, q_smem, w_smem,
+                full, empty,
+                2, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, PARTS, STAGES, NARROW,
             )),
             (_consume, (
-                keys, key_offsets, scales, scale_offsets, positions, scores, row_start, rows, tile_start, tile_keys,
-                length, first_position, ratio, score_stride, query_group, k_smem, q_smem, w_smem, full, empty,
-                3, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, STAGES, NARROW,
+                keys, key_offsets, scales, scale_offsets, positions, parts, scores, row_start, rows, tile_start,
+                tile_keys, length, first_position, ratio, score_stride, query_group, part_count, k_smem, q_smem, w_smem,
+                full, empty,
+                3, HEADS, HEAD_DIM, QUERIES, BLOCK_KEYS, PAGE, HAS_SCALES, EXPLICIT, PARTS, STAGES, NARROW,
             )),
             (_feed, (
-                q_desc, w, positions, row_start, rows, tile_start, tile_keys, length, first_position, ratio,
-                query_group, q_smem, w_smem, full, empty,
-                QUERIES, HEADS, BLOCK_KEYS, STAGES, BYTES, NARROW, EXPLICIT,
+                q_desc, w, keys, key_offsets, scales, scale_offsets, positions, parts, row_start, rows, tile_start,
+                tile_keys, length, first_position, ratio, query_group, part_count, q_smem, w_smem, full, empty,
+                QUERIES, HEADS, BLOCK_KEYS, STAGES, BYTES, NARROW, EXPLICIT, PARTS,
             )),
         ],
         [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, FEEDER_REGISTERS],

@@ -30,6 +30,7 @@ from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
+from streamindex_service.ops.topk.parts import FIELDS, PartTable, parts_of
 from streamindex_service.ops.topk.plan import KernelTiles, Plan, ScoreKernel
 from streamindex_service.ops.topk.problem import Part, Problem
 from streamindex_service.ops.topk.selection import (
@@ -43,23 +44,37 @@ from streamindex_service.ops.topk.selection import (
 )
 
 _INT32_END = 2**31
+_FIELDS = tl.constexpr(FIELDS)
 _SCORE_SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride"]
 
 
 @triton.jit(do_not_specialize=_SCORE_SCALARS, do_not_specialize_on_alignment=["w", "positions"])
 def _score_kernel(
-    q, w, keys, key_offsets, scales, scale_offsets, positions, scores,
+    q, w, keys, key_offsets, scales, scale_offsets, positions, parts, scores,
     row_start, rows, tile_start, length, first_position, ratio, score_stride,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_QUERIES: tl.constexpr, QUERY_GROUP: tl.constexpr, PAGE: tl.constexpr,
-    HAS_SCALES: tl.constexpr, EXPLICIT: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    HAS_SCALES: tl.constexpr, EXPLICIT: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys against one group of a chunk's queries. Grid: (key blocks of the tile, query groups).
+    """One block of keys against one group of a chunk's queries. Grid: (key blocks of the tile, query groups), and of
+    PARTS as many times: groups of the part that has most, key blocks of the one that sees most.
 
     q: [all rows, HEADS, HEAD_DIM], w: [all rows, HEADS], of which the chunk is rows row_start to row_start + rows.
     scores: [rows, score_stride] float32, column c being key tile_start + c. Entries that a row cannot see are written
-    too, or not; nobody reads them.
+    too, or not; nobody reads them. parts: of PARTS their table (see parts.py), which tells rows, positions and keys of
+    each.
     """
+    if PARTS:
+        own = parts + tl.program_id(2) * _FIELDS
+        ALIGNED: tl.constexpr = 128 // keys.dtype.element_ty.primitive_bitwidth
+        keys += tl.multiple_of(tl.load(own), ALIGNED)
+        key_offsets += tl.load(own + 1)
+        scales += tl.multiple_of(tl.load(own + 2), 4)
+        scale_offsets += tl.load(own + 3)
+        start_of_part = tl.load(own + 4)
+        scores += (start_of_part - row_start) * score_stride
+        row_start, rows = start_of_part.to(tl.int32), tl.load(own + 5).to(tl.int32)
+        length, first_position = tl.load(own + 6).to(tl.int32), tl.load(own + 7).to(tl.int32)
     column = tl.program_id(0) * BLOCK_KEYS
     key_start = tile_start + column
     group_start = tl.program_id(1) * QUERY_GROUP
@@ -187,7 +202,7 @@ class _Run:
         self.arena_bytes = planning.arena_bytes(problem.top_k, rows, plan.key_tile, plan.tiles)
         self.arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=problem.q.device)
         self.floats, self.ints = self.arena.view(torch.float32), self.arena.view(torch.int32)
-        self.launch_scores = _launch_scores
+        self.launch_scores, self.launch_part_scores = _launch_scores, _launch_part_scores
         if plan.tiles.score_kernel is ScoreKernel.HOPPER:
             # imported here: Gluon is an experimental part of Triton
             from streamindex_service.ops.topk import hopper
@@ -195,6 +210,7 @@ class _Run:
             processors = _multiprocessors(problem.q.device)
             queries = hopper.describe_queries(problem, plan.tiles)
             self.launch_scores = partial(_launch_hopper, hopper, queries, processors)
+            self.launch_part_scores = partial(_launch_hopper_parts, hopper, queries, processors)
 
 
 class _Buffers:
@@ -222,11 +238,16 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Query rows `start` to `stop`; positions: [rows] int64 on the device, or None where they are consecutive."""
+    """Query rows `start` to `stop`; positions: [rows] int64 on the device, or None where they are consecutive.
+
+    together, apart: the run's parts that are among these rows, if it has parts; see `parts_of`.
+    """
 
     start: int
     stop: int
     positions: Tensor | None
+    together: PartTable | None = None
+    apart: Sequence[Part] = ()
 
 
 def _chunk_start(run: _Run, stop: int) -> int:
@@ -261,7 +282,8 @@ def _first_row_of(problem: Problem, keys: int) -> int:
 
 def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
     problem, plan = run.problem, run.plan
-    chunk = _Chunk(start, stop, _chunk_positions(problem, start, stop))
+    parts = parts_of(problem, run.parts, start, stop)
+    chunk = _Chunk(start, stop, _chunk_positions(problem, start, stop), *parts)
     buffers = _Buffers(run, stop - start, min(plan.key_tile, planning.score_stride(width)))
     old, new = buffers.lists
     tile = buffers.scores.stride(0)
@@ -284,16 +306,14 @@ def _score_chunk(run: _Run, scores: Tensor, chunk: _Chunk, tile_start: int, keys
     if not run.parts:
         run.launch_scores(run.problem, run.tiles, scores, chunk, tile_start, keys)
         return
-    for part in run.parts:
-        first, stop = max(chunk.start, part.start), min(chunk.stop, part.stop)
-        if first >= stop:
-            continue
-        seen = min(keys, part.problem.max_visible(first, stop) - tile_start)
+    if chunk.together is not None:
+        run.launch_part_scores(run.problem, run.tiles, scores, chunk.start, chunk.together, tile_start, keys)
+    for part in chunk.apart:
+        seen = min(keys, part.problem.max_visible(part.start, part.stop) - tile_start)
         if seen > 0:
-            inside = slice(first - chunk.start, stop - chunk.start)
+            inside = slice(part.start - chunk.start, part.stop - chunk.start)
             explicit = not isinstance(part.problem.positions, int)
-            positions = chunk.positions[inside] if explicit else None
-            rows = _Chunk(first, stop, positions)
+            rows = _Chunk(part.start, part.stop, chunk.positions[inside] if explicit else None)
             run.launch_scores(part.problem, run.tiles, scores[inside], rows, tile_start, seen)
 
 
@@ -319,20 +339,38 @@ def _launch_order(problem: Problem, start: int, scores: Tensor, indices: Tensor)
 def _launch_scores(
     problem: Problem, tiles: KernelTiles, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int
 ) -> None:
-    p, rows = problem, chunk.stop - chunk.start
+    rows = chunk.stop - chunk.start
+    first_position = problem.positions if chunk.positions is None else 0
+    _launch_portable(
+        problem, tiles, scores, (triton.cdiv(keys, tiles.block_keys), triton.cdiv(rows, tiles.query_group)),
+        chunk.start, rows, tile_start, first_position, chunk.positions, None,
+    )  # fmt: skip
+
+
+def _launch_part_scores(
+    problem: Problem, tiles: KernelTiles, scores: Tensor, start: int, parts: PartTable, tile_start: int, keys: int
+) -> None:
+    groups = triton.cdiv(parts.most_rows, tiles.query_group)
+    grid = (triton.cdiv(keys, tiles.block_keys), groups, parts.count)
+    _launch_portable(problem, tiles, scores, grid, start, 0, tile_start, 0, None, parts)
+
+
+def _launch_portable(
+    problem: Problem, tiles: KernelTiles, scores: Tensor, grid: tuple[int, ...], start: int, rows: int,
+    tile_start: int, first_position: int, positions: Tensor | None, parts: PartTable | None,
+) -> None:  # fmt: skip
+    p = problem
     table, scale_table = p.keys.key_table, p.keys.scale_table
-    explicit = chunk.positions is not None
-    grid = (triton.cdiv(keys, tiles.block_keys), triton.cdiv(rows, tiles.query_group))
     # pointers that a variant does not use are given the offset table: any other tensor's alignment could compile anew
     _score_kernel[grid](
         p.q, p.w, table.anchor, table.offsets,
         scale_table.anchor if scale_table else table.offsets, scale_table.offsets if scale_table else table.offsets,
-        chunk.positions if explicit else table.offsets, scores,
-        chunk.start, rows, tile_start, p.keys.length, 0 if explicit else p.positions, p.ratio, scores.stride(0),
+        table.offsets if positions is None else positions, table.offsets if parts is None else parts.table, scores,
+        start, rows, tile_start, p.keys.length, first_position, p.ratio, scores.stride(0),
         HEADS=p.heads, HEADS_PAD=tiles.heads_pad, HEAD_DIM=p.head_dim, DIM_PAD=tiles.dim_pad,
         BLOCK_KEYS=tiles.block_keys, BLOCK_QUERIES=tiles.block_queries, QUERY_GROUP=tiles.query_group,
-        PAGE=PAGE_KEYS,
-        HAS_SCALES=scale_table is not None, EXPLICIT=explicit, STAGES=tiles.score_stages, WIDEN=_INTERPRETED,
+        PAGE=PAGE_KEYS, HAS_SCALES=scale_table is not None, EXPLICIT=positions is not None, PARTS=parts is not None,
+        STAGES=tiles.score_stages, WIDEN=_INTERPRETED,
         num_warps=tiles.score_warps, num_stages=tiles.score_stages,
     )  # fmt: skip
 
@@ -345,6 +383,13 @@ def _launch_hopper(
     hopper.launch_scores(
         problem, tiles, described_queries, scores, chunk.positions, chunk.start, rows, tile_start, keys, processors
     )
+
+
+def _launch_hopper_parts(
+    hopper, described_queries, processors: int,
+    problem: Problem, tiles: KernelTiles, scores: Tensor, start: int, parts: PartTable, tile_start: int, keys: int,
+) -> None:  # fmt: skip
+    hopper.launch_part_scores(problem, tiles, described_queries, scores, parts, start, tile_start, keys, processors)
 
 
 @cache
