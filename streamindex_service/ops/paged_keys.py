@@ -90,6 +90,16 @@ class PagedKeys:
         """Addresses of the scale pages, for kernels; None for a format without scales."""
         return None if self.scale_pages is None else _page_table("scale_pages", self.scale_pages)
 
+    @cached_property
+    def table_addresses(self) -> tuple[int, int, int, int]:
+        """Where what kernels read begins: the first key page, the offsets of key pages, and the same of scale pages,
+        which are those of keys again for a format without scales. Raises ValueError as `key_table`."""
+        key_table, scale_table = self.key_table, self.scale_table
+        offsets = key_table.offsets.data_ptr()
+        if scale_table is None:
+            return key_table.anchor.data_ptr(), offsets, offsets, offsets
+        return key_table.anchor.data_ptr(), offsets, scale_table.anchor.data_ptr(), scale_table.offsets.data_ptr()
+
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Keys `start` to `stop` as one tensor [stop - start, head_dim] of `dtype`, and their scales [stop - start]
         float32.

@@ -1,6 +1,6 @@
 """`topk`: the lightning indexer's scores and the exact top-k of each row, by an implementation chosen by name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -13,15 +13,9 @@ from streamindex_service.ops.implementations import ANY_DEVICE, Runnable, by_nam
 from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
+from streamindex_service.ops.topk.parts import Parts
 from streamindex_service.ops.topk.plan import Plan, Shape, WorkspaceTerms, choose_score_kernel
-from streamindex_service.ops.topk.problem import (
-    LIMITS,
-    Limits,
-    Part,
-    Problem,
-    check_inputs,
-    check_output,
-)
+from streamindex_service.ops.topk.problem import LIMITS, Limits, Problem, check_inputs, check_output
 from streamindex_service.ops.topk.reference import run_reference
 from streamindex_service.ops.topk.torch_chunked import run_chunked
 
@@ -46,7 +40,7 @@ class Implementation(Runnable):
     """
 
     function: Callable[[Problem, Plan | None], None]
-    of_parts: Callable[[Problem, Plan, Sequence[Part]], None] | None = None
+    of_parts: Callable[[Problem, Plan, Parts], None] | None = None
     formats: frozenset[KeyFormat] = frozenset(KeyFormat)
     repeatable: frozenset[str] = ANY_DEVICE
     limits: Limits = LIMITS
@@ -69,10 +63,10 @@ def _chunked(problem: Problem, plan: Plan | None) -> None:
 
 def _triton(problem: Problem, plan: Plan | None) -> None:
     assert plan is not None
-    _triton_of_parts(problem, plan, ())
+    _triton_of_parts(problem, plan, None)
 
 
-def _triton_of_parts(problem: Problem, plan: Plan, parts: Sequence[Part]) -> None:
+def _triton_of_parts(problem: Problem, plan: Plan, parts: Parts | None) -> None:
     # imported here: Triton need not be installed where it is not asked for
     from streamindex_service.ops.topk.triton import run_triton
 

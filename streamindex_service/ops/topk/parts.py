@@ -1,19 +1,24 @@
-"""Which rows of a chunk see which sequence's keys, as the score kernels read it."""
+"""Rows of one problem that see the keys of several sequences, as the score kernels read it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from streamindex_service.ops.extent_pages import to_device
 from streamindex_service.ops.paged_keys import PagedKeys
-from streamindex_service.ops.topk.problem import Part, Problem
+from streamindex_service.ops.topk.problem import Problem
 
 # Of a part in the table: how many elements lie between the anchor of the problem's keys and that of its own, between
 # the tables of offsets, and the same of scales; first row among all, rows, length of its keys, and the position that
 # row 0 would have. Distances and not addresses: what a pointer is aligned to would be lost with it.
 FIELDS = 8
+_INT32_END = 2**31
+
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,37 +30,65 @@ class PartTable:
     most_rows: int
 
 
-def parts_of(problem: Problem, parts: Sequence[Part], start: int, stop: int) -> tuple[PartTable | None, list[Part]]:
-    """The parts of rows `start` to `stop` that see any key: those that one launch takes, and the others.
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` to `stop` of a problem, and the same problem with the keys that these rows see."""
 
-    One launch, with the keys of `problem`, takes those whose positions go up by one. For a single one it would be of no
-    use.
+    start: int
+    stop: int
+    problem: Problem
+
+
+class Parts:
+    """Which sequence's keys each row of a problem sees; for few rows of many sequences, so nothing is done one by one.
+
+    keys, rows: of each sequence, in the order of the problem's rows, which have explicit positions.
+    `problem`: the same one to whom rows are known by how many keys they see of their sequence.
     """
-    together: list[Part] = []
-    apart: list[Part] = []
-    for part in parts:
-        inside = Part(max(part.start, start), min(part.stop, stop), part.problem)
-        if inside.start < inside.stop and part.problem.max_visible(inside.start, inside.stop) > 0:
-            (together if isinstance(part.problem.positions, int) else apart).append(inside)
-    if len(together) < 2:
-        return None, together + apart
-    base = _addresses(problem.keys)
-    rows = np.array([_fields(part, base) for part in together], np.int64)
-    most_rows = max(part.stop - part.start for part in together)
-    return PartTable(to_device(rows, problem.q.device), len(together), most_rows), apart
 
+    def __init__(self, problem: Problem, keys: Sequence[PagedKeys], rows: Sequence[int]) -> None:
+        assert isinstance(problem.positions, Tensor)
+        positions = problem.positions.numpy()
+        counts = np.array(rows, np.int64)
+        self._lengths = np.array([each.length for each in keys], np.int64)
+        self._stops = counts.cumsum()
+        self._starts = starts = self._stops - counts
+        self._visible = np.minimum((positions + 1) // problem.ratio, self._lengths.repeat(counts))
+        # Kernels know a row by how many keys it sees: position n − 1 sees n keys of one token each.
+        self.problem = replace(problem, positions=torch.from_numpy(self._visible - 1), ratio=1)
+        self._keys = keys
+        self._ratio = problem.ratio
+        self._first = positions[starts]
+        alone = np.zeros(len(positions), np.int64)  # rows that do not follow the one before, in their sequence
+        alone[1:] = np.diff(positions) != 1
+        alone[starts] = 0
+        self._in_line = (np.add.reduceat(alone, starts) == 0) & (self._first + counts <= _INT32_END)
+        none = (0, 0, 0, 0)
+        self._addresses = np.array([each.table_addresses if each.length else none for each in keys], np.int64)
 
-def _fields(part: Part, base: list[tuple[int, int]]) -> tuple[int, ...]:
-    own = part.problem
-    assert isinstance(own.positions, int)
-    distances = ((at - start) // size for (at, size), (start, _) in zip(_addresses(own.keys), base, strict=True))
-    return *distances, part.start, part.stop - part.start, own.keys.length, own.positions
+    def together(self, start: int, stop: int) -> tuple[PartTable, Problem] | None:
+        """Parts among rows `start` to `stop` whose positions go up by one and of which any key is seen: one launch
+        takes all of them, with the problem that is given. None if there is none."""
+        first, end = np.maximum(self._starts, start), np.minimum(self._stops, stop)
+        wanted = self._in_line & (first < end)
+        (chosen,) = np.nonzero(wanted & (self._visible[np.where(wanted, end - 1, 0)] > 0))  # the last row sees most
+        if not len(chosen):
+            return None
+        base = self.problem.keys
+        key_bytes = base.format.element_bytes
+        sizes = np.array([key_bytes, 8, 4 if base.format.has_scales else 8, 8], np.int64)
+        table = np.empty((len(chosen), FIELDS), np.int64)
+        table[:, :4] = (self._addresses[chosen] - np.array(base.table_addresses, np.int64)) // sizes
+        rows = end[chosen] - first[chosen]
+        columns = (first[chosen], rows, self._lengths[chosen], self._first[chosen] - self._starts[chosen])
+        for number, column in enumerate(columns, 4):
+            table[:, number] = column
+        found = PartTable(to_device(table, self.problem.q.device), len(chosen), int(rows.max()))
+        return found, replace(self.problem, ratio=self._ratio)
 
-
-def _addresses(keys: PagedKeys) -> list[tuple[int, int]]:
-    """Where tables begin, and the size of their elements: keys, their offsets, scales and theirs."""
-    table, scale_table = keys.key_table, keys.scale_table
-    tensors = [table.anchor, table.offsets]
-    # a kernel for keys without scales looks at none
-    tensors += [scale_table.anchor, scale_table.offsets] if scale_table else [table.offsets, table.offsets]
-    return [(tensor.data_ptr(), tensor.element_size()) for tensor in tensors]
+    def apart(self, start: int, stop: int) -> Iterator[Part]:
+        """The others among rows `start` to `stop`."""
+        for number in np.nonzero(~self._in_line)[0]:
+            first, end = max(int(self._starts[number]), start), min(int(self._stops[number]), stop)
+            if first < end and self._visible[first:end].any():
+                yield Part(first, end, replace(self.problem, keys=self._keys[number]))

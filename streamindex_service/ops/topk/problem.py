@@ -88,18 +88,6 @@ class Problem:
         return min((last + 1) // self.ratio, self.keys.length)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows `start` to `stop` of a problem, and the same problem with the keys that these rows see.
-
-    Its positions are right for these rows alone, counted from the first row of all; or a tensor, the problem's own.
-    """
-
-    start: int
-    stop: int
-    problem: Problem
-
-
 def visible_keys(positions: int | Tensor, start: int, stop: int, ratio: int, length: int) -> Tensor:
     """min((position + 1) // ratio, length) of rows `start` to `stop`: [stop - start] int64 on the CPU."""
     if isinstance(positions, int):

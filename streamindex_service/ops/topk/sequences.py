@@ -1,11 +1,9 @@
 """`topk` of rows that see the keys of several sequences, as a decode step has them: few rows of many layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from streamindex_service.ops.paged_keys import PagedKeys
@@ -19,17 +17,9 @@ from streamindex_service.ops.topk.api import (
     topk,
 )
 from streamindex_service.ops.topk.order import Order
+from streamindex_service.ops.topk.parts import Parts
 from streamindex_service.ops.topk.plan import Plan
-from streamindex_service.ops.topk.problem import (
-    LIMITS,
-    Part,
-    Problem,
-    TopkInputError,
-    check_inputs,
-    first_if_consecutive,
-)
-
-_INT32_END = 2**31
+from streamindex_service.ops.topk.problem import LIMITS, Problem, TopkInputError, check_inputs
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ def topk_sequences(
     plan: Plan | None = None,
 ) -> TopkResult:
     """What `topk` gives for the rows of each sequence and its keys, bit for bit, in one run where the implementation
-    has one: scores are computed sequence by sequence, and the best are selected of all rows at once.
+    has one: scores of all rows come from one launch, each with the keys of its sequence, and so does their selection.
 
     Args:
         q, w, ratio, top_k, order, implementation, want_scores, out_indices, out_scores: as of `topk`, all rows.
@@ -97,33 +87,14 @@ def topk_sequences(
             )  # fmt: skip
             first = rows.stop
         return outputs
-    problem, parts = _joined(Problem(q, w, keys, positions, ratio, top_k, Order(order), *outputs), sequences)
-    if is_empty(problem):
+    problem = Problem(q, w, keys, positions, ratio, top_k, Order(order), *outputs)
+    parts = Parts(problem, [each.keys for each in sequences], [each.rows for each in sequences])
+    if is_empty(parts.problem):
         return outputs
-    plan = plan or plan_of(found, problem, workspace_bytes)
+    plan = plan or plan_of(found, parts.problem, workspace_bytes)
     assert plan is not None
-    found.of_parts(problem, plan, parts)
+    found.of_parts(parts.problem, plan, parts)
     return outputs
-
-
-def _joined(problem: Problem, sequences: Sequence[KeySequence]) -> tuple[Problem, list[Part]]:
-    """A problem whose rows see as many keys as each sees of its own sequence, and the parts whose keys these are."""
-    assert isinstance(problem.positions, Tensor)
-    lengths = np.repeat([_length(each.keys) for each in sequences], [each.rows for each in sequences])
-    visible = np.minimum((problem.positions.numpy() + 1) // problem.ratio, lengths)
-    # Kernels know a row by how many keys it sees: position n − 1 sees n keys of one token each.
-    joined = replace(problem, positions=torch.from_numpy(visible - 1), ratio=1)
-    parts, start = [], 0
-    for sequence in sequences:
-        stop = start + sequence.rows
-        first = first_if_consecutive(problem.positions[start:stop])
-        if isinstance(first, int) and first + sequence.rows <= _INT32_END:
-            own = replace(problem, keys=sequence.keys, positions=first - start)
-        else:
-            own = replace(joined, keys=sequence.keys)
-        parts.append(Part(start, stop, own))
-        start = stop
-    return joined, parts
 
 
 def _length(keys: PagedKeys) -> int:

@@ -17,7 +17,6 @@ No length, row count or stride is a compile-time constant or specialised upon: a
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -30,9 +29,9 @@ from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
-from streamindex_service.ops.topk.parts import FIELDS, PartTable, parts_of
+from streamindex_service.ops.topk.parts import FIELDS, Parts, PartTable
 from streamindex_service.ops.topk.plan import KernelTiles, Plan, ScoreKernel
-from streamindex_service.ops.topk.problem import Part, Problem
+from streamindex_service.ops.topk.problem import Problem
 from streamindex_service.ops.topk.selection import (
     finish_kernel,
     mark_kernel,
@@ -168,12 +167,12 @@ def survivor_counts(problem: Problem, plan: Plan) -> Tensor:
     return buffers.counts.masked_fill(short.to(buffers.counts.device), -2)
 
 
-def run_triton(problem: Problem, plan: Plan, parts: Sequence[Part] = ()) -> None:
+def run_triton(problem: Problem, plan: Plan, parts: Parts | None = None) -> None:
     """Fill the outputs chunk by chunk, without waiting for the device. Raises ValueError for a q that is not 16-byte
     aligned.
 
-    parts: whose keys the rows are scored with, where not all with the problem's own: all rows, in order. Only scores
-    are computed part by part; which keys are the best of a row is asked of all rows at once.
+    parts: whose keys the rows are scored with, where not all with the problem's own. The best of a row are selected as
+    ever.
     """
     if problem.q.data_ptr() % 16:
         raise ValueError("q: its address is not a multiple of 16 bytes")
@@ -194,7 +193,7 @@ def run_triton(problem: Problem, plan: Plan, parts: Sequence[Part] = ()) -> None
 class _Run:
     """What all chunks of one run share; `arena` is the one allocation that every chunk lays its buffers out in."""
 
-    def __init__(self, problem: Problem, plan: Plan, parts: Sequence[Part] = ()) -> None:
+    def __init__(self, problem: Problem, plan: Plan, parts: Parts | None = None) -> None:
         assert plan.tiles is not None
         self.problem, self.plan, self.tiles = problem, plan, plan.tiles
         self.parts = parts
@@ -240,21 +239,20 @@ class _Buffers:
 class _Chunk:
     """Query rows `start` to `stop`; positions: [rows] int64 on the device, or None where they are consecutive.
 
-    together, apart: the run's parts that are among these rows, if it has parts; see `parts_of`.
+    together: the run's parts among these rows that one launch takes, and its problem.
     """
 
     start: int
     stop: int
     positions: Tensor | None
-    together: PartTable | None = None
-    apart: Sequence[Part] = ()
+    together: tuple[PartTable, Problem] | None = None
 
 
 def _chunk_start(run: _Run, stop: int) -> int:
     """Where the chunk that ends at `stop` begins: rows that see few keys make larger chunks of the same arena."""
     problem, plan = run.problem, run.plan
     planned = min(plan.query_chunk, stop)
-    if not plan.grow:
+    if not plan.grow or (planned == stop and not isinstance(problem.positions, int)):
         return stop - planned
 
     def fits(rows: int) -> bool:
@@ -282,8 +280,8 @@ def _first_row_of(problem: Problem, keys: int) -> int:
 
 def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
     problem, plan = run.problem, run.plan
-    parts = parts_of(problem, run.parts, start, stop)
-    chunk = _Chunk(start, stop, _chunk_positions(problem, start, stop), *parts)
+    together = None if run.parts is None else run.parts.together(start, stop)
+    chunk = _Chunk(start, stop, _chunk_positions(problem, start, stop), together)
     buffers = _Buffers(run, stop - start, min(plan.key_tile, planning.score_stride(width)))
     old, new = buffers.lists
     tile = buffers.scores.stride(0)
@@ -303,17 +301,18 @@ def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
 
 def _score_chunk(run: _Run, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int) -> None:
     """Scores of a chunk's rows with keys tile_start to tile_start + keys, of each part with its own."""
-    if not run.parts:
+    if run.parts is None:
         run.launch_scores(run.problem, run.tiles, scores, chunk, tile_start, keys)
         return
     if chunk.together is not None:
-        run.launch_part_scores(run.problem, run.tiles, scores, chunk.start, chunk.together, tile_start, keys)
-    for part in chunk.apart:
+        table, problem = chunk.together
+        run.launch_part_scores(problem, run.tiles, scores, chunk.start, table, tile_start, keys)
+    for part in run.parts.apart(chunk.start, chunk.stop):
         seen = min(keys, part.problem.max_visible(part.start, part.stop) - tile_start)
         if seen > 0:
+            assert chunk.positions is not None
             inside = slice(part.start - chunk.start, part.stop - chunk.start)
-            explicit = not isinstance(part.problem.positions, int)
-            rows = _Chunk(part.start, part.stop, chunk.positions[inside] if explicit else None)
+            rows = _Chunk(part.start, part.stop, chunk.positions[inside])
             run.launch_scores(part.problem, run.tiles, scores[inside], rows, tile_start, seen)
 
 
