@@ -90,27 +90,28 @@ def test_any_cut_of_triton(drawn, shape, chunk, tile, order):
 def test_one_launch_for_all_parts_whose_rows_follow_each_other(monkeypatch):
     """Scores of the others are computed part by part, of those alone that are seen; the selection is of all rows."""
     from streamindex_service.ops.topk import triton
+    from streamindex_service.ops.topk.scores import PortableScores
 
     positions = [[1399], [599, 600], [7], [9, 3], [179]]
     step = drawn(FORMATS[0], [700, 300, 0, 90, 90], positions, kernel_device())
     launched = []
-    select, scores, part_scores = triton._launch_select, triton._launch_scores, triton._launch_part_scores
+    select, of_rows, of_parts = triton._launch_select, PortableScores.of_rows, PortableScores.of_parts
 
     def selected(run, buffers, chunk, *others):
         launched.append((chunk.start, chunk.stop))
         select(run, buffers, chunk, *others)
 
-    def scored(problem, tiles, target, chunk, tile_start, keys):
-        launched.append((chunk.start, chunk.stop, keys))
-        scores(problem, tiles, target, chunk, tile_start, keys)
+    def scored(self, problem, scores, positions, start, rows, tile_start, keys):
+        launched.append((start, start + rows, keys))
+        of_rows(self, problem, scores, positions, start, rows, tile_start, keys)
 
-    def scored_together(problem, tiles, target, start, parts, tile_start, keys):
+    def scored_together(self, problem, scores, parts, start, tile_start, keys):
         launched.append((parts.count, parts.most_rows, start, keys))
-        part_scores(problem, tiles, target, start, parts, tile_start, keys)
+        of_parts(self, problem, scores, parts, start, tile_start, keys)
 
     monkeypatch.setattr(triton, "_launch_select", selected)
-    monkeypatch.setattr(triton, "_launch_scores", scored)
-    monkeypatch.setattr(triton, "_launch_part_scores", scored_together)
+    monkeypatch.setattr(PortableScores, "of_rows", scored)
+    monkeypatch.setattr(PortableScores, "of_parts", scored_together)
     expected = step.alone("reference")
     assert torch.equal(step.together("triton").indices, expected.indices)
     assert launched == [(3, 2, 0, 700), (4, 6, 5), (0, 7)]

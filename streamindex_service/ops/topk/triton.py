@@ -1,7 +1,7 @@
 """Fused kernels: scores of a chunk of queries × a tile of keys, and the exact selection of each row's best.
 
-Triton is imported here, in selection.py and in hopper.py only. With TRITON_INTERPRET=1 the same code runs on CPU
-tensors, for tests.
+Triton is imported here, in scores.py, in selection.py and in the modules of hopper.py only. With TRITON_INTERPRET=1 the
+same code runs on CPU tensors, for tests.
 
 Scores: keys are the M operand of the product and (queries × heads) the N operand, so the sum over heads stays within
 few threads; a block of keys is loaded once and reused over up to `query_group` queries. On some devices `hopper.py`
@@ -18,20 +18,18 @@ No length, row count or stride is a compile-time constant or specialised upon: a
 
 import sys
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from streamindex_service.ops.compiled import variants
-from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.topk import plan as planning
 from streamindex_service.ops.topk.order import Order
-from streamindex_service.ops.topk.parts import FIELDS, Parts, PartTable
-from streamindex_service.ops.topk.plan import KernelTiles, Plan, ScoreKernel
+from streamindex_service.ops.topk.parts import Parts, PartTable
+from streamindex_service.ops.topk.plan import Plan
 from streamindex_service.ops.topk.problem import Problem
+from streamindex_service.ops.topk.scores import INTERPRETED, score_kernel, scores_of
 from streamindex_service.ops.topk.selection import (
     finish_kernel,
     mark_kernel,
@@ -39,114 +37,14 @@ from streamindex_service.ops.topk.selection import (
     rest_kernel,
     select_kernel,
     threshold_kernel,
-    visible_keys,
 )
 
 _INT32_END = 2**31
-_FIELDS = tl.constexpr(FIELDS)
-_SCORE_SCALARS = ["row_start", "rows", "tile_start", "length", "first_position", "ratio", "score_stride"]
-
-
-@triton.jit(do_not_specialize=_SCORE_SCALARS, do_not_specialize_on_alignment=["w", "positions"])
-def _score_kernel(
-    q, w, keys, key_offsets, scales, scale_offsets, positions, parts, scores,
-    row_start, rows, tile_start, length, first_position, ratio, score_stride,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, BLOCK_QUERIES: tl.constexpr, QUERY_GROUP: tl.constexpr, PAGE: tl.constexpr,
-    HAS_SCALES: tl.constexpr, EXPLICIT: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """One block of keys against one group of a chunk's queries. Grid: (key blocks of the tile, query groups), and of
-    PARTS as many times: groups of the part that has most, key blocks of the one that sees most.
-
-    q: [all rows, HEADS, HEAD_DIM], w: [all rows, HEADS], of which the chunk is rows row_start to row_start + rows.
-    scores: [rows, score_stride] float32, column c being key tile_start + c. Entries that a row cannot see are written
-    too, or not; nobody reads them. parts: of PARTS their table (see parts.py), which tells rows, positions and keys of
-    each.
-    """
-    if PARTS:
-        own = parts + tl.program_id(2) * _FIELDS
-        ALIGNED: tl.constexpr = 128 // keys.dtype.element_ty.primitive_bitwidth
-        keys += tl.multiple_of(tl.load(own), ALIGNED)
-        key_offsets += tl.load(own + 1)
-        scales += tl.multiple_of(tl.load(own + 2), 4)
-        scale_offsets += tl.load(own + 3)
-        start_of_part = tl.load(own + 4)
-        scores += (start_of_part - row_start) * score_stride
-        row_start, rows = start_of_part.to(tl.int32), tl.load(own + 5).to(tl.int32)
-        length, first_position = tl.load(own + 6).to(tl.int32), tl.load(own + 7).to(tl.int32)
-    column = tl.program_id(0) * BLOCK_KEYS
-    key_start = tile_start + column
-    group_start = tl.program_id(1) * QUERY_GROUP
-
-    # Which of the group's queries see any key of the block: skip the rest (exact for sorted positions, safe for any).
-    lane = tl.arange(0, QUERY_GROUP)
-    member = tl.minimum(group_start + lane, rows - 1)
-    visible = visible_keys(positions, first_position, member, row_start, ratio, length, EXPLICIT)
-    sees = (group_start + lane < rows) & (visible > key_start)
-    first = tl.min(tl.where(sees, lane, QUERY_GROUP), axis=0) // BLOCK_QUERIES * BLOCK_QUERIES
-    last = tl.max(tl.where(sees, lane + 1, 0), axis=0)
-
-    if first < last:
-        key = tl.arange(0, BLOCK_KEYS)  # [BK]
-        dim = tl.arange(0, DIM_PAD)  # [D]
-        valid = key_start + key < length
-        page = key_start // PAGE
-        inside = key_start % PAGE + key
-        offset = tl.multiple_of(tl.load(key_offsets + page), 16)
-        k_ptr = keys + offset + inside[:, None] * HEAD_DIM + dim[None, :]
-        # rows past the length may be NaN: never load them
-        k = tl.load(k_ptr, mask=valid[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)  # [BK, D]
-        if WIDEN:
-            k = k.to(tl.float32)
-        if HAS_SCALES:
-            scale_offset = tl.multiple_of(tl.load(scale_offsets + page), 16)
-            scale = tl.load(scales + scale_offset + inside, mask=valid, other=0.0)  # [BK]
-
-        n = tl.arange(0, BLOCK_QUERIES * HEADS_PAD)  # [BQ · H]
-        head = n % HEADS_PAD
-        for start in tl.range(first, last, BLOCK_QUERIES, num_stages=STAGES):
-            if BLOCK_QUERIES == 1:
-                row = row_start.to(tl.int64) + group_start + start
-                q_ptr = q + row * (HEADS * HEAD_DIM) + (head * HEAD_DIM)[:, None] + dim[None, :]
-                w_ptr = w + row * HEADS + head
-            else:
-                # past the last row, read the last one again: its scores are not stored
-                rows_of_n = tl.minimum(group_start + start + n // HEADS_PAD, rows - 1).to(tl.int64) + row_start
-                q_ptr = q + (rows_of_n * (HEADS * HEAD_DIM) + head * HEAD_DIM)[:, None] + dim[None, :]
-                w_ptr = w + rows_of_n * HEADS + head
-            if HEADS == HEADS_PAD and HEAD_DIM == DIM_PAD:
-                queries = tl.load(q_ptr)  # [BQ · H, D]
-            else:
-                queries = tl.load(q_ptr, mask=(head < HEADS)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-            if WIDEN:
-                queries = queries.to(tl.float32)
-            gate = tl.load(w_ptr, mask=head < HEADS, other=0.0)
-            products = tl.dot(k, tl.trans(queries), input_precision="ieee")  # [BK, BQ · H] float32
-            gated = tl.maximum(products, 0.0) * gate[None, :]
-            if BLOCK_QUERIES == 1:
-                score = tl.sum(gated, axis=1)  # [BK]
-                if HAS_SCALES:
-                    score *= scale
-                score = tl.where(score == 0.0, 0.0, score)  # −0.0 becomes +0.0
-                out = scores + (group_start + start).to(tl.int64) * score_stride + column + key
-                tl.store(out, score)
-            else:
-                score = tl.sum(tl.reshape(gated, (BLOCK_KEYS, BLOCK_QUERIES, HEADS_PAD)), axis=2)  # [BK, BQ]
-                if HAS_SCALES:
-                    score *= scale[:, None]
-                score = tl.where(score == 0.0, 0.0, score)
-                local = group_start + start + tl.arange(0, BLOCK_QUERIES)
-                out = scores + local.to(tl.int64)[None, :] * score_stride + (column + key)[:, None]
-                tl.store(out, score, mask=(local < rows)[None, :])
-
-
-# The interpreter multiplies the raw bits of bfloat16 operands: there, and only there, the product takes float32 ones.
-_INTERPRETED = not isinstance(_score_kernel, triton.JITFunction)
 
 
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
-    kernels = [_score_kernel, threshold_kernel, mark_kernel, finish_kernel, rest_kernel, select_kernel, order_kernel]
+    kernels = [score_kernel, threshold_kernel, mark_kernel, finish_kernel, rest_kernel, select_kernel, order_kernel]
     hopper = sys.modules.get("streamindex_service.ops.topk.hopper")
     return variants([*kernels, getattr(hopper, "score_kernel", None)])
 
@@ -201,15 +99,7 @@ class _Run:
         self.arena_bytes = planning.arena_bytes(problem.top_k, rows, plan.key_tile, plan.tiles)
         self.arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=problem.q.device)
         self.floats, self.ints = self.arena.view(torch.float32), self.arena.view(torch.int32)
-        self.launch_scores, self.launch_part_scores = _launch_scores, _launch_part_scores
-        if plan.tiles.score_kernel is ScoreKernel.HOPPER:
-            # imported here: Gluon is an experimental part of Triton
-            from streamindex_service.ops.topk import hopper
-
-            processors = _multiprocessors(problem.q.device)
-            queries = hopper.describe_queries(problem, plan.tiles)
-            self.launch_scores = partial(_launch_hopper, hopper, queries, processors)
-            self.launch_part_scores = partial(_launch_hopper_parts, hopper, queries, processors)
+        self.scores = scores_of(problem, plan.tiles)
 
 
 class _Buffers:
@@ -302,18 +192,19 @@ def _search_chunk(run: _Run, start: int, stop: int, width: int) -> _Buffers:
 def _score_chunk(run: _Run, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int) -> None:
     """Scores of a chunk's rows with keys tile_start to tile_start + keys, of each part with its own."""
     if run.parts is None:
-        run.launch_scores(run.problem, run.tiles, scores, chunk, tile_start, keys)
+        rows = chunk.stop - chunk.start
+        run.scores.of_rows(run.problem, scores, chunk.positions, chunk.start, rows, tile_start, keys)
         return
     if chunk.together is not None:
         table, problem = chunk.together
-        run.launch_part_scores(problem, run.tiles, scores, chunk.start, table, tile_start, keys)
+        run.scores.of_parts(problem, scores, table, chunk.start, tile_start, keys)
     for part in run.parts.apart(chunk.start, chunk.stop):
         seen = min(keys, part.problem.max_visible(part.start, part.stop) - tile_start)
         if seen > 0:
             assert chunk.positions is not None
             inside = slice(part.start - chunk.start, part.stop - chunk.start)
-            rows = _Chunk(part.start, part.stop, chunk.positions[inside])
-            run.launch_scores(part.problem, run.tiles, scores[inside], rows, tile_start, seen)
+            rows, positions = part.stop - part.start, chunk.positions[inside]
+            run.scores.of_rows(part.problem, scores[inside], positions, part.start, rows, tile_start, seen)
 
 
 def _launch_order(problem: Problem, start: int, scores: Tensor, indices: Tensor) -> None:
@@ -323,7 +214,7 @@ def _launch_order(problem: Problem, start: int, scores: Tensor, indices: Tensor)
     out, out_scores = problem.out_indices[window], scores  # the scores stay where they are if nobody wants them
     if problem.out_scores is not None:
         out_scores = problem.out_scores[window]
-    if _INTERPRETED:  # a sorting network takes minutes; its test has a small one
+    if INTERPRETED:  # a sorting network takes minutes; its test has a small one
         ordered, permutation = torch.sort(scores, dim=1, descending=True, stable=True)
         torch.gather(indices, 1, permutation, out=out)
         out_scores.copy_(ordered)
@@ -333,67 +224,6 @@ def _launch_order(problem: Problem, start: int, scores: Tensor, indices: Tensor)
         scores, indices, out_scores, out, top_k,
         LANES=held.ordered, WANT_SCORES=problem.out_scores is not None, num_warps=min(held.warps, 8),
     )  # fmt: skip
-
-
-def _launch_scores(
-    problem: Problem, tiles: KernelTiles, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int
-) -> None:
-    rows = chunk.stop - chunk.start
-    first_position = problem.positions if chunk.positions is None else 0
-    _launch_portable(
-        problem, tiles, scores, (triton.cdiv(keys, tiles.block_keys), triton.cdiv(rows, tiles.query_group)),
-        chunk.start, rows, tile_start, first_position, chunk.positions, None,
-    )  # fmt: skip
-
-
-def _launch_part_scores(
-    problem: Problem, tiles: KernelTiles, scores: Tensor, start: int, parts: PartTable, tile_start: int, keys: int
-) -> None:
-    groups = triton.cdiv(parts.most_rows, tiles.query_group)
-    grid = (triton.cdiv(keys, tiles.block_keys), groups, parts.count)
-    _launch_portable(problem, tiles, scores, grid, start, 0, tile_start, 0, None, parts)
-
-
-def _launch_portable(
-    problem: Problem, tiles: KernelTiles, scores: Tensor, grid: tuple[int, ...], start: int, rows: int,
-    tile_start: int, first_position: int, positions: Tensor | None, parts: PartTable | None,
-) -> None:  # fmt: skip
-    p = problem
-    table, scale_table = p.keys.key_table, p.keys.scale_table
-    # pointers that a variant does not use are given the offset table: any other tensor's alignment could compile anew
-    _score_kernel[grid](
-        p.q, p.w, table.anchor, table.offsets,
-        scale_table.anchor if scale_table else table.offsets, scale_table.offsets if scale_table else table.offsets,
-        table.offsets if positions is None else positions, table.offsets if parts is None else parts.table, scores,
-        start, rows, tile_start, p.keys.length, first_position, p.ratio, scores.stride(0),
-        HEADS=p.heads, HEADS_PAD=tiles.heads_pad, HEAD_DIM=p.head_dim, DIM_PAD=tiles.dim_pad,
-        BLOCK_KEYS=tiles.block_keys, BLOCK_QUERIES=tiles.block_queries, QUERY_GROUP=tiles.query_group,
-        PAGE=PAGE_KEYS, HAS_SCALES=scale_table is not None, EXPLICIT=positions is not None, PARTS=parts is not None,
-        STAGES=tiles.score_stages, WIDEN=_INTERPRETED,
-        num_warps=tiles.score_warps, num_stages=tiles.score_stages,
-    )  # fmt: skip
-
-
-def _launch_hopper(
-    hopper, described_queries, processors: int,
-    problem: Problem, tiles: KernelTiles, scores: Tensor, chunk: _Chunk, tile_start: int, keys: int,
-) -> None:  # fmt: skip
-    rows = chunk.stop - chunk.start
-    hopper.launch_scores(
-        problem, tiles, described_queries, scores, chunk.positions, chunk.start, rows, tile_start, keys, processors
-    )
-
-
-def _launch_hopper_parts(
-    hopper, described_queries, processors: int,
-    problem: Problem, tiles: KernelTiles, scores: Tensor, start: int, parts: PartTable, tile_start: int, keys: int,
-) -> None:  # fmt: skip
-    hopper.launch_part_scores(problem, tiles, described_queries, scores, parts, start, tile_start, keys, processors)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch_select(
