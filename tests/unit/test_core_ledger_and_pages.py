@@ -123,6 +123,20 @@ def test_pages_come_from_the_oldest_extent_so_that_younger_ones_empty_out():
     assert set(world.extents) == {1, 2}
 
 
+def test_pages_of_one_size_never_fragment_and_an_extent_is_of_one_size_until_it_is_empty():
+    world = Pool(limit=4096, extent=1024)
+    slots = [world.pool.try_allocate(512) for _ in range(8)]
+    kept = slots[::2]  # one of each extent
+    for slot in slots[1::2]:
+        world.pool.free(slot)
+    assert world.pool.try_allocate(256) is None
+    again = [world.pool.try_allocate(512) for _ in range(4)]
+    assert sorted(again, key=str) == sorted(slots[1::2], key=str)
+    world.pool.free(kept[0])
+    world.pool.free(next(slot for slot in again if slot.extent_id == kept[0].extent_id))
+    assert [world.pool.try_allocate(256).extent_id for _ in range(4)] == [5] * 4
+
+
 def test_an_extent_that_cannot_be_made_costs_nothing():
     def fail(extent_id, size):
         raise OSError("no memory")
