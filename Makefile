@@ -49,8 +49,9 @@ soak: $(READY)  ## 100,000 caches opened and dropped, half of them aborted: 20 m
 	@mkdir -p $(RESULTS)
 	$(PYTHON) -m tests.faults.soak --caches $(or $(COUNT),100000) --out $(RESULTS)/soak.json
 
-kill-loop: $(READY)  ## processes killed or stopped at every hand-over while callers are at work (SEED=1 COUNT=50)
-	$(PYTHON) -m tests.faults.kill_loop --seed $(or $(SEED),1) --rounds $(or $(COUNT),50)
+kill-loop: $(READY)  ## processes killed or stopped at every hand-over while callers are at work, kill_loop.json in RESULTS (SEED=1 COUNT=50)
+	@mkdir -p $(RESULTS)
+	$(PYTHON) -m tests.faults.kill_loop --seed $(or $(SEED),1) --rounds $(or $(COUNT),50) --out $(RESULTS)/kill_loop.json
 
 lint: $(READY)  ## ruff, mypy, buf, stubs up to date
 	$(PYTHON) -m ruff check .

@@ -9,6 +9,7 @@ its round; the same seed draws the same rounds.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ import numpy as np
 from streamindex_service.testing.failpoints import Action, Point
 from tests.support.faulty_service import FaultyService
 from tests.support.kill_rounds import KillRounds, settings
+from tests.support.run_header import run_header
 
 POINTS_A_ROUND = 5
 SHARES = {Action.KILL_WORKER: 0.7, Action.STOP_WORKER: 0.2, Action.KILL_FRONTEND: 0.1}
@@ -44,7 +46,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.kill_loop", description=__doc__)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="where the rounds go, as JSON, when all were played")
     options = parser.parse_args(arguments)
+    head, played = run_header("tests.faults.kill_loop", arguments), []
     with tempfile.TemporaryDirectory(prefix="spill-") as folder, FaultyService(settings(Path(folder))) as service:
         rounds = KillRounds(service, Path(folder))
         for number, (action, points) in zip(range(options.rounds), drawn_rounds(options.seed), strict=False):
@@ -58,7 +62,12 @@ def main(arguments: list[str]) -> int:
             except BaseException:
                 print(f"\nfailed; the end of the log:\n{service.log_tail()}", flush=True)
                 raise
-            print(f": {time.monotonic() - began:.1f} s", flush=True)
+            seconds = round(time.monotonic() - began, 1)
+            played.append({"action": action, "points": points, "seconds": seconds})
+            print(f": {seconds} s", flush=True)
+        if options.out is not None:
+            result = {"header": head, "told_without_retries": dict(rounds.told), "rounds": played}
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{options.rounds} rounds; callers without retries were told: {dict(rounds.told)}")
     return 0
 

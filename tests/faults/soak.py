@@ -15,11 +15,8 @@ freed memory goes up and down by more than the limits of such a run; what is nev
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 import threading
 import time
@@ -27,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -339,24 +335,6 @@ def _more(one: Sample, other: Sample) -> bool:
     return any(more_than(getattr(other, process), getattr(one, process)) for process in PROCESSES)
 
 
-def header(command: list[str]) -> dict[str, Any]:
-    """Where and with what a run was made."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    versions = {name: importlib.metadata.version(name) for name in ("grpcio", "numpy", "protobuf", "torch")}
-    return {
-        "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        **versions,
-        "system": f"{platform.system()} {platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}",
-        "cpus": len(os.sched_getaffinity(0)),
-        "command": " ".join(["python -m tests.faults.soak", *command]),
-        "environment": ALLOCATOR,
-        "settings": SETTINGS,
-    }
-
-
 def main(arguments: list[str]) -> int:
     """Run, write the result, say whether all came back."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
@@ -367,7 +345,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no round after so long")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     options = parser.parse_args(arguments)
-    head = header(arguments)
+    head = run_header("tests.faults.soak", arguments) | {"environment": ALLOCATOR, "settings": SETTINGS}
     os.environ.update(ALLOCATOR)  # which the service inherits
     with RunningService(SETTINGS) as service:
         soak = Soak(service, options.callers, tell=lambda line: print(line, flush=True))
