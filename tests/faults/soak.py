@@ -43,6 +43,7 @@ from tests.support.calls import (
     start_message,
 )
 from tests.support.resources import ProcessFigures, figures_of, fill_ingress, more_than
+from tests.support.run_header import run_header
 from tests.support.services import CPU, MIB, is_idle, wait_for
 from tests.support.tensors import Draw, Kind, expected
 
