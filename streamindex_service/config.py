@@ -47,7 +47,9 @@ class ServerSettings(_Section):
     drain_s: Seconds = Field(25.0, description="after SIGTERM, running calls may go on for so long")
     reflection: bool = Field(True, description="gRPC reflection, for callers that may call")
     max_connections: Count = Field(1024, description="connections of the TCP address, and of the unix socket")
-    max_streams_per_connection: Count = Field(100, description="concurrent calls of one connection")
+    max_streams_per_connection: Count = Field(
+        256, description="concurrent calls of one connection, with those that have ended a moment ago"
+    )
     max_caches: Count = Field(100_000, description="key caches, all callers together")
     max_uploads: Count = Field(4096, description="open uploads, all callers together")
     max_watchers: Count = Field(64, description="callers that watch the load at a time")

@@ -217,9 +217,6 @@ class Server:
                 ("grpc.max_receive_message_length", int(self.settings.limits.max_message_bytes)),
                 ("grpc.max_send_message_length", int(self.settings.limits.max_message_bytes)),
                 ("grpc.max_concurrent_streams", wanted.max_streams_per_connection),
-                # Else a call counts until Python has let go of it, and one that came in the place of another that has
-                # just ended is refused: half of them, where a client has as many on their way as it may.
-                ("grpc.http.overload_protection", 0),
                 ("grpc.max_allowed_incoming_connections", wanted.max_connections),
                 ("grpc.max_metadata_size", _METADATA_BYTES),
                 ("grpc.absolute_max_metadata_size", _METADATA_BYTES),

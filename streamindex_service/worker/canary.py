@@ -39,14 +39,14 @@ def search(device: Device, implementation: str) -> None:
         return torch.randint(-2, 3, shape, generator=generator).float()
 
     dtype = supported(device)[implementation][0].torch_dtype
-    q, k = integers(_ROWS, _HEADS, _HEAD_DIM).to(dtype), integers(_KEYS, _HEAD_DIM).to(dtype)
-    w = integers(_ROWS, _HEADS)
+    q, w = integers(_ROWS, _HEADS, _HEAD_DIM).to(dtype), integers(_ROWS, _HEADS)
+    layers = [integers(_KEYS, _HEAD_DIM).to(dtype) for _ in range(2)]
     scales = torch.ones(_KEYS) if dtype is torch.float8_e4m3fn else None
-    positions = torch.tensor([5, 300, _KEYS - 1])
+    positions = torch.tensor([299, 300, _KEYS - 1])
 
     def found(name: str, on: torch.device) -> torch.Tensor:
-        keys = PagedKeys.from_contiguous(k.to(on), None if scales is None else scales.to(on))
-        sequences = [KeySequence(2, keys), KeySequence(_ROWS - 2, keys)]
+        keys = [PagedKeys.from_contiguous(k.to(on), None if scales is None else scales.to(on)) for k in layers]
+        sequences = [KeySequence(2, keys[0]), KeySequence(_ROWS - 2, keys[1])]
         return topk_sequences(
             q.to(on), w.to(on), sequences, positions, ratio=1, top_k=_TOP_K, implementation=name
         ).indices.cpu()

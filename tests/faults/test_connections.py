@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
-from streamindex.v1 import search_pb2, server_pb2
+from streamindex.v1 import search_pb2
 
 from tests.support.calls import Calls, batch_item, key_chunks, query_chunks
 from tests.support.inprocess import InProcessServer
@@ -17,7 +17,8 @@ from tests.support.tensors import Draw, Kind
 
 KIND = Kind(heads=2, head_dim=32)
 KEYS, ROWS, TOP_K = 1000, 20, 8
-STREAMS = 8
+STREAMS = 64
+TIMES = 24
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-def contexts() -> int:
-    """Calls that gRPC's server has not seen the end of, as Python holds on to them."""
-    return sum(type(each).__name__ == "_ServicerContext" for each in gc.get_objects())
+def alive(name: str) -> int:
+    """Objects of a class."""
+    return sum(type(each).__name__ == name for each in gc.get_objects())
 
 
 def batch(calls: Calls, cache_id: str, **wrong: object) -> search_pb2.SearchBatchResponse:
@@ -103,21 +104,41 @@ def test_a_call_that_has_ended_does_not_count(
     server: InProcessServer, calls: Calls, no_collector: None, way: Callable[[Calls, str], None]
 ) -> None:
     with calls.cache(KIND, Draw(1).keys(KIND, KEYS)) as cache:
-        for _ in range(3 * STREAMS):
+        for _ in range(TIMES):
             way(calls, cache.id)
         wait_for(lambda: not server.server._calls.running)
-        # Those of the last moment, and what gRPC itself keeps for the next call.
-        wait_for(lambda: contexts() <= 1)
+        wait_for(lambda: alive("_ServicerContext") <= 1)  # of the call that gRPC waits for
         assert not gc.isenabled()
 
 
-def test_one_more_than_may_be_on_its_way_waits_for_its_turn(server: InProcessServer) -> None:
-    """In a row without a gap: each comes as soon as another has ended."""
+def test_messages_of_a_step_go_with_its_call(server: InProcessServer, calls: Calls, no_collector: None) -> None:
+    """They may be large, and many."""
+    with calls.cache(KIND, Draw(1).keys(KIND, KEYS)) as cache:
+        for _ in range(TIMES):
+            answered_batch(calls, cache.id)
+        wait_for(lambda: not server.server._calls.running)
+        wait_for(lambda: alive("_SearchGroup") == alive("BatchSearch") == alive("_SearchMember") == 0)
 
-    async def all_answered() -> int:
-        request = server_pb2.GetCapabilitiesRequest().SerializeToString()
-        async with grpc.aio.insecure_channel(server.target, options=[("grpc.enable_retries", 0)]) as channel:
-            call = channel.unary_unary("/streamindex.v1.ServerService/GetCapabilities")
-            return len(await asyncio.gather(*(call(request, timeout=60) for _ in range(100 * STREAMS))))
 
-    assert asyncio.run(all_answered()) == 100 * STREAMS
+def test_a_quarter_of_what_a_connection_may_have_is_never_refused(
+    server: InProcessServer, calls: Calls, no_collector: None
+) -> None:
+    """Call after call without a gap: each comes as soon as another has ended."""
+    with calls.cache(KIND, Draw(1).keys(KIND, KEYS)) as cache:
+        queries = Draw(2).queries(KIND, 2, 4 * KEYS - 2)
+        request = search_pb2.SearchBatchRequest(items=[batch_item(KIND, cache.id, queries)], top_k=TOP_K)
+        data = request.SerializeToString()
+
+        async def all_answered() -> int:
+            options = [("grpc.enable_retries", 0)]
+            async with grpc.aio.insecure_channel(server.target, options=options) as channel:
+                call = channel.unary_unary("/streamindex.v1.SearchService/SearchBatch")
+                turns = asyncio.Semaphore(STREAMS // 4)
+
+                async def one() -> None:
+                    async with turns:
+                        await call(data, timeout=60)
+
+                return len(await asyncio.gather(*(one() for _ in range(10 * STREAMS))))
+
+        assert asyncio.run(all_answered()) == 10 * STREAMS

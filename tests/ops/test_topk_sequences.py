@@ -62,9 +62,15 @@ def test_none_sees_a_key(implementation):
     assert (found.scores == -torch.inf).all()
 
 
-sizes = st.lists(
-    st.tuples(st.integers(0, 900), st.lists(st.integers(0, 2000), min_size=1, max_size=3)), min_size=1, max_size=6
+in_any_order = st.lists(st.integers(0, 2000), min_size=1, max_size=3)
+# Where a row comes to see a key of another block: one that is thought to see fewer would have no score of it.
+edges = st.builds(lambda block, before: RATIO * 256 * block - before, st.integers(1, 3), st.integers(0, 8))
+in_line = st.builds(
+    lambda first, rows: list(range(first, first + rows)),
+    st.one_of(edges, st.integers(0, 2000), st.integers(2**31 - 9, 2**31)),
+    st.integers(1, 9),
 )
+sizes = st.lists(st.tuples(st.integers(0, 900), st.one_of(in_any_order, in_line)), min_size=1, max_size=6)
 
 
 def _cut(implementation, sizes_drawn, shape, chunk, tile, order):
@@ -78,6 +84,16 @@ def _cut(implementation, sizes_drawn, shape, chunk, tile, order):
 @given(sizes, st.sampled_from(FORMATS), st.integers(1, 9), st.integers(1, 3), st.sampled_from(list(Order)))
 def test_any_cut_of_chunked(drawn, shape, chunk, tile, order):
     _cut("chunked", drawn, shape, chunk, tile, order)
+
+
+def test_a_chunk_that_begins_within_a_sequence():
+    """Its rows are the last of the sequence, of which some see a block of keys more than the first."""
+    step = drawn(
+        FORMATS[0], [300, 600], [[3], list(range(2 * 256 - 9, 2 * 256 + 9))], kernel_device(), values="integers"
+    )
+    for chunk in (1, 5, 12):
+        plan = small_plan(step.sequences[1], chunk, 512)
+        assert same(step.together("triton", plan=plan), step.alone("triton"))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

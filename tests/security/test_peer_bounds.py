@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +14,7 @@ from streamindex_service.frontend.health import MAX_REQUEST_BYTES
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import Calls, key_chunks, refused, start_message
 from tests.support.inprocess import InProcessServer, caller_in_metadata
+from tests.support.resources import peak_bytes
 from tests.support.services import MIB, ROOMY, wait_for
 from tests.support.tensors import Draw, Kind
 
@@ -63,22 +62,15 @@ def test_nothing_is_unpacked(server: InProcessServer, kind: str, path: str, how:
         assert compressed_call(channel, kind, path, b"\0" * 1000, how) is grpc.StatusCode.UNIMPLEMENTED
 
 
-def peak_bytes(service: RunningService) -> int:
-    """The most memory that the frontend has had."""
-    status = Path(f"/proc/{service.process.pid}/status").read_text()
-    (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(kib) << 10
-
-
 def test_a_small_message_does_not_become_a_large_one(roomy_service: RunningService) -> None:
     """256 MiB of zeros are 1/4 MiB on the wire: to unpack them would take more than the limit of a message."""
-    before = peak_bytes(roomy_service)
+    before = peak_bytes(roomy_service.process.pid)
     options = [("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(roomy_service.address, options) as channel:
         path, gzip = METHODS["unary_unary"][0], grpc.Compression.Gzip
         code = compressed_call(channel, "unary_unary", path, b"\0" * (256 * MIB), gzip)
     assert code is grpc.StatusCode.UNIMPLEMENTED
-    assert peak_bytes(roomy_service) - before < 64 * MIB
+    assert peak_bytes(roomy_service.process.pid) - before < 64 * MIB
 
 
 def test_a_request_that_is_held_is_short(server: InProcessServer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +96,9 @@ def fill_ingress(calls: Calls, worker: int) -> None:
             os.kill(worker, signal.SIGCONT)
         for call in made:
             assert call.rest()[-1].done.row_count == 4
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process has had."""
+    (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(kib) << 10

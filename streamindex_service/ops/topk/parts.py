@@ -40,7 +40,8 @@ class Part:
 
 
 class Parts:
-    """Which sequence's keys each row of a problem sees; for few rows of many sequences, so nothing is done one by one.
+    """Which sequence's keys each row of a problem sees. Steps have few rows of many sequences, so what is usual,
+    positions that go up by one, is dealt with for all sequences at once.
 
     keys, rows: of each sequence, in the order of the problem's rows, which have explicit positions.
     `problem`: the same one to whom rows are known by how many keys they see of their sequence.

@@ -47,7 +47,8 @@ def topk_sequences(
     plan: Plan | None = None,
 ) -> TopkResult:
     """What `topk` gives for the rows of each sequence and its keys, bit for bit, in one run where the implementation
-    has one: scores of all rows come from one launch, each with the keys of its sequence, and so does their selection.
+    has one: one launch for the scores of all rows, each with the keys of its sequence, and one selection. Sequences
+    whose positions do not go up by one have their scores by themselves.
 
     Args:
         q, w, ratio, top_k, order, implementation, want_scores, out_indices, out_scores: as of `topk`, all rows.
