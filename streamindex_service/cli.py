@@ -390,8 +390,9 @@ def _load_fields(load_now: Load) -> dict[str, Any]:
         name: {each: getattr(ledger, each) for each in ("limit_bytes", "reserved_bytes", "peak_bytes", "spare_bytes")}
         for name, ledger in load_now.ledgers.items()
     }
-    names = [name for name in type(load_now).__dataclass_fields__ if name != "ledgers"]
-    return {**{name: getattr(load_now, name) for name in names}, "ledgers": ledgers}
+    names = [name for name in type(load_now).__dataclass_fields__ if name not in ("ledgers", "residency")]
+    figures = {name: getattr(load_now, name) for name in names}
+    return {**figures, "residency": asdict(load_now.residency), "ledgers": ledgers}
 
 
 def _print_load(console: Console, load_now: Load) -> None:
@@ -406,6 +407,9 @@ def _print_load(console: Console, load_now: Load) -> None:
     figures = Table("figure", "value", box=None)
     figures.columns[1].justify = "right"
     for name, value in _load_fields(load_now).items():
-        if name != "ledgers":
+        if name == "residency":
+            for residency, caches in value.items():
+                figures.add_row(f"key_caches: {residency}", str(caches))
+        elif name != "ledgers":
             figures.add_row(name, str(value))
     console.print(figures)

@@ -32,8 +32,10 @@ def views(loads: Iterable[pb.GetLoadResponse], title: str) -> Iterator[Renderabl
 
 
 def picture(load: pb.GetLoadResponse, before: pb.GetLoadResponse | None, title: str) -> RenderableType:
-    """One moment: the service, its budgets, the device, the queue by priority, the queue by caller."""
-    return Group(_headline(load, title), _budgets(load), _device(load, before), _bands(load), _callers(load))
+    """One moment: the service, its budgets, where caches lie, the device, the queue by priority and by caller."""
+    return Group(
+        _headline(load, title), _budgets(load), _caches(load), _device(load, before), _bands(load), _callers(load)
+    )
 
 
 def busy_share(load: pb.GetLoadResponse, before: pb.GetLoadResponse | None) -> float:
@@ -68,6 +70,16 @@ def _budgets(load: pb.GetLoadResponse) -> Table:
         bar = ProgressBar(total=max(1, ledger.limit_bytes), completed=ledger.reserved_bytes, width=_BAR_WIDTH)
         sizes = (ledger.reserved_bytes, ledger.peak_bytes, ledger.limit_bytes)
         table.add_row(ledger.name, bar, *(f"{size / _MIB:,.1f}" for size in sizes))
+    return table
+
+
+def _caches(load: pb.GetLoadResponse) -> Table:
+    found = load.residency
+    table = _table("caches with rows", "")
+    table.add_row(
+        "on the device wholly · partly · not at all", f"{found.device:,} · {found.partial:,} · {found.none:,}"
+    )
+    table.add_row("wholly or partly on disk", f"{found.spilled:,}")
     return table
 
 

@@ -52,6 +52,7 @@ from streamindex_client.errors import (
 from streamindex_client.formats import KeyFormat, KvFormat, Priority, ResultOrder, SearchMode
 from streamindex_client.handles import AttendResult, SearchResult
 from streamindex_client.model import (
+    CacheResidency,
     Capabilities,
     Implementation,
     KeyCacheInfo,
@@ -78,6 +79,7 @@ __all__ = [
     "AuthenticationError",
     "BatchItem",
     "BatchResult",
+    "CacheResidency",
     "CancelledCallError",
     "Capabilities",
     "Client",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streamindex.v1 import server_pb2
 
 __all__ = [
+    "CacheResidency",
     "Capabilities",
     "Implementation",
     "KeyCacheInfo",
@@ -221,6 +222,17 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheResidency:
+    """How many key caches with rows are on the device wholly (`device`), partly (`partial`), not at all (`none`); and
+    how many of them have rows on disk (`spilled`)."""
+
+    device: int = 0
+    partial: int = 0
+    none: int = 0
+    spilled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """How busy the server is. Allocator's bytes are 0 on a CPU.
 
@@ -228,7 +240,8 @@ class Load:
 
     Tiles of searches wait for the device (`queued_tiles`, about `queued_us` of work), then are with it
     (`device_tiles`). `device_busy_us` is since the start. `device_reserved_bytes` is what the allocator has taken, in
-    use or not; `memory_failures` are the times that a tile found no device memory.
+    use or not; `memory_failures` are the times that a tile found no device memory. `residency` tells how many caches
+    are on the device, and on disk.
     """
 
     ready: bool
@@ -248,6 +261,7 @@ class Load:
     resident_bytes: int = 0
     device_reserved_bytes: int = 0
     memory_failures: int = 0
+    residency: CacheResidency = field(default_factory=CacheResidency)
 
     @classmethod
     def from_wire(cls, answer: server_pb2.GetLoadResponse) -> Load:
@@ -273,6 +287,9 @@ class Load:
             answer.device.resident_bytes,
             answer.device_reserved_bytes,
             answer.device.memory.failures,
+            CacheResidency(
+                answer.residency.device, answer.residency.partial, answer.residency.none, answer.residency.spilled
+            ),
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from streamindex_service.core.accounts import NO_QUOTA, Accounts, Quota
+from streamindex_service.core.census import CachePages, Census
 from streamindex_service.core.layers import KeyCache, Layer, Page, Snapshot
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.sizes import PAGE_KEYS, pages_of
@@ -53,7 +54,8 @@ class CacheStore:
     is refused for want of memory, and tells whether there was any; the uploads set it. `drop_spilled` is told of the
     place on disk of a page that is gone.
 
-    `by_use` are the caches that may have pages in host memory, least recently used first.
+    `by_use` are the caches that may have pages in host memory, least recently used first. `census` tells how many are
+    on the device and on disk.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class CacheStore:
         self.drop_spilled: Callable[[PageSlot], None] = lambda slot: None
         self.by_use: OrderedDict[KeyCache, None] = OrderedDict()
         self.accounts = Accounts(quota)
+        self.census = Census()
         self._drop_device = drop_device
         self._clock = clock
         self._max_caches = max_caches
@@ -108,8 +111,9 @@ class CacheStore:
         self._created += 1
         now = self._clock()
         cache_id = self._new_id()
+        pages = CachePages(self.census)
         layers, kv_layers, window_layers = (
-            [Layer(cache_id, spec.form(kind).page_bytes) for _ in range(spec.layers) if kind in spec.kinds]
+            [Layer(cache_id, spec.form(kind).page_bytes, pages) for _ in range(spec.layers) if kind in spec.kinds]
             for kind in RowKind
         )
         cache = KeyCache(cache_id, owner, spec, layers, kv_layers, window_layers, self._created, now, record_bytes)
@@ -250,6 +254,7 @@ class CacheStore:
         first_page = first_row // PAGE_KEYS
         account = self.accounts.of(cache.owner)
         pages = [Page(slot, layer.page_bytes, account, layer) for slot in staged]
+        layer.of_cache.add(len(pages), 0, 0)
         self._let_go(layer, first_page, first_page + len(pages))
         layer.pages[first_page:first_page] = pages
         layer.snapshot_pages = None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from streamindex_service.core.accounts import Account
+from streamindex_service.core.census import CachePages
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.core.specs import CacheSpec, RowKind
 
@@ -16,12 +17,14 @@ class Layer:
     search would see.
 
     `resident_pages` is how many of its pages are on the device, `spilled_pages` how many are on disk and not in host
-    memory. `cache_id` names the cache that it belongs to. `snapshot_pages` are the pages as all snapshots share them,
-    so that what is known of them need not be found out anew for each search: None until the next snapshot.
+    memory. `cache_id` names the cache that it belongs to, `of_cache` counts the pages of all its layers.
+    `snapshot_pages` are the pages as all snapshots share them, so that what is known of them need not be found out
+    anew for each search: None until the next snapshot.
     """
 
     cache_id: str
     page_bytes: int
+    of_cache: CachePages
 
     length_keys: int = 0
     pages: list[Page] = field(default_factory=list)
@@ -89,16 +92,20 @@ class Page:
         self.device = slot
         if self.layer is not None:
             self.layer.resident_pages += 1
-        if self.forks is not None:
-            self._count_in_forks(1)
+            self.layer.of_cache.placed()
+        for layer in self.forks or ():
+            layer.resident_pages += 1
+            layer.of_cache.placed()
 
     def displace(self) -> None:
         """It is not any more."""
         self.device = None
         if self.layer is not None:
             self.layer.resident_pages -= 1
-        if self.forks is not None:
-            self._count_in_forks(-1)
+            self.layer.of_cache.displaced()
+        for layer in self.forks or ():
+            layer.resident_pages -= 1
+            layer.of_cache.displaced()
 
     def show_in(self, layer: Layer) -> None:
         """One more layer has it."""
@@ -107,8 +114,7 @@ class Page:
         else:
             self.forks = self.forks or {}
             self.forks[layer] = None
-        layer.resident_pages += self.device is not None
-        layer.spilled_pages += self.spilled is not None
+        self._count_in(layer, 1)
 
     def hide_from(self, layer: Layer) -> None:
         """A layer has it no more."""
@@ -117,8 +123,7 @@ class Page:
         else:
             assert self.forks is not None, "a page is not in this layer"
             del self.forks[layer]
-        layer.resident_pages -= self.device is not None
-        layer.spilled_pages -= self.spilled is not None
+        self._count_in(layer, -1)
 
     def layers(self) -> Iterator[Layer]:
         """The layers that show it."""
@@ -126,14 +131,17 @@ class Page:
             yield self.layer
         yield from self.forks or ()
 
-    def _count_in_forks(self, pages: int) -> None:
-        assert self.forks is not None
-        for layer in self.forks:
-            layer.resident_pages += pages
+    def _count_in(self, layer: Layer, pages: int) -> None:
+        resident = pages if self.device is not None else 0
+        spilled = pages if self.spilled is not None else 0
+        layer.resident_pages += resident
+        layer.spilled_pages += spilled
+        layer.of_cache.add(pages, resident, spilled)
 
     def _count_spilled(self, pages: int) -> None:
         for layer in self.layers():
             layer.spilled_pages += pages
+            layer.of_cache.add(0, 0, pages)
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,7 @@ import math
 
 from streamindex.v1 import server_pb2 as pb
 
+from streamindex_service.core.census import Census, Residence
 from streamindex_service.core.meter import RATIO_BOUNDS, MemoryRatios, Quantiles
 from streamindex_service.frontend.service import Service
 
@@ -55,6 +56,17 @@ async def load_of(service: Service, caller: str) -> pb.GetLoadResponse:
             memory=_estimates(meter.memory),
         ),
         device_reserved_bytes=link.pong.reserved_bytes if link else 0,
+        residency=_residency(service.caches.census),
+    )
+
+
+def _residency(census: Census) -> pb.KeyCacheResidency:
+    caches = census.by_residence
+    return pb.KeyCacheResidency(
+        device=caches[Residence.DEVICE],
+        partial=caches[Residence.PARTIAL],
+        none=caches[Residence.NONE],
+        spilled=census.spilled,
     )
 
 

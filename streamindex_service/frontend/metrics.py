@@ -77,6 +77,11 @@ def _queue(service: Service) -> Iterator[Metric]:
 def _caches(service: Service) -> Iterator[Metric]:
     room, counters = service.room, service.counters
     yield _gauge("key_caches", "Key caches.", rows=[((), len(service.caches))])
+    census = service.caches.census
+    residences: list[Row] = [([each.value], caches) for each, caches in census.by_residence.items()]
+    text = "Key caches with rows, by how much of them is on the device."
+    yield _gauge("key_caches_with_rows", text, ["residency"], residences)
+    yield _gauge("spilled_key_caches", "Key caches with rows on disk.", rows=[((), census.spilled)])
     yield _gauge(
         "open_uploads", "Uploads that were begun and are not committed.", rows=[((), service.uploads.open_uploads)]
     )

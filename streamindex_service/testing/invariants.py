@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from streamindex_service.core.layers import Page
+from streamindex_service.core.census import Residence
+from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.scheduler import Band, Turn
 from streamindex_service.core.turns import SearchTurn
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
@@ -36,6 +37,15 @@ def require(holds: bool, what: str) -> None:
     """Raises InvariantError."""
     if not holds:
         raise InvariantError(what)
+
+
+def residence_of(cache: KeyCache) -> Residence | None:
+    """From what its layers say; None: the cache has no rows."""
+    pages = sum(len(layer.pages) for layer in cache.all_layers)
+    resident = sum(layer.resident_pages for layer in cache.all_layers)
+    if not pages:
+        return None
+    return Residence.DEVICE if resident == pages else Residence.PARTIAL if resident else Residence.NONE
 
 
 class Watch:
@@ -104,6 +114,7 @@ class Watch:
                 spilled = len([page for page in layer.pages if page.spilled is not None])
                 require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
                 pages.update(layer.pages)
+        self._count_caches()
         for snapshot_pages in {each.pages for search in self.service.searches for each in search.snapshots}:
             pages.update(snapshot_pages)
             on_disk = [page for page in snapshot_pages if page.host is None]
@@ -117,6 +128,14 @@ class Watch:
         require(held == sum([each.host_bytes for each in accounts]), "the accounts are not what callers hold")
         uploads = sum([each.uploads for each in accounts])
         require(uploads == self.service.uploads.open_uploads, "the accounts are not what callers upload")
+
+    def _count_caches(self) -> None:
+        store = self.service.caches
+        found = [residence_of(cache) for cache in store._caches.values()]
+        counted = Counter({residence: caches for residence, caches in store.census.by_residence.items() if caches})
+        require(counted == Counter(filter(None, found)), "the census is not what caches have on the device")
+        spilled = [cache for cache in store._caches.values() if cache.spilled_bytes]
+        require(store.census.spilled == len(spilled), "the census is not what caches have on disk")
 
     def _count_places(self, pages: set[Page]) -> None:
         """Every page has exactly one place, and every place that is taken a page."""

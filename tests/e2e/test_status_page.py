@@ -78,6 +78,8 @@ def test_figures_change_while_the_page_is_looked_at(page):
         becomes(browser, "figures", "tiles done", 0, str(calls.load().device.tiles_done))
         resident_mib = f"{calls.load().device.resident_bytes / (1 << 20):.1f}"
         assert cells(browser, "figures")["keys on the device, MiB"] == [resident_mib]
+        becomes(browser, "figures", "on the device wholly · partly · not at all", 0, "1 · 0 · 0")
+        assert cells(browser, "figures")["wholly or partly on disk"] == ["0"]
         found = cells(browser, "calls")["Search"]
         assert found[2] == "0"
         assert all(latency.startswith("≤ ") and latency != "≤ 0 ms" for latency in found[3:])

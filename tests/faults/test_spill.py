@@ -79,6 +79,24 @@ def test_a_search_brings_its_layer_and_no_other(server, calls):
     calls.delete(cache_id)
 
 
+def test_load_counts_the_caches_on_disk(server, calls):
+    made = [filled(calls, SCALED, 1000, seed) for seed in range(3)]
+    assert calls.load().residency.spilled == 0
+    spill_all(server)
+    cache_id, model = made[0]
+    residency = calls.load().residency
+    assert (residency.device, residency.partial, residency.none, residency.spilled) == (0, 0, 3, 3)
+    check(calls, SCALED, cache_id, model, layer=0)
+    residency = calls.load().residency  # its other layer is still there
+    assert (residency.device, residency.partial, residency.none, residency.spilled) == (0, 1, 2, 3)
+    check(calls, SCALED, cache_id, model, layer=1)
+    residency = calls.load().residency
+    assert (residency.device, residency.partial, residency.none, residency.spilled) == (1, 0, 2, 2)
+    for each, _ in made:
+        calls.delete(each)
+    assert calls.load().residency.spilled == 0
+
+
 @pytest.mark.parametrize("first_row", [700, 690, 256, 0], ids=["append", "overlap", "edge", "rewrite"])
 @pytest.mark.parametrize("way", ["stream", "batch"])
 def test_writing_to_a_spilled_layer(server, calls, first_row, way):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamindex_service.core.caches import CacheStore
+from streamindex_service.core.census import Residence
 from streamindex_service.core.governor import Governor, GovernorLimits
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
@@ -228,6 +229,19 @@ class World:
         for cache in self.store._caches.values():
             resident = sum(page.device is not None for layer in cache.layers for page in layer.pages)
             assert cache.resident_bytes == resident * cache.spec.page_bytes
+        check_census(self.store)
+
+
+def check_census(store: CacheStore) -> None:
+    """Caches by what is on the device and on disk, against a look at each of their pages."""
+    found, spilled = dict.fromkeys(Residence, 0), 0
+    for cache in store._caches.values():
+        pages = [page for layer in cache.all_layers for page in layer.pages]
+        there = [page.device is not None for page in pages]
+        if pages:
+            found[Residence.DEVICE if all(there) else Residence.PARTIAL if any(there) else Residence.NONE] += 1
+        spilled += any(page.spilled is not None for page in pages)
+    assert (store.census.by_residence, store.census.spilled) == (found, spilled)
 
 
 def choose(random: np.random.Generator, items: list):

@@ -155,7 +155,10 @@ class FakeService:
 
     def GetLoad(self, request: Any) -> Any:
         ledger = server_pb2.Ledger(name="hbm", limit_bytes=9, reserved_bytes=1, peak_bytes=2)
-        return server_pb2.GetLoadResponse(ready=not self.faults.get("ready"), ledgers=[ledger], uptime_ms=7)
+        residency = server_pb2.KeyCacheResidency(device=1, partial=2, none=3, spilled=4)
+        return server_pb2.GetLoadResponse(
+            ready=not self.faults.get("ready"), ledgers=[ledger], uptime_ms=7, residency=residency
+        )
 
     def watch(self, data: bytes, context: Any) -> Any:
         self.calls.append(("WatchLoad", server_pb2.WatchLoadRequest.FromString(data)))

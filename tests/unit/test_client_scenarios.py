@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 import streamindex_client
-from streamindex_client import BatchItem, ClientOptions, RetryPolicy, errors
+from streamindex_client import BatchItem, CacheResidency, ClientOptions, RetryPolicy, errors
 
 from tests.unit.test_client_fake import HEAD_DIM, HEADS, WORKER_LOST, FakeService, Fault, error, fake
 
@@ -371,6 +371,7 @@ async def test_unary_calls(fake, client, cache):
     load = await client.load()
     assert load.ready
     assert load.ledgers["hbm"].limit_bytes == 9
+    assert load.residency == CacheResidency(device=1, partial=2, none=3, spilled=4)
     known = await client.capabilities()
     assert known.key_formats == ("bf16", "fp16")
     assert known.implementations[0].key_formats == ("bf16",)

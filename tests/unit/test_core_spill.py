@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from streamindex_service.core.census import Residence
 from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.spill import Spill
 from streamindex_service.errors import ExceedsBudgetError, HostMemoryError
-from tests.support.core_world import EXTENT_BYTES, OWNER, Memory, World, spec
+from tests.support.core_world import EXTENT_BYTES, OWNER, Memory, World, check_census, spec
 
 PAGE = 256 * 16 * 2
 
@@ -61,6 +62,7 @@ class SpillWorld(World):
         for cache in self.store._caches.values():
             for layer in cache.layers:
                 assert layer.spilled_pages == sum(page.spilled is not None for page in layer.pages)
+        check_census(self.store)
 
 
 @pytest.fixture
@@ -237,6 +239,8 @@ def test_a_copy_on_the_device_outlives_the_one_in_host_memory(world):
     world.end(search, 0.001)
     world.go()
     assert (cache.host_bytes, cache.resident_bytes) == (0, 4 * PAGE)
+    assert (world.store.census.by_residence[Residence.DEVICE], world.store.census.spilled) == (1, 1)
+    world.check_books()
     world.delete(cache)
     assert (world.hbm.reserved_bytes, world.disk.reserved_bytes) == (0, 0)
 

@@ -15,6 +15,7 @@ LOAD = pb.GetLoadResponse(
     ledgers=[pb.Ledger(name="hbm", limit_bytes=100 << 20, reserved_bytes=25 << 20, peak_bytes=50 << 20)],
     queued_searches=7,
     running_searches=3,
+    residency=pb.KeyCacheResidency(device=1201, partial=33, none=40_007, spilled=555),
     ready=True,
     uptime_ms=2000,
     queue=pb.QueueLoad(
@@ -46,6 +47,8 @@ def test_what_is_shown():
     for words in (
         "here:1",
         "3 running, 7 waiting",
+        "1,201 · 33 · 40,007",
+        "555",
         "25.0",
         "50.0",
         "100.0",

@@ -72,7 +72,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms", "queue", "device", "device_reserved_bytes", "spill")
+    __slots__ = ("ledgers", "queued_searches", "running_searches", "key_caches", "open_uploads", "worker_restarts", "ready", "device_allocated_bytes", "device_peak_bytes", "uptime_ms", "queue", "device", "device_reserved_bytes", "spill", "residency")
     LEDGERS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_SEARCHES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEARCHES_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class GetLoadResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SPILL_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     ledgers: _containers.RepeatedCompositeFieldContainer[Ledger]
     queued_searches: int
     running_searches: int
@@ -101,7 +102,20 @@ class GetLoadResponse(_message.Message):
     device: DeviceLoad
     device_reserved_bytes: int
     spill: SpillLoad
-    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., queue: _Optional[_Union[QueueLoad, _Mapping]] = ..., device: _Optional[_Union[DeviceLoad, _Mapping]] = ..., device_reserved_bytes: _Optional[int] = ..., spill: _Optional[_Union[SpillLoad, _Mapping]] = ...) -> None: ...
+    residency: KeyCacheResidency
+    def __init__(self, ledgers: _Optional[_Iterable[_Union[Ledger, _Mapping]]] = ..., queued_searches: _Optional[int] = ..., running_searches: _Optional[int] = ..., key_caches: _Optional[int] = ..., open_uploads: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., ready: bool = ..., device_allocated_bytes: _Optional[int] = ..., device_peak_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., queue: _Optional[_Union[QueueLoad, _Mapping]] = ..., device: _Optional[_Union[DeviceLoad, _Mapping]] = ..., device_reserved_bytes: _Optional[int] = ..., spill: _Optional[_Union[SpillLoad, _Mapping]] = ..., residency: _Optional[_Union[KeyCacheResidency, _Mapping]] = ...) -> None: ...
+
+class KeyCacheResidency(_message.Message):
+    __slots__ = ("device", "partial", "none", "spilled")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    NONE_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_FIELD_NUMBER: _ClassVar[int]
+    device: int
+    partial: int
+    none: int
+    spilled: int
+    def __init__(self, device: _Optional[int] = ..., partial: _Optional[int] = ..., none: _Optional[int] = ..., spilled: _Optional[int] = ...) -> None: ...
 
 class SpillLoad(_message.Message):
     __slots__ = ("spilled_pages", "restored_pages")
