@@ -56,7 +56,8 @@ ENTRYPOINT ["locust", "--locustfile", "/opt/streamindex/load/loadtests/locustfil
 
 FROM base AS service
 COPY --from=build /opt/streamindex /opt/streamindex
-ENV STREAMINDEX_SERVER__UNIX_SOCKET=/run/streamindex/streamindex.sock
+# One arena: with one for each thread glibc keeps memory that no limit of the service knows of.
+ENV STREAMINDEX_SERVER__UNIX_SOCKET=/run/streamindex/streamindex.sock MALLOC_ARENA_MAX=1
 # The first search compiles kernels, and a worker may take worker.ready_timeout_s (180 s) to be ready.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=180s --retries=3 CMD ["streamindex", "health"]
 ENTRYPOINT ["streamindex"]

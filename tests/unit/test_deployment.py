@@ -15,6 +15,7 @@ import yaml
 from loadtests.parameters import Parameters
 from streamindex_service.cli import app
 from streamindex_service.config import Settings, load
+from tests.faults.soak import ALLOCATOR
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -231,6 +232,12 @@ class TestKubernetes:
         mounts = {mount["mountPath"]: mount["name"] for mount in container()["volumeMounts"]}
         assert mounts.keys() >= {"/tmp", "/run/streamindex", "/var/cache/streamindex"}
         assert set(mounts.values()) == {volume["name"] for volume in pod()["volumes"]}
+
+
+def test_memory_is_allocated_as_the_soak_had_it() -> None:
+    """Its limits to growth hold with these variables."""
+    for text in (DOCKERFILE, UNIT.read_text()):
+        assert all(f"{name}={value}" in text for name, value in ALLOCATOR.items())
 
 
 class TestSystemd:
