@@ -7,6 +7,9 @@
 `steps` are decode steps one after another: a SearchBatch of one row each. `flood` sends searches without end, each of a
 million rows, until its standard input ends. `work` waits for a line, then makes N searches of R rows in each of the
 caches, S caches at a time. Each says `ready` once it has had an answer, and its figures as one line of JSON at the end.
+
+`--tokens-file FILE` has a token for each cache, its owner's, one a line: every owner is a caller of its own, on a
+connection of its own. Without it all are the caller that has no name.
 """
 
 from __future__ import annotations
@@ -15,23 +18,31 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import streamindex_client
-from streamindex_client import BatchItem, ClientOptions, KeyCache
+from streamindex.v1 import server_pb2, server_pb2_grpc
+from streamindex_client import BatchItem, KeyCache
+from streamindex_client.credentials import call_metadata
+
+from streamindex_service.testing.tokens import read_tokens, write_tokens
 
 CHUNK_ROWS = 256
 FLOOD_ROWS = 1 << 20  # of one search
 READY = "ready"
+WATCH = "watch"  # the caller that asks the service how it is
 _WARM_STEPS = 50
 _START_TIMEOUT_S = 120.0
 
@@ -64,17 +75,28 @@ class Caller:
 
 
 @contextmanager
-def caller(kind: str, address: str, cache_id: str, **options: int) -> Iterator[Caller]:
-    """Start one; it is ended at the end of the block."""
-    command = [sys.executable, "-m", "benchmarks.callers", kind, address, cache_id]
-    for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield Caller(process)
-    finally:
-        process.kill()
-        process.communicate()
+def caller(kind: str, address: str, caches: Mapping[str, KeyCache], **options: int) -> Iterator[Caller]:
+    """Start a process for caches, each by its owner's token; it is ended at the end of the block."""
+    ids = ",".join(cache.id for cache in caches.values())
+    with tempfile.TemporaryDirectory(prefix="streamindex-caller-") as directory:
+        tokens_file = Path(directory, "tokens")
+        write_tokens(tokens_file, caches.keys())
+        command = [sys.executable, "-m", "benchmarks.callers", kind, address, ids, "--tokens-file", str(tokens_file)]
+        for name, value in options.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            yield Caller(process)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def load_of(address: str, token: str) -> server_pb2.GetLoadResponse:
+    """What the service says of itself."""
+    with grpc.insecure_channel(address) as channel:
+        stub, metadata = server_pb2_grpc.ServerServiceStub(channel), call_metadata(address, token, (), secure=False)
+        return stub.GetLoad(server_pb2.GetLoadRequest(), timeout=30, metadata=metadata)
 
 
 def queries(rows: int, heads: int, head_dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -215,16 +237,20 @@ def main() -> int:
     parser.add_argument("kind", choices=("steps", "flood", "work"))
     parser.add_argument("address")
     parser.add_argument("cache_id", help="several for `work`, joined by commas")
+    parser.add_argument("--tokens-file", type=Path, metavar="FILE", help="a token for each cache, one a line")
     parser.add_argument("--position", type=int, required=True, help="of the (first) row")
     parser.add_argument("--top-k", type=int, required=True)
     parser.add_argument("--count", type=int, default=1000, help="steps, or searches of each cache")
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--rows", type=int, default=CHUNK_ROWS, help="of a search of `work`")
     arguments = parser.parse_args()
-    with streamindex_client.connect(arguments.address, options=ClientOptions()) as client:
-        caches = [client.open_key_cache(each) for each in arguments.cache_id.split(",")]
+    ids = arguments.cache_id.split(",")
+    tokens = read_tokens(arguments.tokens_file) if arguments.tokens_file else [None] * len(ids)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(streamindex_client.connect(arguments.address, token=token)) for token in tokens]
+        caches = [client.open_key_cache(each) for client, each in zip(clients, ids, strict=True)]
         if arguments.kind == "steps":
-            figures = run_steps(client, caches[0], arguments)
+            figures = run_steps(clients[0], caches[0], arguments)
         else:
             figures = (Flood(caches[0], arguments) if arguments.kind == "flood" else Work(caches, arguments)).figures()
     print(json.dumps(figures))

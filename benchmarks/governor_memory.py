@@ -3,9 +3,9 @@
     python -m benchmarks.governor_memory --quick --out benchmarks/results/governor_memory.json
 
 64 key caches, of which the device budget holds 16 beside their workspaces. All of them are searched at once, by 64
-callers; and, in turn with that, 16 at a time: the same searches. The memory of the device is sampled from outside,
-through NVML, every few milliseconds, all the while. The context is what the service takes beyond its allocator's
-memory once every cache has been searched.
+callers, each with a token, a connection and one cache; and, in turn with that, 16 at a time: the same searches. The
+memory of the device is sampled from outside, through NVML, every few milliseconds, all the while. The context is what
+the service takes beyond its allocator's memory once every cache has been searched.
 
 The run fails, and writes no figures, when the memory passes budget and context, a tile found no memory, a worker was
 lost, an answer was wrong or not that of all the others, or the throughput is more than 10 % below that of what fits.
@@ -14,21 +14,20 @@ lost, an answer was wrong or not that of all the others, or the throughput is mo
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
 import numpy as np
 import streamindex_client
 import torch
-from streamindex.v1 import server_pb2, server_pb2_grpc
 from streamindex_client import KeyCache
 
-from benchmarks.callers import caller, work_queries
+from benchmarks.callers import WATCH, caller, load_of, work_queries
 from benchmarks.device_memory import Sampler, nvml_used_bytes
 from benchmarks.harness import V4_FLASH, Model, Report, Row
 from streamindex_service.ops import PagedKeys
@@ -98,36 +97,31 @@ class Outcome:
         return self.rows / sum(self.seconds)
 
 
-def load_of(address: str) -> server_pb2.GetLoadResponse:
-    """What the service says of itself."""
-    with grpc.insecure_channel(address) as channel:
-        return server_pb2_grpc.ServerServiceStub(channel).GetLoad(server_pb2.GetLoadRequest(), timeout=30)
-
-
-def make_caches(client: streamindex_client.Client, sizes: Sizes, keys: np.ndarray) -> list[KeyCache]:
-    """All with the same keys."""
-    caches, model = [], sizes.model
-    for _ in range(sizes.caches):
-        cache = client.create_key_cache(
-            heads=model.heads, head_dim=model.head_dim, ratio=model.ratio, key_format="bf16", layers=1
-        )
-        cache.append(layer=0, keys=keys, first_row=0)
-        caches.append(cache)
+def make_caches(service: RunningService, sizes: Sizes, keys: np.ndarray) -> dict[str, KeyCache]:
+    """One of each caller, by its token; all with the same keys."""
+    caches, model = {}, sizes.model
+    for name, token in service.tokens.items():
+        if name == WATCH:
+            continue
+        with streamindex_client.connect(service.address, token=token) as client:
+            cache = client.create_key_cache(
+                heads=model.heads, head_dim=model.head_dim, ratio=model.ratio, key_format="bf16", layers=1
+            )
+            cache.append(layer=0, keys=keys, first_row=0)
+        caches[token] = cache
     return caches
 
 
-def run_work(address: str, caches: list[KeyCache], sizes: Sizes, at_once: int, outcome: Outcome) -> None:
+def run_work(address: str, caches: Mapping[str, KeyCache], sizes: Sizes, at_once: int, outcome: Outcome) -> None:
     """Search all caches, so many at once."""
     options = {
         "position": sizes.keys * sizes.model.ratio, "top_k": sizes.model.top_k, "rows": sizes.rows,
         "count": sizes.searches, "streams": at_once // sizes.processes,
     }  # fmt: skip
     with ExitStack() as stack:
-        shares = [caches[number :: sizes.processes] for number in range(sizes.processes)]
-        callers = [
-            stack.enter_context(caller("work", address, ",".join(cache.id for cache in share), **options))
-            for share in shares
-        ]
+        owned = list(caches.items())
+        shares = [dict(owned[number :: sizes.processes]) for number in range(sizes.processes)]
+        callers = [stack.enter_context(caller("work", address, share, **options)) for share in shares]
         for each in callers:
             each.wait_ready()
         begin = time.perf_counter()
@@ -179,22 +173,24 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
             "ingress_budget_bytes": 1024 * MIB,
         },
         "scheduler": {"max_queued_bytes": 1024 * MIB},
+        "limits": {"max_caller_caches": 1},  # so each is a caller of its own, or is refused
         "log": {"level": "warning"},
     }
     fits, over = Outcome(), Outcome()
-    with RunningService(settings) as service, streamindex_client.connect(service.address) as client:
+    with RunningService(settings, callers=[WATCH, *(f"caller-{n}" for n in range(sizes.caches))]) as service:
+        ask = functools.partial(load_of, service.address, service.tokens[WATCH])
         if not on_gpu:
-            read = lambda: next(e for e in load_of(service.address).ledgers if e.name == "hbm").reserved_bytes  # noqa: E731
-        caches = make_caches(client, sizes, keys)
+            read = lambda: next(each for each in ask().ledgers if each.name == "hbm").reserved_bytes  # noqa: E731
+        caches = make_caches(service, sizes, keys)
         warm = Outcome()
         with Sampler(read, _PERIOD_S if on_gpu else _CPU_PERIOD_S) as sampler:
             run_work(service.address, caches, sizes, sizes.fitting, warm)
-            load = load_of(service.address)
+            load = ask()
             context = read() - before - load.device_reserved_bytes if on_gpu else 0
             for _ in range(sizes.rounds):
                 run_work(service.address, caches, sizes, sizes.fitting, fits)
                 run_work(service.address, caches, sizes, sizes.caches, over)
-        load = load_of(service.address)
+        load = ask()
     return MemoryRow(
         table=TABLE,
         case=f"{sizes.caches} callers, {sizes.caches * keys.nbytes // MIB} MiB of keys, budget "
@@ -206,7 +202,7 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
         ratio=over.rows_per_s / fits.rows_per_s,
         ratio_to="what fits",
         peak_bytes=sampler.most - before,
-        wrong_rows=wrong_rows([warm, fits, over], sizes, keys, caches[0]),
+        wrong_rows=wrong_rows([warm, fits, over], sizes, keys, next(iter(caches.values()))),
         repeats=sizes.rounds,
         note=f"{over.rows_per_s:,.0f} rows/s at {TIMES} times what fits, {fits.rows_per_s:,.0f} at what fits; context "
         f"{context / MIB:.0f} MiB, {sampler.samples} samples",

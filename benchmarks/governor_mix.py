@@ -5,10 +5,11 @@
 
 For each `--set` a service of its own, with V4-Flash's shape: one `Search` of all rows alone; a victim that makes decode
 steps (a SearchBatch of one row against 16,384 keys) alone; the same victim while others flood searches of a million
-rows, all of which see all keys. Victim and floods are processes of their own. Reported: rows a second of the search,
-p50 and p99 of the victim alone and beside the flood, rows a second of the flood meanwhile, and what the service itself
-says of its tiles: how busy the device was, and how long tiles waited and ran. `ratio` is the victim's p99 alone to
-that beside the flood. Nothing is written when a sampled row is wrong, or a step is not answered as the first was.
+rows, all of which see all keys. The search, the victim and each flood are callers of their own, with a token and one
+cache each; victim and floods are processes of their own. Reported: rows a second of the search, p50 and p99 of the
+victim alone and beside the flood, rows a second of the flood meanwhile, and what the service itself says of its tiles:
+how busy the device was, and how long tiles waited and ran. `ratio` is the victim's p99 alone to that beside the flood.
+Nothing is written when a sampled row is wrong, or a step is not answered as the first was.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import streamindex_client
 import torch
-from streamindex.v1 import server_pb2, server_pb2_grpc
+from streamindex.v1 import server_pb2
 from streamindex_client import KeyCache
 
-from benchmarks.callers import CHUNK_ROWS, caller, queries, step_queries
+from benchmarks.callers import CHUNK_ROWS, WATCH, caller, load_of, queries, step_queries
 from benchmarks.harness import V4_FLASH, Model, Report, Row
 from streamindex_service.ops import PagedKeys
 from streamindex_service.ops.topk import check_topk
@@ -38,6 +38,7 @@ from streamindex_service.testing.service import RunningService
 TABLE = "governor_mix"
 MIB = 1 << 20
 TINY = Model("tiny", heads=4, head_dim=32, ratio=4, top_k=64)  # for a CPU
+SEARCH, VICTIM = "search", "victim"  # callers
 CHECKED_ROWS = 32
 SETTLE_S = 1.0
 # What is worth a look on a new device; the first are the defaults.
@@ -101,6 +102,7 @@ def settings_of(device: str, text: str) -> dict[str, dict[str, Any]]:
             "device_budget_bytes": 8192 * MIB if device != "cpu" else 512 * MIB,
             "host_budget_bytes": 2048 * MIB,
         },
+        "limits": {"max_caller_caches": 1},  # so each is a caller of its own, or is refused
         "log": {"level": "warning"},
     }
     for section, values in sections(text).items():
@@ -108,40 +110,54 @@ def settings_of(device: str, text: str) -> dict[str, dict[str, Any]]:
     return base
 
 
+def make_cache(client: streamindex_client.Client, model: Model, keys: np.ndarray) -> KeyCache:
+    """One that holds the keys."""
+    cache = client.create_key_cache(
+        heads=model.heads, head_dim=model.head_dim, ratio=model.ratio, key_format="bf16", layers=1
+    )
+    cache.append(layer=0, keys=keys, first_row=0)
+    return cache
+
+
+def callers_of(sizes: Sizes) -> list[str]:
+    """Their names."""
+    return [WATCH, SEARCH, VICTIM, *(flood_name(number) for number in range(sizes.floods))]
+
+
+def flood_name(number: int) -> str:
+    """Of one that floods."""
+    return f"flood-{number}"
+
+
 class Mix:
-    """One service and its two caches."""
+    """One service, and what its callers search: many keys, but for the victim, whose are few.
+
+    `client` is that of the search alone.
+    """
 
     def __init__(self, service: RunningService, client: streamindex_client.Client, sizes: Sizes) -> None:
         self.address = service.address
         self.sizes = sizes
         self.wrong = 0
-        random, model = np.random.default_rng(1), sizes.model
-        self._keys, self._caches = [], []
-        for count in (sizes.keys, sizes.victim_keys):
-            keys = (random.standard_normal((count, model.head_dim), dtype=np.float32).view(np.uint32) >> 16).astype(
-                "u2"
-            )
-            cache = client.create_key_cache(
-                heads=model.heads, head_dim=model.head_dim, ratio=model.ratio, key_format="bf16", layers=1
-            )
-            cache.append(layer=0, keys=keys, first_row=0)
-            self._keys.append(keys)
-            self._caches.append(cache)
+        self._tokens = service.tokens
+        random = np.random.default_rng(1)
+        self._keys = [
+            (random.standard_normal((count, sizes.model.head_dim), dtype=np.float32).view(np.uint32) >> 16).astype("u2")
+            for count in (sizes.keys, sizes.victim_keys)
+        ]
+        self._large = make_cache(client, sizes.model, self._keys[0])
+        self._small = self._owned(VICTIM, self._keys[1])
+        self.floods = [self._owned(flood_name(number), self._keys[0]) for number in range(sizes.floods)]
 
-    @property
-    def large(self) -> KeyCache:
-        """What is flooded."""
-        return self._caches[0]
-
-    @property
-    def small(self) -> KeyCache:
-        """What the victim searches."""
-        return self._caches[1]
+    def _owned(self, name: str, keys: np.ndarray) -> dict[str, KeyCache]:
+        """A caller's cache, by its token."""
+        token = self._tokens[name]
+        with streamindex_client.connect(self.address, token=token) as client:
+            return {token: make_cache(client, self.sizes.model, keys)}
 
     def load(self) -> server_pb2.GetLoadResponse:
         """What the service says of itself."""
-        with grpc.insecure_channel(self.address) as channel:
-            return server_pb2_grpc.ServerServiceStub(channel).GetLoad(server_pb2.GetLoadRequest(), timeout=30)
+        return load_of(self.address, self._tokens[WATCH])
 
     def search(self, rows: int) -> float:
         """One search of the last rows of the sequence; its seconds. Counts the rows that are wrong."""
@@ -151,7 +167,7 @@ class Mix:
         wanted = [int(each) for each in np.linspace(0, rows - 1, CHECKED_ROWS)]
         sample: dict[int, np.ndarray] = {}
         begin, answered = time.perf_counter(), 0
-        for part in self.large.search(layer=0, q=blocks, top_k=model.top_k, start_position=start):
+        for part in self._large.search(layer=0, q=blocks, top_k=model.top_k, start_position=start):
             while wanted and wanted[0] < part.row_offset + part.rows:
                 row = wanted.pop(0)
                 sample[row] = part.indices[row - part.row_offset].copy()
@@ -169,11 +185,12 @@ class Mix:
         sizes, model = self.sizes, self.sizes.model
         position = sizes.victim_keys * model.ratio - 1
         options = {"position": position, "top_k": model.top_k, "count": sizes.steps}
-        with caller("steps", self.address, self.small.id, **options) as victim:
+        with caller("steps", self.address, self._small, **options) as victim:
             victim.wait_ready()
             found = victim.figures()
         indices = np.array([found["indices"]], np.int32)
-        self.wrong += found["changed"] + self._wrong_rows(1, indices, *step_queries(self.small), [position])
+        (small,) = self._small.values()
+        self.wrong += found["changed"] + self._wrong_rows(1, indices, *step_queries(small), [position])
         return float(np.quantile(found["seconds"], 0.5)), float(np.quantile(found["seconds"], 0.99))
 
     def _wrong_rows(self, which: int, indices: np.ndarray, q: np.ndarray, w: np.ndarray, positions: list[int]) -> int:
@@ -204,8 +221,8 @@ def measure(device: str, sizes: Sizes, text: str) -> MixRow:
     """Start a service, and measure all of it."""
     settings = settings_of(device, text)
     with ExitStack() as stack:
-        service = stack.enter_context(RunningService(settings))
-        client = stack.enter_context(streamindex_client.connect(service.address))
+        service = stack.enter_context(RunningService(settings, callers=callers_of(sizes)))
+        client = stack.enter_context(streamindex_client.connect(service.address, token=service.tokens[SEARCH]))
         mix = Mix(service, client, sizes)
         mix.search(min(sizes.rows, 16 * CHUNK_ROWS))  # compiles, and learns how fast the device is
         loads = [mix.load()]
@@ -213,10 +230,7 @@ def measure(device: str, sizes: Sizes, text: str) -> MixRow:
         loads.append(mix.load())
         alone = mix.steps()
         flood_options = {"position": sizes.keys * sizes.model.ratio, "top_k": sizes.model.top_k}
-        floods = [
-            stack.enter_context(caller("flood", service.address, mix.large.id, **flood_options))
-            for _ in range(sizes.floods)
-        ]
+        floods = [stack.enter_context(caller("flood", service.address, cache, **flood_options)) for cache in mix.floods]
         for flood in floods:
             flood.wait_ready()
         time.sleep(SETTLE_S)

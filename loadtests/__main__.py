@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(profile: Profile, arguments: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
-    with service_for(profile, arguments.address) as address:
-        about = header(address)
-        measured = measure(profile, address)
+    with service_for(profile, arguments.address) as target:
+        about = header(target)
+        measured = measure(profile, target)
     summary = summarise(profile, measured.requests, measured.watch, about)
     passed: bool = summary["passed"]
     words = f"passed: {len(measured.requests)} calls" if passed else f"failed: {'; '.join(summary['reasons'])}"
@@ -56,8 +56,8 @@ def _run(profile: Profile, arguments: argparse.Namespace) -> tuple[dict[str, Any
 
 def _sweep(profile: Profile, arguments: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
     plan = Plan(arguments.first, arguments.factor, arguments.steps, arguments.step_seconds, arguments.p99_ms)
-    with service_for(profile, arguments.address) as address:
-        result = sweep(profile, address, plan)
+    with service_for(profile, arguments.address) as target:
+        result = sweep(profile, target, plan)
     knee = result["knee_per_s"]
     return result, "knee: none" if knee is None else f"knee: {knee:.0f} calls a second", True
 
@@ -67,6 +67,8 @@ def _chosen(arguments: argparse.Namespace) -> Profile:
     given = dict(each.partition("=")[::2] for each in arguments.set)
     profile = PROFILES[arguments.profile]
     profile = replace(profile, parameters=profile.parameters.with_texts(given))
+    if profile.parameters.tokens_file and arguments.address is None:
+        raise ValueError("tokens_file is for --address; a service that is started has tokens of its own")
     seconds = getattr(arguments, "seconds", None)
     if seconds is not None:
         profile = replace(profile, seconds=seconds)

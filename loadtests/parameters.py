@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 KEY_FORMATS = ("bf16", "fp16", "fp32")
+DECODED_KEYS = 256  # a sequence that has grown by so many is cut back to where it began
+_PAGES_BYTES = 1 << 20  # what pages that are not full may come to
 SCENARIOS = ("decode", "prefill", "upload", "tenants", "churn", "slow_reader", "abort", "arrivals")
 
 
@@ -20,6 +22,8 @@ class Parameters:
     """What the users do, how large it is, and how often. Rates are of one user, `arrivals_rate` of all together."""
 
     address: str = _parameter("127.0.0.1:50051", "the service: unix:///path or host:port")
+    tokens_file: str = _parameter("", 'file of tokens, one a line, which the users take in turn; "" for none')
+    tokens_processes: int = _parameter(1, "locust processes that the tokens are dealt out to")
     decode_users: int = _parameter(1, "users that decode")
     prefill_users: int = _parameter(1, "users that prefill in chunks")
     upload_users: int = _parameter(1, "users with long uploads")
@@ -70,6 +74,26 @@ class Parameters:
         """How many users each scenario has, those with none left out."""
         counts = {name: getattr(self, f"{name}_users") for name in SCENARIOS}
         return {name: count for name, count in counts.items() if count}
+
+    def quotas(self) -> dict[str, int]:
+        """Limits of a caller that bear one user of any scenario, and not many of them together."""
+        sequences = self.decode_sequences
+        decoded = sum(max(1, self.context_keys // (number + 1)) + DECODED_KEYS for number in range(sequences))
+        most_keys = max(
+            decoded,
+            sequences * self.context_keys,  # arrivals
+            self.prefill_tokens // self.ratio,
+            self.upload_keys,
+            self.churn_keys,
+            self.context_keys + self.abort_keys,
+        )
+        key_bytes = self.head_dim * (4 if self.key_format == "fp32" else 2)
+        # a dropped cache's pages may be in use for a moment more, and so is an upload that was left
+        return {
+            "max_caller_caches": max(2, sequences),
+            "max_caller_uploads": 2,
+            "max_caller_host_bytes": 2 * most_keys * key_bytes + _PAGES_BYTES,
+        }
 
     def with_texts(self, given: Mapping[str, str]) -> Parameters:
         """The same with some values replaced, given as text. Raises ValueError."""

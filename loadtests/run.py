@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 
 from loadtests.profiles import Profile
 from loadtests.requests_file import Request, read_requests
+from loadtests.target import Target
 from loadtests.watch import Watched, watched
 from streamindex_service.testing.service import RunningService
+from streamindex_service.testing.tokens import read_tokens, write_tokens
 
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 _STOP_S = 60  # how long tasks that run may go on when the time is over
@@ -22,7 +25,7 @@ _START_S = 60  # how long locust's own processes may take beside that
 
 
 class LoadTestError(RuntimeError):
-    """Locust did not run to its end."""
+    """Locust did not run to its end, or could not begin."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +37,46 @@ class Measured:
 
 
 @contextmanager
-def service_for(profile: Profile, address: str | None) -> Iterator[str]:
-    """The address of the service: the given one, or that of a service started with the profile's settings."""
+def service_for(profile: Profile, address: str | None) -> Iterator[Target]:
+    """The given service, or one that is started with the profile's settings, a token for each user, and quotas.
+
+    Raises LoadTestError when the tokens of the given one cannot be read.
+    """
     if address is not None:
-        yield address
+        yield Target(address, _given_tokens(profile.parameters.tokens_file))
         return
-    with RunningService(profile.settings) as service:
-        yield service.address
+    # one for each user of a process, however locust shares the users out
+    processes = max(1, profile.processes)
+    users = processes * max(1, math.ceil(sum(profile.parameters.users().values()) / processes))
+    limits = {**profile.parameters.quotas(), **profile.settings.get("limits", {})}
+    callers = ["watch", *(f"user-{number}" for number in range(users))]
+    with RunningService({**profile.settings, "limits": limits}, callers=callers) as service:
+        yield Target(service.address, tuple(service.tokens.values()))
 
 
-def measure(profile: Profile, address: str) -> Measured:
-    """Put the profile's load on the service at `address`. Raises LoadTestError."""
-    with tempfile.TemporaryDirectory(prefix="streamindex-load-") as directory:
-        placed = replace(profile, parameters=replace(profile.parameters, address=address, requests_dir=directory))
-        with watched(address) as watch:
-            _run_locust(placed)
-        return Measured(list(read_requests(Path(directory))), watch)
+def measure(profile: Profile, target: Target) -> Measured:
+    """Put the profile's load on the service. Raises LoadTestError."""
+    with tempfile.TemporaryDirectory(prefix="streamindex-load-") as name:
+        tokens_file = Path(name, "tokens")
+        if target.tokens:
+            write_tokens(tokens_file, target.user_tokens)
+        placed = replace(
+            profile.parameters,
+            address=target.address,
+            tokens_file=str(tokens_file) if target.tokens else "",
+            tokens_processes=max(1, profile.processes),
+            requests_dir=name,
+        )
+        with watched(target) as watch:
+            _run_locust(replace(profile, parameters=placed))
+        return Measured(list(read_requests(Path(name))), watch)
+
+
+def _given_tokens(file: str) -> list[str]:
+    try:
+        return read_tokens(Path(file)) if file else []
+    except (OSError, ValueError) as error:
+        raise LoadTestError(f"tokens_file: {error}") from error
 
 
 def _run_locust(profile: Profile) -> None:

@@ -12,11 +12,10 @@ from locust import task
 from locust.exception import RescheduleTask
 from streamindex_client import NotFoundError
 
+from loadtests.parameters import DECODED_KEYS
 from loadtests.requests_file import Outcome
 from loadtests.tensors import Array, WrongAnswerError
 from loadtests.user import CallError, Sequence, ServiceUser
-
-_DECODED_KEYS = 256  # a sequence that has grown by so many is cut back to where it began
 
 
 class DecodeUser(ServiceUser):
@@ -36,7 +35,7 @@ class DecodeUser(ServiceUser):
         while len(self._batch) < len(self._lengths):
             self._batch.append(self.open(self._lengths[len(self._batch)]))
         self.search_batch(self._batch, append=1)
-        if self._batch[0].keys.length >= self._lengths[0] + _DECODED_KEYS:
+        if self._batch[0].keys.length >= self._lengths[0] + DECODED_KEYS:
             for sequence, length in zip(self._batch, self._lengths, strict=True):
                 self._cut(sequence, length)
 
@@ -191,22 +190,28 @@ class AbortUser(ServiceUser):
     def _leave_upload(self, sequence: Sequence) -> None:
         """All or nothing: what was left is not there, unless all of it had come."""
         p = self.parameters
+        timeout_s = p.call_timeout_s
         before = sequence.keys.length
         keys = self.tensors.key_rows(sequence.keys, p.abort_keys)
 
         def leave(done: int, total: int) -> None:
             raise _LeftError
 
-        def run() -> int:
+        def run() -> None:
             with contextlib.suppress(_LeftError):
-                sequence.cache.append(layer=0, keys=keys, first_row=before, progress=leave, timeout=p.call_timeout_s)
-            return sequence.cache.refresh(timeout=p.call_timeout_s).layer_keys[0]
+                sequence.cache.append(layer=0, keys=keys, first_row=before, progress=leave, timeout=timeout_s)
 
         def all_or_nothing(length: int) -> None:
             if length not in (before, before + p.abort_keys):
                 raise WrongAnswerError("a part of an upload is there")
 
-        sequence.keys.length = self.call("AppendKeys (left)", run, check=all_or_nothing, check_always=True)
+        self.call("AppendKeys (left)", run)
+        sequence.keys.length = self.call(
+            "GetKeyCache (after leaving an upload)",
+            lambda: sequence.cache.refresh(timeout=timeout_s).layer_keys[0],
+            check=all_or_nothing,
+            check_always=True,
+        )
 
 
 class ArrivalsUser(ServiceUser):

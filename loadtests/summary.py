@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import streamindex_client
 
 from loadtests.profiles import Profile
 from loadtests.requests_file import Outcome, Request
+from loadtests.target import Target
 from loadtests.watch import Sample, Watched
 
 MAIN_CALLS = {
@@ -33,6 +33,8 @@ MAIN_CALLS = {
 """The call of each scenario that is shown over time, and that must have been answered at least once."""
 
 _BINS = 120
+# where the service and its tokens were is nobody's business; what was sent is
+_OF_THE_HOST = ("address", "tokens_file", "tokens_processes", "requests_dir")
 
 
 def summarise(profile: Profile, requests: Sequence[Request], watch: Watched, header: dict[str, str]) -> dict[str, Any]:
@@ -45,10 +47,7 @@ def summarise(profile: Profile, requests: Sequence[Request], watch: Watched, hea
         "seconds": profile.seconds,
         "processes": profile.processes,
         "header": header,
-        # where the service was is nobody's business; what was sent is
-        "parameters": {
-            name: value for name, value in asdict(profile.parameters).items() if name not in ("address", "requests_dir")
-        },
+        "parameters": {name: value for name, value in asdict(profile.parameters).items() if name not in _OF_THE_HOST},
         "passed": not reasons,
         "reasons": reasons,
         "calls": calls,
@@ -164,9 +163,9 @@ def load_series(samples: Sequence[Sample], start_s: float) -> dict[str, Any]:
     }
 
 
-def header(address: str) -> dict[str, str]:
+def header(target: Target) -> dict[str, str]:
     """The service, its device, versions and date."""
-    with streamindex_client.connect(address) as client:
+    with target.connect() as client:
         capabilities = client.capabilities()
     return {
         "service": capabilities.service_version,

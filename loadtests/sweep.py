@@ -16,6 +16,7 @@ from loadtests.profiles import Profile
 from loadtests.requests_file import Outcome
 from loadtests.run import LoadTestError, measure
 from loadtests.summary import call_rows, header
+from loadtests.target import Target
 
 _REFUSED_SHARE = 0.01
 _P99_GROWTH = 5.0  # of the first step's; the default limit
@@ -33,13 +34,13 @@ class Plan:
     p99_limit_ms: float | None = None
 
 
-def sweep(profile: Profile, address: str, plan: Plan) -> dict[str, Any]:
+def sweep(profile: Profile, target: Target, plan: Plan) -> dict[str, Any]:
     """Run the steps. Raises LoadTestError when nothing was answered, or the load test itself was the limit."""
     steps: list[dict[str, Any]] = []
     limit_ms = plan.p99_limit_ms
     offered = plan.first_per_s
     while len(steps) < plan.max_steps:
-        step = _step(profile, address, offered, plan.step_s)
+        step = _step(profile, target, offered, plan.step_s)
         steps.append(step)
         if limit_ms is None:
             if step["p99_ms"] is None:
@@ -51,7 +52,7 @@ def sweep(profile: Profile, address: str, plan: Plan) -> dict[str, Any]:
     assert limit_ms is not None, "there was a step"
     return {
         "profile": profile.name,
-        "header": header(address),
+        "header": header(target),
         "parameters": {
             name: getattr(profile.parameters, name)
             for name in ("heads", "head_dim", "ratio", "top_k", "context_keys", "arrivals_rows", "arrivals_deadline_s")
@@ -79,11 +80,11 @@ def knee(steps: Sequence[Mapping[str, Any]], limit_ms: float) -> float | None:
     return last
 
 
-def _step(profile: Profile, address: str, offered_per_s: float, seconds: int) -> dict[str, Any]:
+def _step(profile: Profile, target: Target, offered_per_s: float, seconds: int) -> dict[str, Any]:
     changes: dict[str, Any] = {f"{scenario}_users": 0 for scenario in SCENARIOS}
     changes |= {"arrivals_users": max(1, profile.processes), "arrivals_rate": offered_per_s}
     parameters = replace(profile.parameters, **changes)
-    measured = measure(replace(profile, seconds=seconds, parameters=parameters), address)
+    measured = measure(replace(profile, seconds=seconds, parameters=parameters), target)
     rows = call_rows(measured.requests, seconds)
     broken = [error for row in rows if row[Outcome.BROKEN] for error in row["errors"]]
     if broken:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, cycle
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import gevent
@@ -21,7 +23,9 @@ from streamindex_client import BatchItem, ClientOptions, KeyCache, RetryPolicy, 
 
 from loadtests.parameters import Parameters
 from loadtests.requests_file import Outcome
+from loadtests.target import share_of
 from loadtests.tensors import Array, KeyRun, WrongAnswerError, shared_tensors
+from streamindex_service.testing.tokens import read_tokens
 
 _Answer = TypeVar("_Answer")
 _numbers = count()
@@ -51,7 +55,7 @@ class Sequence:
 
 
 class ServiceUser(User):
-    """A connection of its own, and the vocabulary of the scenarios. A call that fails ends the present task."""
+    """A connection and a token of its own, and the scenarios' vocabulary. A call that fails ends the present task."""
 
     abstract = True
     scenario: ClassVar[str]
@@ -61,6 +65,7 @@ class ServiceUser(User):
         self.parameters = p = Parameters.of(environment.parsed_options)
         self.tensors = shared_tensors(p.heads, p.head_dim, p.key_format, p.load_seed)
         self.random = np.random.default_rng([p.load_seed, os.getpid(), next(_numbers)])
+        self._token = next(_tokens(p.tokens_file, environment.runner.worker_index, p.tokens_processes))
         self.client = self._connect()
         self._sequences: list[Sequence] = []
         self._rate: float = getattr(p, f"{self.scenario}_rate")
@@ -313,8 +318,14 @@ class ServiceUser(User):
     def _connect(self) -> streamindex_client.Client:
         p = self.parameters
         return streamindex_client.connect(
-            p.address, options=ClientOptions(retry=RetryPolicy(max_attempts=p.max_attempts))
+            p.address, options=ClientOptions(retry=RetryPolicy(max_attempts=p.max_attempts)), token=self._token
         )
+
+
+@functools.cache
+def _tokens(file: str, number: int, processes: int) -> Iterator[str | None]:
+    """Of the users of this process in turn. Raises OSError, ValueError."""
+    return cycle(share_of(read_tokens(Path(file)), number, processes) if file else [None])
 
 
 def _ending(run: Callable[[], _Answer]) -> tuple[_Answer | None, Exception | None]:

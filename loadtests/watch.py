@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import streamindex_client
 from streamindex_client import Client, StreamIndexError
 from streamindex_client.model import Load
+
+from loadtests.target import Target
 
 _INTERVAL_S = 0.5
 _SETTLE_S = 10.0
@@ -34,11 +35,11 @@ class Watched:
 
 
 @contextmanager
-def watched(address: str) -> Iterator[Watched]:
+def watched(target: Target) -> Iterator[Watched]:
     """Sample until the block ends; then see what is left of what the block made."""
     result = Watched()
     stop = threading.Event()
-    with streamindex_client.connect(address) as client:
+    with target.connect() as client:
         before = client.load()
         thread = threading.Thread(target=_sample, args=(client, result, stop), daemon=True)
         thread.start()

@@ -25,6 +25,8 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2
 
+from streamindex_service.testing.tokens import write_token_file
+
 _ADDRESS = re.compile(r"(?<![\w/])(?:localhost|[\d.]+|\[[\da-fA-F:.]+\]):\d+")
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 _POLL_S = 0.05
@@ -63,8 +65,9 @@ class RunningService:
     """`streamindex serve` as a child process on a unix socket, and with `tcp` on a free loopback port as well.
 
     `settings`: sections as dictionaries; they win over the caller's own `STREAMINDEX_*` variables, of which none is
-    passed on. `program`: what the interpreter runs in place of `streamindex`, for a service with faults built in.
-    `process`: the child. Raises ServiceStartError when it is not SERVING within `start_timeout_s`.
+    passed on. `callers`: names of callers, each with one of `tokens`; with none, everybody is the same caller.
+    `program`: what the interpreter runs in place of `streamindex`, for a service with faults built in. `process`: the
+    child. Raises ServiceStartError when it is not SERVING within `start_timeout_s`.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class RunningService:
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         *,
         tcp: bool = False,
+        callers: Sequence[str] = (),
         start_timeout_s: float = 120.0,
         warnings_as_errors: bool = False,
         environment: Mapping[str, str] | None = None,
@@ -86,6 +90,11 @@ class RunningService:
         sections = {name: dict(values) for name, values in (settings or {}).items()}
         sections["server"] = {**server, **sections.get("server", {})}
         sections["metrics"] = {"port": 0, **sections.get("metrics", {})}  # many run at a time
+        self.tokens: Mapping[str, str] = {}
+        if callers:
+            token_file = self._directory / "tokens"
+            self.tokens = write_token_file(token_file, callers)
+            sections["auth"] = {**sections.get("auth", {}), "token_file": str(token_file)}
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)},
             **(environment or {}),

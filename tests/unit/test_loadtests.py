@@ -13,10 +13,11 @@ from streamindex_client.model import Ledger, Load
 
 from loadtests import __main__ as command_line
 from loadtests.parameters import Parameters
-from loadtests.profiles import CPU, PROFILES
+from loadtests.profiles import CPU, PROFILES, Profile
 from loadtests.requests_file import Outcome, Request, RequestsFile, read_requests
 from loadtests.summary import call_rows, complaints, summarise
 from loadtests.sweep import knee, within
+from loadtests.target import Target, share_of
 from loadtests.tensors import KeyRun, Tensors, WrongAnswerError
 from loadtests.watch import Sample, Watched, differences
 
@@ -147,6 +148,28 @@ class TestParameters:
             texts = {name.replace("-", "_"): value for name, value in given.items()}
             assert Parameters().with_texts(texts) == profile.parameters
 
+    @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
+    def test_quotas_bear_one_user_and_not_all(self, profile: Profile) -> None:
+        parameters, quotas = profile.parameters, profile.parameters.quotas()
+        assert quotas["max_caller_caches"] == parameters.decode_sequences
+        assert parameters.decode_users > 1
+        assert quotas["max_caller_host_bytes"] >= 2 * parameters.head_dim * parameters.upload_keys
+        assert quotas["max_caller_host_bytes"] < profile.settings["memory"]["host_budget_bytes"] // 2
+
+    def test_tokens_are_for_a_service_that_runs(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            command_line.main(["run", "--out", "x", "--set", "tokens_file=tokens"])
+        assert ended.value.code == 2
+        assert "--address" in capsys.readouterr().err
+
+    def test_tokens_that_cannot_be_read_are_told(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        empty = tmp_path / "tokens"
+        empty.write_text("\n")
+        for file in (empty, tmp_path / "absent"):
+            command = ["run", "--out", "x", "--address", "unix:///nowhere", "--set", f"tokens_file={file}"]
+            assert command_line.main(command) == 1
+            assert str(file) in capsys.readouterr().err
+
     def test_a_wrong_command_line_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             command_line.main(["run", "--out", "x", "--set", "nonsense=1"])
@@ -154,7 +177,28 @@ class TestParameters:
         assert "nonsense" in capsys.readouterr().err
 
 
+class TestTarget:
+    def test_the_watch_has_a_token_of_its_own_where_there_are_two(self) -> None:
+        assert Target("unix:///x", ("watch", "a", "b")).user_tokens == ("a", "b")
+        assert Target("unix:///x", ("a",)).user_tokens == ("a",)
+
+    def test_tokens_are_dealt_out_and_none_twice(self) -> None:
+        assert [share_of("abcde", number, 2) for number in range(2)] == ["ace", "bd"]
+        assert share_of("abc", 0, 1) == "abc"
+
+    def test_too_few_are_shared(self) -> None:
+        assert [share_of("a", number, 2) for number in range(2)] == ["a", "a"]
+
+    def test_tokens_are_not_shown(self) -> None:
+        assert "secret" not in repr(Target("unix:///x", ("secret",)))
+
+
 class TestReports:
+    def test_a_summary_does_not_tell_where_it_was_made(self) -> None:
+        where = {"address": "unix:///where", "tokens_file": "/where/tokens", "requests_dir": "/where/else"}
+        profile = replace(DECODE, parameters=replace(DECODE.parameters, **where))
+        assert "where" not in json.dumps(summarise(profile, [request()], Watched(), {}))
+
     def test_a_run(self, tmp_path: Path) -> None:
         requests = [request(end_s=100.0 + number) for number in range(20)]
         requests.append(request(outcome=Outcome.FAILED, error="<b>&</b>"))

@@ -12,6 +12,7 @@ import pytest
 
 from streamindex_service import cli
 from streamindex_service.frontend.tokens import TokenFile, TokenFileError, new_token, read
+from streamindex_service.testing.tokens import read_tokens, write_token_file, write_tokens
 
 
 class Log:
@@ -131,3 +132,26 @@ def test_a_name_that_cannot_be_is_a_matter_of_usage(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == cli.EXIT_USAGE
+
+
+def test_callers_under_test_have_a_file_of_their_own(tmp_path):
+    path = tmp_path / "tokens"
+    tokens = write_token_file(path, ["one", "other"])
+    assert path.stat().st_mode & 0o777 == 0o600
+    found = TokenFile(path, Log())
+    assert {name: found.name_of(token) for name, token in tokens.items()} == {"one": "one", "other": "other"}
+    with pytest.raises(FileExistsError):
+        write_token_file(path, ["one"])
+    with pytest.raises(ValueError, match="a name"):
+        write_token_file(tmp_path / "wrong", ["a name"])
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_tokens_are_handed_on_in_a_file(tmp_path):
+    path = tmp_path / "tokens"
+    write_tokens(path, ["a", "b"])
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_tokens(path) == ["a", "b"]
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="no token"):
+        read_tokens(path)
