@@ -2,7 +2,7 @@
 
     python -m tests.faults.kill_loop --rounds 100 --seed 4711        # or: make kill-loop COUNT=100 SEED=4711
 
-The first rounds go through all points; from then on points and what happens there are drawn. A fault ends the loop with
+The first rounds go through all points with each action; from then on points and what happens there are drawn. A fault ends the loop with
 its round; the same seed draws the same rounds.
 """
 
@@ -30,7 +30,7 @@ SHARES = {Action.KILL_WORKER: 0.7, Action.STOP_WORKER: 0.2, Action.KILL_FRONTEND
 def drawn_rounds(seed: int) -> Iterator[tuple[Action, list[Point]]]:
     """What happens in each round, without an end."""
     random = np.random.default_rng(seed)
-    for action in Action:
+    for action in SHARES:
         points = [Point(str(point)) for point in random.permutation(list(Point))]
         size = 1 if action is Action.KILL_FRONTEND else POINTS_A_ROUND
         for first in range(0, len(points), size):
