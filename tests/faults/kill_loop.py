@@ -2,8 +2,8 @@
 
     python -m tests.faults.kill_loop --rounds 100 --seed 4711        # or: make kill-loop COUNT=100 SEED=4711
 
-The first rounds go through all points with each action; from then on points and what happens there are drawn. A fault ends the loop with
-its round; the same seed draws the same rounds.
+The first rounds go through all points with each action; from then on points and what happens there are drawn. A fault
+ends the loop with its round; the same seed draws the same rounds.
 """
 
 from __future__ import annotations
