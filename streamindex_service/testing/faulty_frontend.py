@@ -13,13 +13,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from streamindex_service import cli
 from streamindex_service.core.residency import Residency
-from streamindex_service.frontend import staging
+from streamindex_service.frontend import segment_closer, service, spill, staging
 from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import HostExtents
 from streamindex_service.frontend.spill_files import SpillFiles
@@ -91,8 +93,22 @@ class WorkerSource:
         self.process.wait()
 
 
+class FullPool(ThreadPoolExecutor):
+    """A pool whose threads are all there from the start: by itself it makes one when work waits, so how many there are
+    would be chance, and a thread more than before no sign of one that was left behind."""
+
+    def __init__(self, max_workers: int, thread_name_prefix: str) -> None:
+        super().__init__(max_workers, thread_name_prefix)
+        all_there = threading.Barrier(max_workers + 1)
+        for _ in range(max_workers):
+            self.submit(all_there.wait)
+        all_there.wait()
+
+
 def main(folder: str) -> None:
     """Serve, with failpoints in a folder."""
+    for module in (service, spill, segment_closer):
+        setattr(module, "ThreadPoolExecutor", FullPool)  # noqa: B010
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
     source = WorkerSource(folder)

@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,6 @@ SHAPE, TOKENS, CACHES, TOP_K, WINDOW = Shape(), 8000, 3, 40, 300
 START, ROWS = TOKENS - 60, 60
 KIND, KEYS = Kind(heads=2, head_dim=64), 3000
 PARTS = 3  # in which a cache is uploaded
-INGEST_THREADS = 2
-POOL_THREADS = INGEST_THREADS + 2  # one that spills, one that unmaps
 POINT_S = 30.0  # until somebody has come by
 ONLY_AT_START = frozenset({Point.CANARY_BEGUN, Point.READY_SAID, Point.READY_HEARD})
 
@@ -53,7 +50,7 @@ def settings(spill_dir: Path) -> dict[str, dict[str, Any]]:
         "host_budget_bytes": 7 * MIB,
         "ingress_budget_bytes": 4 * MIB,
         "spare_bytes": 0,
-        "ingest_threads": INGEST_THREADS,
+        "ingest_threads": 2,
     }
     worker = {
         **base["worker"],
@@ -98,9 +95,7 @@ class KillRounds:
             figures = figures_of(self._service.process.pid)
             while (later := _settled(self._service.process.pid)) != figures:
                 figures = later
-        # Pools make a thread when the first work waits for one: which of theirs are there by now is chance. Rounds that
-        # leave one behind pass this after a few.
-        self._figures = replace(figures, threads=figures.threads + POOL_THREADS)
+        self._figures = figures
 
     def play(self, points: Sequence[Point], action: Action) -> None:
         """A round in which this happens at one point after another. Raises AssertionError for a promise not kept."""
