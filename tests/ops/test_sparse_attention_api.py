@@ -101,15 +101,41 @@ def test_ends_of_rows_are_found_where_that_can_save_a_turn() -> None:
         assert plan.find_ends is expected
 
 
+ALL_GLUON = {AttentionKernel.HOPPER, AttentionKernel.HOPPER_FEW_HEADS}
+
+
 def test_the_kernel_is_chosen_by_device_and_shape() -> None:
     choose = choose_attention_kernel
-    assert choose("bf16", 64, 512, (9, 0), gluon=True) is AttentionKernel.HOPPER
-    assert choose("bf16", 64, 512, (9, 0), gluon=False) is AttentionKernel.WITHOUT_GLUON
-    assert choose("bf16", 64, 512, (10, 0), gluon=True) is AttentionKernel.PORTABLE
-    assert choose("bf16", 64, 512, None, gluon=False) is AttentionKernel.PORTABLE
-    assert choose("bf16", 48, 512, (9, 0), gluon=True) is AttentionKernel.PORTABLE
-    assert choose("fp8_d512", 64, 512, (9, 0), gluon=True) is AttentionKernel.HOPPER
-    assert choose("fp8_d576", 128, 512, (8, 9), gluon=True) is AttentionKernel.PORTABLE
+    assert choose("bf16", 64, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.HOPPER
+    assert choose("bf16", 64, 512, (9, 0), gluon=()) is AttentionKernel.WITHOUT_GLUON
+    assert choose("bf16", 64, 512, (10, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+    assert choose("bf16", 64, 512, None, gluon=()) is AttentionKernel.PORTABLE
+    assert choose("bf16", 48, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+    assert choose("fp8_d512", 64, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.HOPPER
+    assert choose("fp8_d576", 128, 512, (8, 9), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+
+
+@pytest.mark.parametrize("kv_format", ["fp8_d512", "fp8_d576"])
+@pytest.mark.parametrize("heads", [1, 8, 12, 16, 20, 32])
+def test_few_heads_of_packed_rows_have_a_kernel_of_their_own(heads: int, kv_format: str) -> None:
+    choose = choose_attention_kernel
+    assert choose(kv_format, heads, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.HOPPER_FEW_HEADS
+    assert choose(kv_format, heads, 512, (9, 0), gluon={AttentionKernel.HOPPER}) is AttentionKernel.WITHOUT_GLUON
+    assert choose(kv_format, 64, 512, (9, 0), gluon={AttentionKernel.HOPPER}) is AttentionKernel.HOPPER
+    assert choose(kv_format, 33, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+    assert choose(kv_format, heads, 512, (9, 1), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+    assert choose("bf16", heads, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width", "splits"), [(32, 16, 2048, 4), (32, 32, 2048, 2), (1, 16, 640, 10), (133, 8, 640, 1)]
+)
+def test_few_heads_are_taken_sixteen_at_a_time(tokens: int, heads: int, width: int, splits: int) -> None:
+    shape = Shape(tokens, heads, 512, 512, width, "fp8_d512", 10**6)
+    plan = plan_triton(shape, 256 << 20, 132, AttentionKernel.HOPPER_FEW_HEADS)
+    assert plan.splits == splits
+    assert plan.find_ends is (tokens * -(-heads // 16) > 132)
+    assert plan.workspace_bytes >= (4 * splits * tokens * heads * 513 if splits > 1 else 0)
 
 
 @pytest.mark.parametrize(("heads", "key_dim"), [(64, 512), (128, 512), (64, 576), (128, 576)])
