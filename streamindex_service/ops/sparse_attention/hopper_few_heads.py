@@ -125,21 +125,25 @@ def _finish(
     totals, largest, sink, lse, place, head, HEADS: gl.constexpr, HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr,
     PARTIAL: gl.constexpr,
 ):  # fmt: skip
-    """Store the log-sum-exp; returns the reciprocals of the denominators [16, 1]. place: of head 0 in `lse`."""
+    """Store the log-sum-exp; returns the reciprocals of the denominators as powers of two and the rest, [16, 1] each.
+    place: of head 0 in `lse`."""
     total = gl.sum(totals, axis=1)
     nothing = total == 0.0
-    largest = gl.where(nothing, 0.0, largest)
+    # Whole powers of the total go to the whole number: without e it may be far from 1, where its logarithm would lose
+    # bits and a sink could not be added.
     total = gl.where(nothing, 1.0, total)
+    exponent = exponent_of(total)
+    down = power(254 - exponent)
+    total *= down
+    largest = gl.where(nothing, 0.0, largest) + (exponent - 127).to(gl.float32)
     if WANT_LSE:
-        # whole powers of the total go to the whole number, beside which their logarithm would lose bits
-        exponent = exponent_of(total)
-        base2 = largest + (exponent - 127).to(gl.float32) + gl.log2(total * power(254 - exponent))
+        base2 = largest + gl.log2(total)
         none = float("-inf") if PARTIAL else float("inf")
         gl.store(lse + place + head, gl.where(nothing, none, base2 if PARTIAL else base2 * _LN2), mask=head < HEADS)
     if HAS_SINK:
         logit = gl.load(sink + head, mask=head < HEADS, other=float("-inf")) * (1.0 / _LN2)
         total += gl.exp2(logit - largest)
-    return gl.expand_dims(1.0 / total, 1)
+    return gl.expand_dims(down, 1), gl.expand_dims(1.0 / total, 1)
 
 
 @gluon.jit
@@ -268,10 +272,11 @@ def attend_kernel(
 
     place = (part.to(gl.int64) * (gl.num_programs(0) // HEAD_BLOCKS) + token) * HEADS
     head = first_head + gl.arange(0, 16, layout=by_head)
-    factor = _finish(totals, largest, sink, lse, place, head, HEADS, HAS_SINK, WANT_LSE, PARTIAL)
+    down, rest = _finish(totals, largest, sink, lse, place, head, HEADS, HAS_SINK, WANT_LSE, PARTIAL)
     if TAIL == 0:
-        _store(acc_rotary * factor, out, place, first_head, NARROW, VALUES, HEADS)
-    factor *= 1.0 / (_WEIGHT_HEAD * SHARE_HEAD)
-    # element by element of the words
-    value = gl.join(gl.join(acc_a * factor, acc_c * factor), gl.join(acc_b * factor, acc_d * factor))
-    _store(gl.reshape(value, (16, VALUES)), out, place, first_head, 0, NARROW, HEADS)
+        _store(acc_rotary * down * rest, out, place, first_head, NARROW, VALUES, HEADS)
+    down *= 1.0 / (_WEIGHT_HEAD * SHARE_HEAD)
+    # elements as words have them
+    even = gl.join(acc_a * down * rest, acc_c * down * rest)
+    odd = gl.join(acc_b * down * rest, acc_d * down * rest)
+    _store(gl.reshape(gl.join(even, odd), (16, VALUES)), out, place, first_head, 0, NARROW, HEADS)
