@@ -89,7 +89,7 @@ def test_every_8_bit_number_is_widened_exactly(attend: Attend, kv_format: KvForm
     assert torch.equal(attend(inputs).out.double(), values)
 
 
-@pytest.mark.parametrize("spread", [12, None], ids=["near", "far"])
+@pytest.mark.parametrize("spread", [12, 20, None], ids=["near", "farther", "far"])
 def test_any_scale_costs_less_than_a_bit(attend: Attend, spread: int | None) -> None:
     inputs = one_row_each(KvFormat.FP8_D576, heads=1, device="cpu", powers=False, spread=spread)
     values = inputs.kv.gather(torch.arange(70), torch.float64)[:, None, :512]
@@ -108,7 +108,9 @@ def test_scales_may_lie_anywhere(attend: Attend, kv_format: KvFormat, least: int
 
 
 @PACKED
-@pytest.mark.parametrize(("least", "most", "amplitude"), [(-20, 3, 2.0**-8), (98, 100, 2.0**-107), (-100, -98, 2.0**91)])
+@pytest.mark.parametrize(
+    ("least", "most", "amplitude"), [(-20, 3, 2.0**-8), (98, 100, 2.0**-107), (-100, -98, 2.0**91)]
+)
 def test_scales_and_queries_make_up_for_each_other(
     attend: Attend, kv_format: KvFormat, least: int, most: int, amplitude: float
 ) -> None:

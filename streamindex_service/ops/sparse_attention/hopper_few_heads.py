@@ -18,9 +18,9 @@ two make good. They are exact, and are taken out again in float32:
   those, rounded up to an integer so that only whole powers are ever taken out. The denominator is summed without e.
 - Weights, at most 1, are brought up by 2^15 and shares by 2^5: the range of f16 lies below.
 
-So a row's contribution to an output keeps all bits of its weight down to 2^-29 of what the largest contribution could
-be, and counts as nothing below 2^-40. That is the size of the contribution, value included: a row of tiny values may
-have all the weight.
+So a row's contribution to an output keeps all bits of its weight down to 2^-28 of the largest contribution that there
+is, and counts as nothing below 2^-39 of it. That is the size of the contribution, value included: a row of tiny values
+may have all the weight.
 
 Scales of one row that lie further apart than 2^12, or beyond what e may be, are no shares that f16 holds. Of a block of
 rows with such a one, weights and values go to the matrix unit in bf16, as in the other kernels: slower, and right.
