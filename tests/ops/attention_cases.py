@@ -84,23 +84,20 @@ def make_inputs(
 
 
 def with_scales(inputs: Inputs, least: int, most: int, *, powers: bool = True, seed: int = 9) -> Inputs:
-    """The same 8-bit numbers with other scales, a fifth of which are zero: between these powers of two. powers: as
-    below, and float32 scales have either sign."""
+    """The same 8-bit numbers with other scales, between these powers of two. powers: scales that are powers of two,
+    else any. Of float32 scales half are negative, and a fifth zero."""
     kv, generator = inputs.kv, torch.Generator().manual_seed(seed)
     packing = kv.format.packed
     assert packing is not None
-    shape = (kv.rows, 8 if packing.scale_bytes else packing.narrow // packing.group)
+    shape = (kv.rows, packing.scale_bytes or packing.narrow // packing.group)
     exponents = torch.randint(least, most + 1, shape, generator=generator)
-    zero = torch.rand(shape, generator=generator) < 0.2
     if packing.scale_bytes:
-        scales = (exponents + 127).masked_fill(zero, 0).to(torch.uint8)
-        return replace(inputs, kv=replace(kv, scales=scales.to(kv.device)))
+        return replace(inputs, kv=replace(kv, scales=(exponents + 127).to(torch.uint8).to(kv.device)))
     wide = torch.exp2(exponents.double()) * (1.0 if powers else 1.0 + torch.rand(shape, generator=generator))
-    wide[torch.rand(shape, generator=generator) < 0.5] *= -1.0
+    fate = torch.rand(shape, generator=generator)
+    wide = torch.where(fate < 0.5, -wide, wide).masked_fill(fate > 0.8, 0.0)
     data = kv.data.clone()
-    data[:, packing.narrow : packing.rotary_offset] = (
-        wide.masked_fill(zero, 0.0).float().contiguous().view(torch.uint8).to(kv.device)
-    )
+    data[:, packing.narrow : packing.rotary_offset] = wide.float().contiguous().view(torch.uint8).to(kv.device)
     return replace(inputs, kv=replace(kv, data=data))
 
 

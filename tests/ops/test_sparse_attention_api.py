@@ -1,5 +1,6 @@
 """What sparse attention refuses, its plans, and the formats of its rows."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from streamindex_service.ops.sparse_attention import (
     ReferenceTooLargeError,
     UnsupportedImplementationError,
     WorkspaceTooSmallError,
+    api,
     plan_for,
     reference,
     sparse_attention,
@@ -127,6 +129,15 @@ def test_few_heads_of_packed_rows_have_a_kernel_of_their_own(heads: int, kv_form
     assert choose("bf16", heads, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
 
 
+def test_a_triton_that_lacks_what_a_kernel_needs_takes_the_portable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = api.gluon_kernels.__wrapped__
+    assert found() == ALL_GLUON
+    monkeypatch.setattr("streamindex_service.ops.sparse_attention.hopper_few_heads.MISSING", ["mma_v2"])
+    assert found() == {AttentionKernel.HOPPER}
+    monkeypatch.setitem(sys.modules, "streamindex_service.ops.sparse_attention.hopper", None)
+    assert found() == set()
+
+
 @pytest.mark.parametrize(
     ("tokens", "heads", "width", "splits"), [(32, 16, 2048, 4), (32, 32, 2048, 2), (1, 16, 640, 10), (133, 8, 640, 1)]
 )
@@ -144,6 +155,18 @@ def test_hopper_tiles_fit_the_shared_memory(heads: int, key_dim: int) -> None:
     queries, rows = 64 * key_dim * 2, tiles.stages * tiles.block_entries * (key_dim * 2 + 4)
     messages = tiles.messages * 64 * (tiles.block_entries * 2 + 4)
     assert queries + rows + messages <= (227 << 10) - 256  # what a block may have, less its barriers
+
+
+@pytest.mark.parametrize("kv_format", [KvFormat.FP8_D512, KvFormat.FP8_D576], ids=lambda each: each.value)
+def test_tiles_of_few_heads_fit_the_shared_memory(kv_format: KvFormat) -> None:
+    packing = kv_format.packed
+    assert packing is not None
+    tiles = attention_tiles(kv_format.value, 16, packing.key_dim, 512, AttentionKernel.HOPPER_FEW_HEADS)
+    groups = 512 // packing.group
+    # values with room for 512, rotary elements, scales and a bias; shares twice and an exponent, weights twice; queries
+    stage = tiles.block_entries * (512 + 128 + max(packing.scale_bytes, 16) + 4)
+    block = tiles.block_entries * (6 * groups + 4 + 2 * 2 * 16)
+    assert tiles.stages * stage + block + 16 * 512 * 2 + (4 << 10) <= (227 << 10)  # and scratch of the compiler's own
 
 
 def test_the_reference_refuses_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

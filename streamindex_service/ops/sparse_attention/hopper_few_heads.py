@@ -14,8 +14,8 @@ two make good. They are exact, and are taken out again in float32:
   Elements keep all their bits down to 2^-31 of it.
 - Keys are multiplied as they stand; the scale of a group goes into the float32 sums of the group's products.
 - Values are multiplied by their scale as a share of 2^e, the power of two of the largest scale of their row. A row's
-  2^e goes into its weight: the exponent of the softmax's weight is logit + e (base 2), and `largest` the largest of
-  those, rounded up to an integer so that only whole powers are ever taken out. The denominator is summed without e.
+  2^e goes into its weight instead: the exponent of a softmax weight is logit + e (base 2), and what is taken from all
+  of them is the largest of these. The denominator is summed without 2^e.
 - Weights, at most 1, are brought up by 2^15 and shares by 2^5: the range of f16 lies below.
 
 So a row's contribution to an output keeps all bits of its weight down to 2^-28 of the largest contribution that there
@@ -99,9 +99,7 @@ def launch(problem: Problem, plan: Plan, ends, out, lse) -> None:
 
 
 @gluon.jit
-def _weigh(
-    products, rotary_products, scale_head, scale_log2, exponent, bias, largest,
-):  # fmt: skip
+def _weigh(products, rotary_products, scale_head, scale_log2, exponent, bias, largest):
     """One step of the online softmax. products: divided by 2^e and by a head's power of two; exponent: of 2^e.
 
     Returns weights with 2^e, at most 1, and without [16, BLOCK], the new `largest` [16], and the factor of all sums so
@@ -109,12 +107,12 @@ def _weigh(
     """
     above = (exponent - 127).to(gl.float32)
     logits = products * scale_head * power(exponent) + rotary_products * scale_log2 + bias
-    new_largest = gl.maximum(largest, gl.ceil(gl.max(logits + above, axis=1)))
+    new_largest = gl.maximum(largest, gl.max(logits + above, axis=1))
     # of a row without an entry so far: any finite number, for −inf − −inf is no number
     shift = gl.where(new_largest == float("-inf"), 0.0, new_largest)
     fade = gl.expand_dims(gl.exp2(largest - shift), 1)
-    # whole numbers first: their difference is exact, but where logits are so large that nothing is, and a weight would
-    # be infinite
+    # e first: the difference is next to the logit itself, and what `shift` was rounded by comes back. Where logits are
+    # so large that it does not, a weight may be anything, but not infinite.
     place = logits + (above - gl.expand_dims(shift, 1))
     weights = gl.exp2(gl.where(place > 0.0, 0.0, place))
     return weights, weights * power(254 - exponent), new_largest, fade
