@@ -195,6 +195,7 @@ def _language(ids: list[int], programs: list[int]) -> dict[str, Any]:
         "convert_layout": lambda x, layout: x,
         "load": _load,
         "store": _store,
+        "shared_memory_descriptor": Shared,
         "allocate_shared_memory": lambda dtype, shape, layout: Shared(_garbage(dtype, shape), layout),
         "inline_asm_elementwise": _asm,
         "max": _reduce(torch.amax, -torch.inf),

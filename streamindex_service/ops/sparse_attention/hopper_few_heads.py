@@ -47,6 +47,7 @@ from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
     power,
     share_scales,
     start_copies,
+    view,
     word_layout,
 )
 from streamindex_service.ops.sparse_attention.hopper_few_heads_products import (
@@ -67,7 +68,7 @@ MISSING = [
         (gl, ("SharedLinearLayout", "inline_asm_elementwise")),
         (gluon, ("constexpr_function",)),
         (ampere, ("mma_v2",)),
-        (async_copy, ("async_copy_global_to_shared", "commit_group", "wait_group")),
+        (async_copy, ("commit_group", "wait_group")),
     )
     for name in names
     if not hasattr(module, name)
@@ -240,7 +241,7 @@ def attend_kernel(
         )  # fmt: skip
         found = load_entries(entries, start + STAGES * BLOCK, end, BLOCK, WARPS)
         values = value_smem.index(slot)
-        rotary = rotary_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK, 2 * ROTARY_WORDS], eights)
+        rotary = view(rotary_smem.index(slot), gl.bfloat16, [BLOCK, 2 * ROTARY_WORDS], eights)
         share_scales(scale_smem.index(slot), exponent_smem, share_smem, narrow_smem, GROUPS, NARROW, GROUP, WARPS)
         zero = gl.zeros((16, BLOCK), gl.float32, layout=mma)
         rotary_products = mma_v2(q_rotary, rotary.permute((1, 0)).load(right), zero)

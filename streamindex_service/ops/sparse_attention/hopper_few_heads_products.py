@@ -9,7 +9,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import SHARE_HEAD, WORDS, exponent_of, power
+from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
+    SHARE_HEAD,
+    WORDS,
+    exponent_of,
+    power,
+    view,
+)
 
 # Of a head's queries in f16 the largest element has this exponent; exponents as float32 has them may be between these.
 _QUERY_HEAD, _LEAST_QUERY, _LARGEST_QUERY = gl.constexpr(14), gl.constexpr(20), gl.constexpr(254)
@@ -126,7 +132,7 @@ def multiply(
 def _by_word(smem, kind: gl.constexpr, BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
     """Bits of shares [GROUPS, BLOCK], integers of `kind`, as those of every word: [BLOCK, WORDS]."""
     layout: gl.constexpr = _group_layout(BLOCK, GROUPS, WARPS)
-    few = smem._reinterpret(kind, [GROUPS, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).permute((1, 0))
+    few = view(smem, kind, [GROUPS, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).permute((1, 0))
     few = gl.expand_dims(few.load(gl.SliceLayout(2, layout)), 2)
     many = gl.zeros((BLOCK, GROUPS, WORDS // GROUPS), kind, layout=layout)
     return gl.reshape(few | many, (BLOCK, WORDS))
@@ -161,7 +167,7 @@ def add_in_bf16(
 ):  # fmt: skip
     """The same where f16 does not hold the shares."""
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    weight_smem = weight_smem._reinterpret(gl.bfloat16, weight_smem.shape, weight_smem.layout)
+    weight_smem = view(weight_smem, gl.bfloat16, [16, BLOCK], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     weight_smem.store(weights.to(gl.bfloat16))
     p = weight_smem.load(gl.DotOperandLayout(0, mma, 2))
     shares = gl.convert_layout(_by_word(share_smem, gl.int32, BLOCK, GROUPS, WARPS), right)
