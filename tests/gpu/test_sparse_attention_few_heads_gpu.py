@@ -84,7 +84,7 @@ def test_rows_that_end_early(kv_format: KvFormat, splits: int) -> None:
     _assert_right(inputs, inputs.attend("triton", _plan(inputs, splits=splits, find_ends=True)))
 
 
-@pytest.mark.parametrize("spread", [12, 20, None], ids=["near", "farther", "far"])
+@pytest.mark.parametrize("spread", [12, 20, 24, None], ids=["near", "apart", "farther", "far"])
 @pytest.mark.parametrize("powers", [True, False], ids=["powers", "any-scale"])
 @PACKED
 def test_every_8_bit_number_is_widened_exactly(kv_format: KvFormat, powers: bool, spread: int | None) -> None:

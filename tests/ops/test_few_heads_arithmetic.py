@@ -82,14 +82,14 @@ def test_parts_and_ends(attend: Attend, kv_format: KvFormat) -> None:
 
 
 @PACKED
-@pytest.mark.parametrize("spread", [12, None], ids=["near", "far"])
+@pytest.mark.parametrize("spread", [20, 24, None], ids=["near", "farther", "far"])
 def test_every_8_bit_number_is_widened_exactly(attend: Attend, kv_format: KvFormat, spread: int | None) -> None:
     inputs = one_row_each(kv_format, heads=1, device="cpu", spread=spread)
     values = inputs.kv.gather(torch.arange(70), torch.float64)[:, None, :512]
     assert torch.equal(attend(inputs).out.double(), values)
 
 
-@pytest.mark.parametrize("spread", [12, 20, None], ids=["near", "farther", "far"])
+@pytest.mark.parametrize("spread", [12, 16, None], ids=["near", "farther", "far"])
 def test_any_scale_costs_less_than_a_bit(attend: Attend, spread: int | None) -> None:
     inputs = one_row_each(KvFormat.FP8_D576, heads=1, device="cpu", powers=False, spread=spread)
     values = inputs.kv.gather(torch.arange(70), torch.float64)[:, None, :512]

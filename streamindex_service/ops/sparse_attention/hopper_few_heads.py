@@ -22,8 +22,9 @@ So a row's contribution to an output keeps all bits of its weight down to 2^-28 
 is, and counts as nothing below 2^-39 of it. That is the size of the contribution, value included: a row of tiny values
 may have all the weight.
 
-Scales of one row that lie further apart than 2^12, or beyond what e may be, are no shares that f16 holds. Of a block of
-rows with such a one, weights and values go to the matrix unit in bf16, as in the other kernels: slower, and right.
+Scales of one row that lie further apart than 2^20 (2^12 if they are no powers of two), or beyond what e may be, are no
+shares that f16 holds. Of a block of rows with such a one, weights and values go to the matrix unit in bf16, as in the
+other kernels: slower, and right.
 
 Rotary elements are bf16 in the row and stay so, in both products.
 

@@ -2,7 +2,8 @@
 stages, as they are, and takes the scales of a block apart.
 
 A scale is 2^e times a share, 2^e being the power of two of the largest scale of the row. Shares of a row in f16 are as
-good as its scales if these lie within 2^12 of each other and e within what the softmax's sums bear.
+good as its scales if these lie within 2^20 of each other (2^12 if they are no powers of two), and e within what the
+softmax's sums bear.
 """
 
 from triton.experimental import gluon
@@ -16,11 +17,12 @@ WORDS = gl.constexpr(128)  # of four e4m3 of a row
 ROTARY_WORDS = gl.constexpr(32)  # of two bf16
 SHARE_HEAD = gl.constexpr(2.0**5)  # what shares in f16 are multiplied by: the range of f16 lies below
 BEYOND = gl.constexpr(256)  # added to the exponent of a row whose shares f16 does not hold
-# Exponents as float32 has them, 127 for 1. With a least one the denominator of 2^24 rows stays finite, with a largest
-# one it does not vanish.
-_LEAST, _LARGEST = gl.constexpr(47), gl.constexpr(227)
-# A share of 2^(5 - 12) leaves e4m3's least number, 2^-9, eight bits in f16.
-_FARTHEST = gl.constexpr(12)
+# Exponents as float32 has them, 127 for 1. A weight is found with 2^e and divided by it for the denominator: were rows
+# further apart than these, one that counts in the denominator would be 0 before that.
+_LEAST, _LARGEST = gl.constexpr(87), gl.constexpr(187)
+# How many powers of two scales of a row may lie apart: with the least number of e4m3, 2^-9, a share of 2^(5 - 20) makes
+# the least of f16; where shares are no powers of two, one of 2^(5 - 12) leaves eight bits of the product.
+_FARTHEST_POWERS, _FARTHEST = gl.constexpr(20), gl.constexpr(12)
 # Of a row whose scales lie further apart, the largest is left so far above 1: smaller ones need the room below.
 _LEFT_ABOVE = gl.constexpr(60)
 
@@ -116,13 +118,17 @@ def share_scales(
         eight = gl.expand_dims(scale_smem.load(gl.SliceLayout(0, layout)), 0)
         byte = ((eight >> (8 * group).to(gl.int64)) & 0xFF).to(gl.int32)
         scale = power(gl.where(group < NARROW // GROUP, byte, 0))
+        farthest = _FARTHEST_POWERS
     else:
-        scale = scale_smem.load(layout).to(gl.float32, bitcast=True)
+        bits = scale_smem.load(layout)
+        scale = bits.to(gl.float32, bitcast=True)
+        are_powers = gl.max(bits & 0x7FFFFF, axis=0) == 0
+        farthest = gl.where(are_powers, _FARTHEST_POWERS, _FARTHEST)
     size = gl.abs(scale)
     most = gl.max(size, axis=0)
     least = gl.min(gl.where(size == 0.0, float("inf"), size), axis=0)  # a scale of zero goes with any other
     exponent = exponent_of(most)
-    held = (exponent - exponent_of(least) <= _FARTHEST) & (exponent >= _LEAST) & (exponent <= _LARGEST)
+    held = (exponent - exponent_of(least) <= farthest) & (exponent >= _LEAST) & (exponent <= _LARGEST)
     beyond = (most > 0.0) & (held == 0)
     within = gl.minimum(gl.maximum(exponent, _LEAST), _LARGEST)
     exponent = gl.where(beyond, gl.maximum(exponent - _LEFT_ABOVE, 127), within)
