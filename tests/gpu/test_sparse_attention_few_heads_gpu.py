@@ -163,12 +163,14 @@ def test_no_length_compiles_anything_new(kv_format: KvFormat) -> None:
     from streamindex_service.ops.sparse_attention.triton import compiled_variants
 
     def attend(tokens: int, width: int, rows: int) -> None:
-        _case(kv_format, tokens=tokens, width=width, rows=rows).attend("triton")
+        _case(kv_format, heads=4, tokens=tokens, width=width, rows=rows).attend("triton")
 
+    before = compiled_variants()
     attend(300, 640, 20_000)
     attend(3, 640, 20_000)
     attend(3, 16, 20_000)  # few tokens, and too few entries for a split
     warm = compiled_variants()
+    assert warm > before  # no other test has four heads
     for tokens, width, rows in ((1, 1, 20_001), (16, 16, 20_016), (1024, 128, 32_768), (255, 77, 20_003)):
         attend(tokens, width, rows)
     assert compiled_variants() == warm
