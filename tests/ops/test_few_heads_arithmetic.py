@@ -71,7 +71,7 @@ def test_within_the_error_bound(attend: Attend, kv_format: KvFormat, heads: int,
 
 @PACKED
 def test_parts_and_ends(attend: Attend, kv_format: KvFormat) -> None:
-    inputs = packed_case(kv_format, width=300, sink=False)
+    inputs = packed_case(kv_format, heads=20, width=300, sink=False)
     inputs.indices[0] = -1
     inputs.indices[1, 70:] = -1
     assert_right(inputs, attend(inputs, splits=3))
