@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from streamindex_service.core.census import Residence
 from streamindex_service.core.layers import KeyCache, Page
@@ -48,6 +48,15 @@ def residence_of(cache: KeyCache) -> Residence | None:
     return Residence.DEVICE if resident == pages else Residence.PARTIAL if resident else Residence.NONE
 
 
+def _least_given_back(extents: Sequence[int], free: int) -> int:
+    """Places of the extents that pages can be moved out of, at the least: in whatever order that is done, what is left
+    over is less than the largest of them. extents: places of each; free: those without a page, here and elsewhere."""
+    largest = max(extents)
+    if min(extents) == largest:
+        return min(len(extents), free // largest) * largest
+    return min(sum(extents), max(0, free - largest + 1))
+
+
 class Watch:
     """Looks at a service after every event, and at every turn that goes to the device."""
 
@@ -66,6 +75,7 @@ class Watch:
         self._passed_over = 0  # turns in a row that went before a band that is old
         self._arrivals: dict[SearchTurn, tuple[float, int]] = {}  # what its band had been given, own turns before it
         service.on_taken = self._taken
+        service.on_refused = self._refused
 
     def look(self) -> None:
         """After an event."""
@@ -106,20 +116,17 @@ class Watch:
         require(not left_extents, "an extent is never given back")
 
     def _count_pages(self) -> None:
-        pages: set[Page] = set()
         for cache in self.service.caches._caches.values():
             for layer in cache.all_layers:
                 resident = len([page for page in layer.pages if page.device is not None])
                 require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
                 spilled = len([page for page in layer.pages if page.spilled is not None])
                 require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
-                pages.update(layer.pages)
         self._count_caches()
-        for snapshot_pages in {each.pages for search in self.service.searches for each in search.snapshots}:
-            pages.update(snapshot_pages)
+        for snapshot_pages in self._snapshots():
             on_disk = [page for page in snapshot_pages if page.host is None]
             require(not on_disk, "a search has pages that are not in host memory")
-        pages.update(self.service.disk.held())
+        pages = self._pages()
         self._count_places(pages)
         resident = sum([page.page_bytes for page in pages if page.device is not None])
         require(resident == self.service.residency.resident_bytes, "the bytes on the device are counted wrongly")
@@ -128,6 +135,15 @@ class Watch:
         require(held == sum([each.host_bytes for each in accounts]), "the accounts are not what callers hold")
         uploads = sum([each.uploads for each in accounts])
         require(uploads == self.service.uploads.open_uploads, "the accounts are not what callers upload")
+
+    def _snapshots(self) -> set[tuple[Page, ...]]:
+        return {each.pages for search in self.service.searches for each in search.snapshots}
+
+    def _pages(self) -> set[Page]:
+        """All that there are."""
+        caches = self.service.caches._caches.values()
+        pages = {page for cache in caches for layer in cache.all_layers for page in layer.pages}
+        return pages.union(*self._snapshots(), self.service.disk.held())
 
     def _count_caches(self) -> None:
         store = self.service.caches
@@ -215,6 +231,34 @@ class Watch:
         require(for_pages == counted, "a page set has lost count of its turns")
         admitted_bytes = sum([page_set.size_bytes for page_set in known if page_set.admitted])
         require(working_set._admitted_bytes == admitted_bytes, "the working set has lost count of its bytes")
+
+    def _refused(self, pages: Sequence[Page], workspace_bytes: int) -> None:
+        """Nobody is told that there is no room where free places of extents would add up to it."""
+        governor = self.service.governor
+        running = [grant for grant in governor._grants if grant.epoch == governor.epoch]
+        in_use = {page for grant in running for page in grant.turn.need.pages}
+        extents: defaultdict[int, list[Page]] = defaultdict(list)
+        for page in self._pages():
+            if page.device is not None:
+                extents[page.device.extent_id].append(page)
+        require(extents.keys() == self.service.device.extents.keys(), "an extent is kept without a page")
+        free: Counter[int] = Counter()  # places, by page size
+        movable: defaultdict[int, list[int]] = defaultdict(list)  # places of each extent whose pages may move
+        for extent_id, lying in extents.items():
+            size = lying[0].page_bytes
+            places = self.service.device.extents[extent_id] // size
+            free[size] += places - len(lying)
+            if not any(page in in_use or page.copies or page.host is None for page in lying):
+                movable[size].append(places)
+        missing = [page.page_bytes for page in pages if page.device is None]
+        needed_bytes = workspace_bytes
+        if missing:
+            needed_bytes += max(0, len(missing) - free[missing[0]]) * missing[0]
+        room_bytes = self.service.hbm.free_bytes
+        for size, each in movable.items():
+            if size not in missing[:1]:  # whose places are counted as they are
+                room_bytes += size * _least_given_back(each, free[size])
+        require(needed_bytes > room_bytes, "sparse extents keep memory from those that need it")
 
     def _check_alone(self, turn: SearchTurn) -> None:
         on_device = [grant.turn for grant in self.service.governor._grants]
