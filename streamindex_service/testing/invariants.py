@@ -41,14 +41,16 @@ def require(holds: bool, what: str) -> None:
 
 def residence_of(cache: KeyCache) -> Residence | None:
     """From what its layers say; None: the cache has no rows."""
-    pages = sum(len(layer.pages) for layer in cache.all_layers)
-    resident = sum(layer.resident_pages for layer in cache.all_layers)
+    pages = resident = 0
+    for layer in cache.all_layers:
+        pages += len(layer.pages)
+        resident += layer.resident_pages
     if not pages:
         return None
     return Residence.DEVICE if resident == pages else Residence.PARTIAL if resident else Residence.NONE
 
 
-def _least_given_back(extents: Sequence[int], free: int) -> int:
+def least_given_back(extents: Sequence[int], free: int) -> int:
     """Places of the extents that pages can be moved out of, at the least: in whatever order that is done, what is left
     over is less than the largest of them. extents: places of each; free: those without a page, here and elsewhere."""
     largest = max(extents)
@@ -118,10 +120,13 @@ class Watch:
     def _count_pages(self) -> None:
         for cache in self.service.caches._caches.values():
             for layer in cache.all_layers:
-                resident = len([page for page in layer.pages if page.device is not None])
-                require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
-                spilled = len([page for page in layer.pages if page.spilled is not None])
-                require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
+                if layer.pages:
+                    resident = len([page for page in layer.pages if page.device is not None])
+                    require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
+                    spilled = len([page for page in layer.pages if page.spilled is not None])
+                    require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
+                elif layer.resident_pages or layer.spilled_pages:
+                    raise InvariantError("a layer without pages counts some")
         self._count_caches()
         for snapshot_pages in self._snapshots():
             on_disk = [page for page in snapshot_pages if page.host is None]
@@ -150,7 +155,7 @@ class Watch:
         found = [residence_of(cache) for cache in store._caches.values()]
         counted = Counter({residence: caches for residence, caches in store.census.by_residence.items() if caches})
         require(counted == Counter(filter(None, found)), "the census is not what caches have on the device")
-        spilled = [cache for cache in store._caches.values() if cache.spilled_bytes]
+        spilled = [cache for cache in store._caches.values() if any(each.spilled_pages for each in cache.all_layers)]
         require(store.census.spilled == len(spilled), "the census is not what caches have on disk")
 
     def _count_places(self, pages: set[Page]) -> None:
@@ -257,7 +262,7 @@ class Watch:
         room_bytes = self.service.hbm.free_bytes
         for size, each in movable.items():
             if size not in missing[:1]:  # whose places are counted as they are
-                room_bytes += size * _least_given_back(each, free[size])
+                room_bytes += size * least_given_back(each, free[size])
         require(needed_bytes > room_bytes, "sparse extents keep memory from those that need it")
 
     def _check_alone(self, turn: SearchTurn) -> None:

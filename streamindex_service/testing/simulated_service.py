@@ -84,9 +84,7 @@ class SimulatedService:
         self.tiles_out_of_memory: Callable[[], bool] = lambda: False
         self._contents = itertools.count(1)
 
-    def write(
-        self, cache: KeyCache, layer: int, first_row: int, rows: int, kind: RowKind = RowKind.KEYS
-    ) -> None:
+    def write(self, cache: KeyCache, layer: int, first_row: int, rows: int, kind: RowKind = RowKind.KEYS) -> None:
         """An upload from start to commit; every page that it touches has new content. Raises ServiceError."""
         upload = self.uploads.start(cache, layer, first_row, rows, 1 << 30, kind)
         try:

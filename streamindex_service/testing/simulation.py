@@ -3,10 +3,10 @@
     python -m streamindex_service.testing.simulation            # the histories that CI runs
     python -m streamindex_service.testing.simulation 4711       # one of them, told event by event
 
-A seed says everything: sizes, row formats, callers of unequal greed, arrivals in bursts, appends, forks, truncations and deletions
-while searches run, keys that go to disk and come back, cancellations, deadlines, workers that die, copies and disks
-that fail, and tiles that find no memory. The code under test is the service's own; simulated are time, the device, the
-disk, and the callers.
+A seed says everything: sizes, row formats, callers of unequal greed, arrivals in bursts, appends, forks, truncations
+and deletions while searches run, caches that grow among each other's pages, keys that go to disk and come back,
+cancellations, deadlines, workers that die, copies and disks that fail, and tiles that find no memory. The code under
+test is the service's own; simulated are time, the device, the disk, and the callers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_EVENTS = 20_000  # of a history; one that goes on for longer has lost its 
 _BANDS = (Band.INTERACTIVE, Band.STANDARD, Band.STANDARD, Band.BATCH)
 _ROWS = (1, 1, 2, 8, 40, 150, 500)
 _STEPS = 0.25  # of searches, that are of several caches
-_IN_TURN = 0.25  # of histories, in which caches grow in turn
+_IN_TURN = 0.2  # of histories, in which caches grow in turn
 # Pages of 8, 5 and 16 KiB, and of 8 and 12: they share the device, and no extent.
 _SPECS = (
     CacheSpec(1, 16, 1, KeyFormat.BF16, 1, "", 0, 1e9, 2),
@@ -173,7 +173,7 @@ class History:
 
         def make() -> None:
             with contextlib.suppress(ServiceError):
-                for _ in range(draw.randint(2, 5)):
+                for _ in range(draw.randint(2, 4)):
                     caches.append(self.service.caches.create("owner", spec))
             self._caches.extend(caches)
 
