@@ -212,7 +212,7 @@ class Residency:
         """
         if not self.device.sparse(needed_bytes):
             return False  # which is mostly so, and nobody has looked at each page
-        stuck = set()
+        stuck: set[int] = set()
         movable: dict[int, list[Page]] = {}
         for pinned in self._pinned.values():
             if pinned.tiles:
