@@ -78,13 +78,20 @@ class PagePool:
         self._free_pages[page_bytes] -= len(taken)
         return taken
 
-    def sparse(self, wanted_bytes: int, stuck: Collection[int] = ()) -> list[int]:
-        """Extents to be emptied so that the ledger has so much free; none when that cannot be had.
+    @property
+    def sparse_bytes(self) -> int:
+        """The most that could be given back by emptying extents, whichever they are."""
+        places = self._free_pages
+        sizes = {each.page_bytes for each in self._extents.values() if each.slots <= places[each.page_bytes]}
+        return sum(size * places[size] for size in sizes)
 
-        All their pages find free places in other extents of their size. Of those that will do, it takes first what has
-        the least to be moved for what it gives back; what is moved is never more than that. When it finds none, the
-        free places of a size add up to less than any extent of it whose pages may move. stuck: extents with pages that
-        may not.
+    def sparse(self, wanted_bytes: int, stuck: Collection[int] = ()) -> list[int]:
+        """Extents to be emptied so that the ledger has so much free; none when that is not to be had.
+
+        All their pages find free places in other extents of their size. It takes first what has the least to be moved
+        for what it gives back; what is moved is never more than that. When it finds none, all that it could take would
+        not be enough, and would leave free places of each size for less than any other extent whose pages may move.
+        stuck: extents with pages that may not.
         """
         missing_bytes = wanted_bytes - self.ledger.free_bytes
         places = dict(self._free_pages)

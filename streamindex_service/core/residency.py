@@ -210,7 +210,7 @@ class Residency:
 
         Pages stay where they are that a tile uses, that are being copied, or whose only copy in memory is this one.
         """
-        if not self.device.sparse(needed_bytes):
+        if self.hbm.free_bytes + self.device.sparse_bytes < needed_bytes:
             return False  # which is mostly so, and nobody has looked at each page
         stuck: set[int] = set()
         movable: dict[int, list[Page]] = {}
