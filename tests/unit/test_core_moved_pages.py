@@ -264,6 +264,32 @@ def test_a_page_without_a_copy_at_rest_in_memory_stays(why):
     assert {layer[0].device.extent_id for layer in layers[2:]} <= {place.extent_id for place in places[:2]}
 
 
+def test_an_extent_that_has_to_stay_hides_no_other():
+    """Of three lengths, as at the end of a budget: the one that has the least to be moved is in use."""
+    size = 65_536
+    device = Device(limit=14 * size, extent=6 * size)
+    residency, layers = device.residency, []
+    for places, beside in ((6, 0), (5, 3), (3, 0)):
+        assert device.hbm.try_reserve(beside * size)
+        layers.append([device.pages(size, 1) for _ in range(places)])
+        for layer in layers[-1]:
+            assert device.place(layer)
+        device.hbm.release(beside * size)
+    assert list(device.memory.extents.values()) == [6 * size, 5 * size, 3 * size]
+    in_use = [*layers[0][:4], layers[2][0]]
+    kept = [*in_use, *layers[1][:3]]
+    residency.kept = lambda: kept
+    for layer in itertools.chain.from_iterable(layers):
+        if layer not in in_use:
+            residency.unpin(layer)
+        if layer not in kept:
+            residency.let_go(layer)
+            residency.drop(layer[0])
+    assert device.place((), 5 * size)
+    assert residency.moved_pages == 3
+    assert list(device.memory.extents.values()) == [6 * size, 3 * size]
+
+
 def test_nobody_leaves_the_working_set_for_what_others_left_behind():
     """A layer in use lies scattered over extents whose other pages are gone, and one of another format comes."""
     world = World(hbm_bytes=6 * EXTENT_BYTES + 10_000, host_bytes=10_000_000)
