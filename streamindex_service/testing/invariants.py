@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from streamindex_service.core.census import Residence
-from streamindex_service.core.layers import KeyCache, Page
+from streamindex_service.core.layers import Page
 from streamindex_service.core.scheduler import Band, Turn
 from streamindex_service.core.turns import SearchTurn
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
@@ -39,15 +39,10 @@ def require(holds: bool, what: str) -> None:
         raise InvariantError(what)
 
 
-def residence_of(cache: KeyCache) -> Residence | None:
-    """From what its layers say; None: the cache has no rows."""
-    pages = resident = 0
-    for layer in cache.all_layers:
-        pages += len(layer.pages)
-        resident += layer.resident_pages
-    if not pages:
-        return None
-    return Residence.DEVICE if resident == pages else Residence.PARTIAL if resident else Residence.NONE
+def _residence(pages: int, on_device: int) -> Residence:
+    if on_device == pages:
+        return Residence.DEVICE
+    return Residence.PARTIAL if on_device else Residence.NONE
 
 
 def least_given_back(extents: Sequence[int], free: int) -> int:
@@ -118,16 +113,7 @@ class Watch:
         require(not left_extents, "an extent is never given back")
 
     def _count_pages(self) -> None:
-        for cache in self.service.caches._caches.values():
-            for layer in cache.all_layers:
-                if layer.pages:
-                    resident = len([page for page in layer.pages if page.device is not None])
-                    require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
-                    spilled = len([page for page in layer.pages if page.spilled is not None])
-                    require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
-                elif layer.resident_pages or layer.spilled_pages:
-                    raise InvariantError("a layer without pages counts some")
-        self._count_caches()
+        self._count_layers()
         for snapshot_pages in self._snapshots():
             on_disk = [page for page in snapshot_pages if page.host is None]
             require(not on_disk, "a search has pages that are not in host memory")
@@ -150,13 +136,27 @@ class Watch:
         pages = {page for cache in caches for layer in cache.all_layers for page in layer.pages}
         return pages.union(*self._snapshots(), self.service.disk.held())
 
-    def _count_caches(self) -> None:
+    def _count_layers(self) -> None:
         store = self.service.caches
-        found = [residence_of(cache) for cache in store._caches.values()]
-        counted = Counter({residence: caches for residence, caches in store.census.by_residence.items() if caches})
-        require(counted == Counter(filter(None, found)), "the census is not what caches have on the device")
-        spilled = [cache for cache in store._caches.values() if any(each.spilled_pages for each in cache.all_layers)]
-        require(store.census.spilled == len(spilled), "the census is not what caches have on disk")
+        residences = dict.fromkeys(Residence, 0)
+        caches_on_disk = 0
+        for cache in store._caches.values():
+            all_pages = on_device = on_disk = 0
+            for layer in cache.all_layers:
+                resident = len([page for page in layer.pages if page.device is not None])
+                spilled = len([page for page in layer.pages if page.spilled is not None])
+                if layer.resident_pages != resident:
+                    raise InvariantError("a layer has lost count of its pages on the device")
+                if layer.spilled_pages != spilled:
+                    raise InvariantError("a layer has lost count of its pages on disk")
+                all_pages += len(layer.pages)
+                on_device += resident
+                on_disk += spilled
+            if all_pages:
+                residences[_residence(all_pages, on_device)] += 1
+                caches_on_disk += on_disk > 0
+        require(store.census.by_residence == residences, "the census is not what caches have on the device")
+        require(store.census.spilled == caches_on_disk, "the census is not what caches have on disk")
 
     def _count_places(self, pages: set[Page]) -> None:
         """Every page has exactly one place, and every place that is taken a page."""
