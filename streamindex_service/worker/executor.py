@@ -61,7 +61,7 @@ class Executor:
         self._device = device
         self._implementation = implementation
         self._attention = attention
-        self._memory = MemoryWatch(device)
+        self._memory = MemoryWatch(device, lambda: self.store.extents.spare_bytes)
         self._send = send
         self._finished = finished
         # Attention has a queue and a reporter of its own: it says nothing of when other work is done.
