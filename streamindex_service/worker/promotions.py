@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -68,6 +68,13 @@ class _Copy(Generic[E]):
     event: E
     targets: MemoryRanges
     segment_ids: frozenset[int]
+    shown: dict[int, bool] = field(default_factory=dict)  # view -> whether it has any of it; views do not change
+
+    def is_shown(self, view_id: int, memory_of: Callable[[int], MemoryRanges]) -> bool:
+        found = self.shown.get(view_id)
+        if found is None:
+            found = self.shown[view_id] = self.targets.overlaps(memory_of(view_id))
+        return found
 
 
 class Promotions(Generic[E]):
@@ -86,15 +93,15 @@ class Promotions(Generic[E]):
 
     def awaited(self, view_ids: Iterable[int], memory_of: Callable[[int], MemoryRanges]) -> E | None:
         """The event after which what these views show is all there; None when it is. Nobody looks at the views while
-        no copy is pending."""
+        no copy is pending. A view has the same memory for as long as it is known by its number."""
         if not self._pending:
             return None
         self._forget_made()
         if not self._pending:
             return None
-        views = [memory_of(view_id) for view_id in view_ids]
+        views = list(view_ids)
         for copy in reversed(self._pending):  # the last of them is enough
-            if any(copy.targets.overlaps(view) for view in views):
+            if any(copy.is_shown(view_id, memory_of) for view_id in views):
                 return copy.event
         return None
 

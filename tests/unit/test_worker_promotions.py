@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from streamindex_service.worker.key_store import KeyStore
 from streamindex_service.worker.promotions import MemoryRanges, Promotions, view_ids_of
 
 PAGE = 64
+NUMBERS = itertools.count(1)  # of views, never used twice
 
 
 def memory(*pages: int) -> MemoryRanges:
@@ -34,7 +37,8 @@ def promotions():
 
 
 def awaited(promotions, *views: MemoryRanges):
-    return promotions.awaited(range(len(views)), views.__getitem__)
+    numbered = {next(NUMBERS): view for view in views}
+    return promotions.awaited(numbered, numbered.__getitem__)
 
 
 def test_pages_that_follow_each_other_are_one_range():
@@ -98,6 +102,20 @@ def test_nobody_looks_at_views_while_no_copy_is_pending(promotions):
         promotions.awaited([1], looked)
     event.made = True
     assert promotions.awaited([1], looked) is None
+
+
+def test_a_view_is_compared_once_with_a_copy(promotions):
+    """Steps of hundreds of sequences come again and again while a copy goes on."""
+    event, asked = FakeEvent(), []
+
+    def memory_of(view_id):
+        asked.append(view_id)
+        return memory(view_id)
+
+    promotions.add(event, memory(5), [1])
+    assert [promotions.awaited([3, 4], memory_of) for _ in range(3)] == [None] * 3
+    assert [promotions.awaited([4, 5], memory_of) for _ in range(3)] == [event] * 3
+    assert asked == [3, 4, 5]
 
 
 def test_a_segment_is_read_until_its_last_copy_is_made(promotions):
