@@ -26,7 +26,7 @@ from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import KeySequence, Order, TopkResult, topk_sequences
 from streamindex_service.worker.attention import AttendTensors, attend, sequences_of
 from streamindex_service.worker.device import Device
-from streamindex_service.worker.key_store import KeyStore, SegmentMap
+from streamindex_service.worker.key_store import KeyStore, SegmentMap, make_page_tables
 from streamindex_service.worker.memory import DeviceMemory, MemoryWatch
 from streamindex_service.worker.partial import merge, shift_positions
 from streamindex_service.worker.promotions import MemoryRanges, Promotions, page_runs, view_ids_of
@@ -172,6 +172,9 @@ class Executor:
         with self._tile(message.tile_id, self._issued) as work:
             sequences = [KeySequence(each.rows, self.store.view(each.view_id)) for each in message.sequences]
             if self._device.is_cuda:
+                # Addresses of pages stay for as long as the view: they are no tile's memory.
+                with torch.cuda.stream(self._compute):
+                    make_page_tables([each.keys for each in sequences], self._implementation)
                 with self._memory.peak_of(work):
                     self._search_on_gpu(message, sequences, work)
             else:

@@ -184,6 +184,14 @@ class KeyStore:
         return extent
 
 
+def make_page_tables(views: Iterable[PagedKeys], implementation: str) -> None:
+    """On the device, of views that have none yet, in the present stream; where an implementation reads them."""
+    if implementation == "triton":
+        for view in views:
+            if view.length:
+                _ = view.table_addresses
+
+
 def _row_sizes(message: pb.DefineView) -> tuple[int, int]:
     """Bytes of a row of the view's pages, and of the scales beside it."""
     if message.kv_format:
