@@ -191,6 +191,8 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
                 run_work(service.address, caches, sizes, sizes.fitting, fits)
                 run_work(service.address, caches, sizes, sizes.caches, over)
         load = ask()
+        if load.device.memory.failures:
+            print(service.log_tail(), file=sys.stderr)
     return MemoryRow(
         table=TABLE,
         case=f"{sizes.caches} callers, {sizes.caches * keys.nbytes // MIB} MiB of keys, budget "

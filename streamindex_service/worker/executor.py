@@ -70,7 +70,7 @@ class Executor:
         self._device = device
         self._implementation = implementation
         self._attention = attention
-        self._memory = MemoryWatch(device)
+        self._memory = MemoryWatch(device, lambda: self.store.extents.spare_bytes)
         self._send = send
         self._finished = finished
         # Each kind of work has a queue and a reporter of its own: one says nothing of when another is done.

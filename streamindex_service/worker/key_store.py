@@ -24,6 +24,7 @@ from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.paged_keys import PAGE_KEYS, SCALE_BYTES, PagedKeys
 from streamindex_service.ops.paged_kv_rows import PagedKvRows, row_sizes
 from streamindex_service.worker.device import Device
+from streamindex_service.worker.extents import Extents, MissingMemoryError
 from streamindex_service.worker.promotions import MemoryRanges
 
 # streamindex.v1.KeyFormat -> the operations' formats
@@ -34,10 +35,6 @@ KV_FORMATS = {1: KvFormat.BF16, 2: KvFormat.FP8_D512, 3: KvFormat.FP8_D576}
 
 # of some pages: the extent of each, and where in it the page begins
 _Slots = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-
-
-class MissingMemoryError(Exception):
-    """An extent whose allocation failed, or what was to be made of it, was named."""
 
 
 @dataclass
@@ -94,34 +91,19 @@ class SegmentMap:
 
 
 class KeyStore:
-    """Extents and views.
-
-    stream: in which pages are copied to extents, None on a CPU. Extents are its own memory for the allocator, so that
-    a copy that goes on in one that was given back is made before any copy to whatever is allocated there next. Who
-    reads extents in another stream is done with it before they are given back.
-    """
+    """Views of pages, and the extents in which these lie. stream: in which pages are copied there, None on a CPU."""
 
     def __init__(self, device: Device, stream: torch.cuda.Stream | None = None) -> None:
         self._device = device
-        self._stream = stream
-        self._extents: dict[int, torch.Tensor] = {}  # [bytes] uint8
+        self.extents = Extents(device, stream)
         self._views: dict[int, PagedKeys] = {}
         self._kv_views: dict[int, PagedKvRows] = {}
         self._memory: dict[int, MemoryRanges] = {}  # of views that were asked about
         self._partial: dict[int, list[_Slots]] = {}
 
-    def allocate(self, extent_id: int, extent_bytes: int) -> None:
-        """Take device memory. Raises torch.OutOfMemoryError."""
-        with torch.cuda.stream(self._stream):
-            self._extents[extent_id] = torch.empty(extent_bytes, dtype=torch.uint8, device=self._device.torch_device)
-
-    def free(self, extent_id: int) -> None:
-        """Give it back. An extent whose allocation failed is not there."""
-        self._extents.pop(extent_id, None)
-
     def bytes_at(self, extent_id: int, offset_bytes: int, size_bytes: int) -> torch.Tensor:
         """A part of an extent, [size_bytes] uint8. Raises MissingMemoryError."""
-        return self._extent(extent_id)[offset_bytes : offset_bytes + size_bytes]
+        return self.extents[extent_id][offset_bytes : offset_bytes + size_bytes]
 
     def define_view(self, message: pb.DefineView) -> None:
         """Add pages to a view; the last message makes it usable. Raises MissingMemoryError for a missing extent."""
@@ -132,7 +114,7 @@ class KeyStore:
         del self._partial[message.view_id]
         extent_ids, starts = (np.concatenate(parts) for parts in zip(*slots, strict=True))
         used, which = np.unique(extent_ids, return_inverse=True)
-        extents = [self._extent(int(extent_id)) for extent_id in used]
+        extents = [self.extents[int(extent_id)] for extent_id in used]
         row_bytes, scale_bytes = _row_sizes(message)
 
         def pages(skipped_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> ExtentPages:
@@ -176,12 +158,6 @@ class KeyStore:
         self._kv_views.pop(view_id, None)
         self._memory.pop(view_id, None)
         self._partial.pop(view_id, None)
-
-    def _extent(self, extent_id: int) -> torch.Tensor:
-        extent = self._extents.get(extent_id)
-        if extent is None:
-            raise MissingMemoryError(f"extent {extent_id}")
-        return extent
 
 
 def make_page_tables(views: Iterable[PagedKeys], implementation: str) -> None:

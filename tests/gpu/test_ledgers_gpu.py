@@ -24,7 +24,8 @@ MIB = 1 << 20
 SIZES = [1, 255, 257, 9001, 70_001, 200_000]
 BF16_KEYS, FP16_KEYS = Kind(heads=64, head_dim=128), Kind(heads=32, head_dim=64, key_format=FP16, ratio=4)
 FP8_KEYS = Kind(heads=64, head_dim=128, key_format=FP8, ratio=4)
-# The allocator leaves up to so much of a block with whoever has it; extents of 8 and 32 MiB are blocks as they are.
+# The allocator leaves up to so much of a block with whoever has it, kept for the next or in use; extents of 32 MiB are
+# blocks as they are.
 UNSPLIT_BYTES = MIB
 
 
@@ -53,13 +54,16 @@ def test_the_ledger_is_what_the_allocator_says(budget_mib, extent_mib, kinds, un
         service = server.server.service
         base_bytes = calls.load().device_allocated_bytes
 
+        def left_bytes() -> int:
+            return unsplit_bytes * max(len(found.extents) for found, _, _ in told)
+
         def agrees() -> bool:
             found = server.run(lambda: OnDevice.of(service, kinds))
             load = calls.load()
             beside = load.device_allocated_bytes - base_bytes - found.reserved_bytes - found.table_bytes
             told.append((found, load.device_allocated_bytes, beside))
             assert found.reserved_bytes == sum(found.extents.values())
-            return 0 <= beside <= unsplit_bytes * len(found.extents)
+            return 0 <= beside <= left_bytes()
 
         def check() -> None:
             """The worker may not have got to the last messages."""
@@ -76,7 +80,7 @@ def test_the_ledger_is_what_the_allocator_says(budget_mib, extent_mib, kinds, un
         assert any(found.pages for found, _, _ in told)
         assert (service.governor.residency.evicted_pages > 0) is (unsplit_bytes > 0)
         assert (told[-1][0].reserved_bytes, told[-1][0].extents) == (0, {})
-        assert told[-1][1] == base_bytes
+        assert base_bytes <= told[-1][1] <= base_bytes + left_bytes()
 
         shape = Shape(KvFormat.BF16, 512, 512, heads=64, index_heads=64, index_dim=128)
         asked = {"top_k": 512, "window": 128, "scale": shape.scale}
@@ -90,5 +94,5 @@ def test_the_ledger_is_what_the_allocator_says(budget_mib, extent_mib, kinds, un
             for each in made:
                 each.cache.delete()
         check()
-        assert told[-1][1] == base_bytes
+        assert base_bytes <= told[-1][1] <= base_bytes + left_bytes()
         assert service.hbm.peak_bytes <= service.hbm.limit_bytes

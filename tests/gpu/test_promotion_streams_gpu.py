@@ -122,7 +122,7 @@ class Rig:
 
     def extent(self) -> int:
         number = next(self._numbers)
-        self.executor.store.allocate(number, LAYER_BYTES)
+        self.executor.store.extents.allocate(number, LAYER_BYTES)
         return number
 
     def load(self, extent_id: int, seed: int) -> int:
@@ -307,7 +307,7 @@ def test_memory_that_is_given_back_during_a_copy_is_the_next_ones(rig):
     with Held(rig.executor._promote) as held:
         stale = rig.load(gone.extent_id, 3)
         rig.executor.store.drop_view(gone.view_id)
-        rig.executor.store.free(gone.extent_id)
+        rig.executor.store.extents.free(gone.extent_id)
         extent_id = rig.extent()
         assert rig.executor.store.bytes_at(extent_id, 0, 1).data_ptr() == address
         copy = rig.load(extent_id, 2)

@@ -138,8 +138,8 @@ def test_copies_that_were_made_are_forgotten_though_no_tile_comes(promotions):
 def test_views_lie_where_their_pages_do():
     """Keys with scales beside them, and KV rows; whole pages, for those are copied. A view that is gone, nowhere."""
     store = KeyStore(Device(torch.device("cpu"), "cpu", 1 << 30))
-    store.allocate(1, 1 << 20)
-    store.allocate(2, 1 << 20)
+    store.extents.allocate(1, 1 << 20)
+    store.extents.allocate(2, 1 << 20)
     bases = {extent: store.bytes_at(extent, 0, 1).data_ptr() for extent in (1, 2)}
     sizes = {}
     for view_id, kinds, page_bytes in (
