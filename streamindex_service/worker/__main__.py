@@ -84,7 +84,9 @@ class Worker:
             # keeps for later it gives back before it passes the cap.
             fraction = min(1.0, self._budget_bytes / device.total_bytes)
             torch.cuda.set_per_process_memory_fraction(fraction, device.torch_device)
-        self._commands = Commands(configure.issue_ahead_us / 1e6)
+        self._commands = Commands(
+            configure.issue_ahead_us / 1e6, lacks_pages=lambda tile: self._executor.lacks_pages(tile)
+        )
         self._executor = Executor(device, self._implementation, self._attention, self._send, self._commands.finished)
         canary.run(device, self._implementation, self._attention)
         if device.is_cuda:

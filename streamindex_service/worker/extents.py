@@ -20,10 +20,16 @@ class MissingMemoryError(Exception):
 
 
 class Extents:
-    """Extents by their numbers, and on a GPU those that wait to be used again."""
+    """Extents by their numbers, and on a GPU those that wait to be used again.
 
-    def __init__(self, device: Device) -> None:
+    stream: in which pages are copied to them, None on a CPU. They are its own memory for the allocator: a copy that
+    goes on in one that was given back is made before any copy to whatever is there next. Who reads them in another
+    stream is done with it before they are given back.
+    """
+
+    def __init__(self, device: Device, stream: torch.cuda.Stream | None = None) -> None:
         self._device = device
+        self._stream = stream
         self._extents: dict[int, torch.Tensor] = {}  # [bytes] uint8
         self._spare: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by their bytes
 
@@ -50,7 +56,9 @@ class Extents:
         if spare:
             self._extents[extent_id] = spare.pop()
         else:
-            self._extents[extent_id] = torch.empty(extent_bytes, dtype=torch.uint8, device=self._device.torch_device)
+            with torch.cuda.stream(self._stream):
+                device = self._device.torch_device
+                self._extents[extent_id] = torch.empty(extent_bytes, dtype=torch.uint8, device=device)
 
     def free(self, extent_id: int) -> None:
         """Give it back. An extent whose allocation failed is not there."""

@@ -18,13 +18,14 @@ import torch
 
 from streamindex_service.ipc.segments import Segment
 from streamindex_service.ipc.v1 import worker_pb2 as pb
-from streamindex_service.ops.extent_pages import ExtentPages
+from streamindex_service.ops.extent_pages import ExtentPages, addresses_of
 from streamindex_service.ops.formats import KeyFormat
 from streamindex_service.ops.kv_rows import KvFormat
-from streamindex_service.ops.paged_keys import PAGE_KEYS, PagedKeys
+from streamindex_service.ops.paged_keys import PAGE_KEYS, SCALE_BYTES, PagedKeys
 from streamindex_service.ops.paged_kv_rows import PagedKvRows, row_sizes
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.extents import Extents, MissingMemoryError
+from streamindex_service.worker.promotions import MemoryRanges
 
 # streamindex.v1.KeyFormat -> the operations' formats
 FORMATS = {1: KeyFormat.BF16, 2: KeyFormat.FP16, 3: KeyFormat.FP32, 4: KeyFormat.FP8_E4M3}
@@ -32,7 +33,6 @@ FORMATS = {1: KeyFormat.BF16, 2: KeyFormat.FP16, 3: KeyFormat.FP32, 4: KeyFormat
 KV_FORMATS = {1: KvFormat.BF16, 2: KvFormat.FP8_D512, 3: KvFormat.FP8_D576}
 
 
-_SCALE_BYTES = 4
 # of some pages: the extent of each, and where in it the page begins
 _Slots = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
@@ -91,13 +91,14 @@ class SegmentMap:
 
 
 class KeyStore:
-    """Views of pages, and the extents in which these lie."""
+    """Views of pages, and the extents in which these lie. stream: in which pages are copied there, None on a CPU."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, stream: torch.cuda.Stream | None = None) -> None:
         self._device = device
-        self.extents = Extents(device)
+        self.extents = Extents(device, stream)
         self._views: dict[int, PagedKeys] = {}
         self._kv_views: dict[int, PagedKvRows] = {}
+        self._memory: dict[int, MemoryRanges] = {}  # of views that were asked about
         self._partial: dict[int, list[_Slots]] = {}
 
     def bytes_at(self, extent_id: int, offset_bytes: int, size_bytes: int) -> torch.Tensor:
@@ -141,11 +142,30 @@ class KeyStore:
             raise MissingMemoryError(f"view {view_id}")
         return self._kv_views[view_id]
 
+    def memory_of(self, view_id: int) -> MemoryRanges:
+        """Where the pages of a view lie; nowhere, if it is not there."""
+        found = self._memory.get(view_id)
+        if found is None:
+            view = self._views.get(view_id) or self._kv_views.get(view_id)
+            if view is None:
+                return MemoryRanges.of(_numbers(()), 0)
+            found = self._memory[view_id] = MemoryRanges.of(addresses_of(view.pages), view.page_bytes)
+        return found
+
     def drop_view(self, view_id: int) -> None:
         """Forget a view. One that could not be made is not there."""
         self._views.pop(view_id, None)
         self._kv_views.pop(view_id, None)
+        self._memory.pop(view_id, None)
         self._partial.pop(view_id, None)
+
+
+def make_page_tables(views: Iterable[PagedKeys], implementation: str) -> None:
+    """On the device, of views that have none yet, in the present stream; where an implementation reads them."""
+    if implementation == "triton":
+        for view in views:
+            if view.length:
+                _ = view.table_addresses
 
 
 def _row_sizes(message: pb.DefineView) -> tuple[int, int]:
@@ -153,7 +173,7 @@ def _row_sizes(message: pb.DefineView) -> tuple[int, int]:
     if message.kv_format:
         return row_sizes(KV_FORMATS[message.kv_format], message.head_dim)
     key_format = FORMATS[message.key_format]
-    return message.head_dim * key_format.element_bytes, _SCALE_BYTES * key_format.has_scales
+    return message.head_dim * key_format.element_bytes, SCALE_BYTES * key_format.has_scales
 
 
 def _numbers(values: Iterable[int]) -> npt.NDArray[np.int64]:
