@@ -86,7 +86,7 @@ def test_who_has_to_wait_for_room_holds_one_block_of_rows(server, calls, monkeyp
         for first in range(chunk_rows, rows, chunk_rows):
             waits.send(query_chunk(KIND, queries, first, chunk_rows))
         waits.half_close()
-        wait_for(lambda: len(governor.scheduler) == 1)
+        wait_for(lambda: len(governor.scheduler) > 0)
         for _ in range(3):
             calls.search(KIND, there.id, few, TOP_K)
         most = blocks.block_bytes + 2 * chunk_rows * (2 * KIND.heads * KIND.head_dim + 4 * KIND.heads)
