@@ -430,15 +430,15 @@ class Governor:
         if self.residency.try_place(need.pages, need.floor_bytes):
             return True
         while not self._grants and turn.page_set is not None:
-            # Nothing runs, and yet there is no room: workspaces differ, and pages lie scattered over extents.
+            # Nothing runs, and yet there is no room: workspaces differ, and an extent of each page size is sparse.
             if not self.working_set.leave_one(turn.page_set, self._clock()):
                 break
             if self.residency.try_place(need.pages, need.floor_bytes):
                 return True
         if self._grants:
             return False
-        # All of it fits an empty device. What is in the way is the search's own pages, scattered over extents that are
-        # empty otherwise, or pages that a turn without any needs the place of.
+        # All of it fits an empty device. What is in the way is an extent of the search's own pages that is empty
+        # otherwise, or has more of them than can move, or pages that a turn without any needs the place of.
         self._evict_all()
         self._admit(turn)
         return self.residency.try_place(need.pages, need.floor_bytes)
