@@ -191,6 +191,8 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
                 run_work(service.address, caches, sizes, sizes.fitting, fits)
                 run_work(service.address, caches, sizes, sizes.caches, over)
         load = ask()
+        if load.device.memory.failures:
+            print(service.log_tail(), file=sys.stderr)
     return MemoryRow(
         table=TABLE,
         case=f"{sizes.caches} callers, {sizes.caches * keys.nbytes // MIB} MiB of keys, budget "
@@ -244,7 +246,7 @@ def sizes_of(device: str, *, quick: bool) -> Sizes:
         return Sizes(TINY, 16_384, 2, 2, 256, 1, 1, budget_bytes=40 * MIB, extent_bytes=MIB)
     # 16 × 64 MiB of keys; what is left of the budget are three workspaces of the largest tiles
     return Sizes(
-        V4_FLASH, 262_144, 16, 8, 1024, 2 if quick else 4, 1 if quick else 2, 1600 * MIB, extent_bytes=32 * MIB
+        V4_FLASH, 262_144, 16, 8, 1024, 2 if quick else 4, 3 if quick else 4, 1600 * MIB, extent_bytes=32 * MIB
     )
 
 

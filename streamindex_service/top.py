@@ -89,7 +89,8 @@ def _device(load: pb.GetLoadResponse, before: pb.GetLoadResponse | None) -> Tabl
     table.add_row("busy", f"{share:.0%}")
     table.add_row("tiles there · done", f"{device.tiles:,} · {device.tiles_done:,}")
     table.add_row("keys there", f"{device.resident_bytes / _MIB:,.1f} MiB")
-    table.add_row("pages brought · evicted", f"{device.promoted_pages:,} · {device.evicted_pages:,}")
+    pages = (device.promoted_pages, device.evicted_pages, device.moved_pages)
+    table.add_row("pages brought · evicted · moved", " · ".join(f"{each:,}" for each in pages))
     for name, latency in (("a tile waits p50 · p99", device.wait), ("a tile runs p50 · p99", device.run)):
         table.add_row(name, f"{latency.p50_us / 1000:,.2f} · {latency.p99_us / 1000:,.2f} ms")
     memory = device.memory

@@ -15,16 +15,22 @@ from streamindex_service.core.sizes import (
 )
 from streamindex_service.core.specs import KvSpec
 
-# Device memory of a list of rows to be copied, and of index rows on their way to places in the copy, each entry.
-_COPIED_ROW_BYTES = 48
-_ENTRY_BYTES = 48
+# Device memory of a tile beside rows and tensors as they are: see `AttentionWork.tile_bytes`.
+_QUERY_ROW_BYTES = 64  # of each query row: its position, and where its sequence, its window and its copies are
+_PART_BYTES = 512  # of each call's rows: the runs of rows to be copied, and the addresses of a few pages
+_KEPT_ENTRY_BYTES = 4  # of each entry of an index row: its place among the copies
+_WIDE_ENTRY_BYTES = 25  # and while that is looked for
+_CHOSEN_ENTRY_BYTES, _CHOSEN_ROW_BYTES = 13, 25  # of each entry and each copied row, while the latter are listed
+_PAGE_ADDRESS_BYTES = 8
 # Window pages come in groups of so many, so that a stream of queries does not change its pages with every tile.
 WINDOW_GROUP = 4
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTerms:
-    """The least workspace for one query row, as the worker says; the fields are those of the message."""
+    """The least workspace for one query row, and what a tile takes beside it, as the worker says; the fields are those
+    of the message. An implementation without terms of heads or entries takes `fixed_bytes` for any number of rows;
+    others take what they are given, for as many rows at a time."""
 
     least_bytes: int = 0
     fixed_bytes: int = 0
@@ -33,12 +39,18 @@ class AttentionTerms:
     entry_bytes: int = 0
     entry_head_bytes: int = 0
     entry_dim_bytes: int = 0
+    copied_row_bytes: int = 0
+    index_entry_bytes: int = 0
 
     def size_bytes(self, heads: int, key_dim: int, entries: int) -> int:
         """Of rows with so many entries, computed one at a time."""
+        return max(self.least_bytes, self.used_bytes(heads, key_dim, entries, 1))
+
+    def used_bytes(self, heads: int, key_dim: int, entries: int, rows: int) -> int:
+        """What so many rows take if they are computed together, for which there may be no room."""
         head = self.head_bytes + self.head_dim_bytes * key_dim
         entry = self.entry_bytes + self.entry_head_bytes * heads + self.entry_dim_bytes * key_dim
-        return max(self.least_bytes, self.fixed_bytes + heads * head + entries * entry)
+        return self.fixed_bytes + rows * (heads * head + entries * entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,26 +75,46 @@ class AttentionWork:
     def staging_bytes(self, rows: int) -> int:
         """Device memory of the query rows and their answers."""
         heads = self.kv.heads
-        sizes = (
-            heads * self.kv.key_dim * BF16_BYTES,
-            POSITION_BYTES,
-            self.width * INDEX_BYTES,
-            heads * self.kv.value_dim * BF16_BYTES,
-            heads * LSE_BYTES * self.want_lse,
-        )
+        sizes = (heads * self.kv.key_dim * BF16_BYTES, POSITION_BYTES, self.width * INDEX_BYTES, self._answer_bytes)
         return sum(align(rows * size) for size in sizes)
 
-    def copy_bytes(self, rows: int, span: int) -> int:
-        """Device memory of the rows that are copied behind each other for so many query rows whose windows cover `span`
-        tokens together, and of their index rows: each compressed row once, where not fewer are named."""
-        copied = min(rows * self.width, self.kv_rows) + span
+    def tile_bytes(self, rows: int, span: int) -> int:
+        """Device memory of so many query rows whose windows cover `span` tokens together, of their answers, and of the
+        rows that they attend, which are copied behind each other: each compressed row once, where not fewer are named.
+
+        The most of what is there at a time: the places of the copies are looked for, the rows to be copied are listed,
+        they are copied, they are attended. Only the last has answers.
+        """
+        entries = rows * self.width
+        named = min(entries, self.kv_rows)
+        copied = named + span
         form = self.kv.form
-        row = form.row_bytes + form.scale_bytes + _COPIED_ROW_BYTES
-        return copied * row + rows * (self.width + self.window) * _ENTRY_BYTES
+        copies = copied * (form.row_bytes + form.scale_bytes) + _KEPT_ENTRY_BYTES * entries
+        index_rows = rows * (self.width + self.window) * self.terms.index_entry_bytes
+        most = max(
+            _WIDE_ENTRY_BYTES * entries,
+            _CHOSEN_ENTRY_BYTES * entries + _CHOSEN_ROW_BYTES * copied,
+            copies + self.terms.copied_row_bytes * copied,
+            copies + index_rows + rows * self._answer_bytes,
+        )
+        addresses = _PAGE_ADDRESS_BYTES * pages_of(self.kv_rows + span)
+        asked = rows * (self.kv.heads * self.kv.key_dim * BF16_BYTES + self.width * INDEX_BYTES + _QUERY_ROW_BYTES)
+        return asked + addresses + _PART_BYTES + most
+
+    @property
+    def _answer_bytes(self) -> int:
+        """Of a query row."""
+        return self.kv.heads * (self.kv.value_dim * BF16_BYTES + LSE_BYTES * self.want_lse)
 
     def workspace_bytes(self) -> int:
         """The least workspace of the attention itself. It takes one query row, and more of them one after the other."""
         return self.terms.size_bytes(self.kv.heads, self.kv.key_dim, self.width + self.window)
+
+    def used_bytes(self, rows: int, workspace_bytes: int) -> int:
+        """What of a workspace so many query rows make use of."""
+        return min(
+            workspace_bytes, self.terms.used_bytes(self.kv.heads, self.kv.key_dim, self.width + self.window, rows)
+        )
 
     def window_bytes(self, rows: int) -> int:
         """The most bytes of window pages that so many query rows need whose positions lie as close together."""
@@ -92,8 +124,8 @@ class AttentionWork:
         return pages * self.kv.form.page_bytes
 
     def rows_within(self, size_bytes: int, most: int) -> int:
-        """The most query rows of a tile, up to `most`, for which copies, staging and window pages take no more than so
-        many bytes; 0 when not even one row's do."""
+        """The most query rows of a tile, up to `most`, for which all but KV pages and workspace takes no more than so
+        many bytes; 0 when not even one row's does."""
         low, high = 0, most + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -103,7 +135,7 @@ class AttentionWork:
     def beside_bytes(self, rows: int) -> int:
         """Of so many query rows, all that a tile takes beside the KV pages and the workspace."""
         span = rows + self.window if self.window else 0
-        return self.staging_bytes(rows) + self.copy_bytes(rows, span) + self.window_bytes(rows)
+        return self.tile_bytes(rows, span) + self.window_bytes(rows)
 
 
 def window_group(first_token: int, stop_token: int, pages: int) -> tuple[int, int]:

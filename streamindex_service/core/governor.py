@@ -174,6 +174,19 @@ class Governor:
             return False
         return any(page_set.turns and not page_set.admitted for page_set in search.page_sets.values())
 
+    def gathering_s(self, search: OpenSearch, floor_bytes: int) -> float:
+        """For how long rows of a search are gathered at most before a tile of them is asked for.
+
+        0.0 but for a layer that would have to displace others: it is brought for as many rows as there can be, or few
+        rows at a time would have it brought again and again. floor_bytes: the least workspace of a tile.
+        """
+        pages = search.snapshot.pages
+        if any(page_set.admitted for page_set in search.page_sets.values()):
+            return 0.0
+        if not self.working_set.would_displace(pages, search.band, _FED * floor_bytes, self._clock()):
+            return 0.0
+        return self.working_set.pays_for_s(self.speed.promotion_s(pages[0].page_bytes * len(pages)))
+
     def close(self, search: OpenSearch) -> None:
         """A search is over. Its turns have been finished or cancelled."""
         assert not search.turns, "a search ends and its turns still wait"
@@ -417,15 +430,15 @@ class Governor:
         if self.residency.try_place(need.pages, need.floor_bytes):
             return True
         while not self._grants and turn.page_set is not None:
-            # Nothing runs, and yet there is no room: workspaces differ, and pages lie scattered over extents.
+            # Nothing runs, and yet there is no room: workspaces differ, and an extent of each page size is sparse.
             if not self.working_set.leave_one(turn.page_set, self._clock()):
                 break
             if self.residency.try_place(need.pages, need.floor_bytes):
                 return True
         if self._grants:
             return False
-        # All of it fits an empty device. What is in the way is the search's own pages, scattered over extents that are
-        # empty otherwise, or pages that a turn without any needs the place of.
+        # All of it fits an empty device. What is in the way is an extent of the search's own pages that is empty
+        # otherwise, or has more of them than can move, or pages that a turn without any needs the place of.
         self._evict_all()
         self._admit(turn)
         return self.residency.try_place(need.pages, need.floor_bytes)

@@ -107,6 +107,12 @@ class Page:
             layer.resident_pages -= 1
             layer.of_cache.displaced()
 
+    def move(self, slot: PageSlot) -> PageSlot:
+        """It has another place on the device from now on; gives the one that it had, to be freed."""
+        assert self.device is not None, "a page moves that has no place"
+        freed, self.device = self.device, slot
+        return freed
+
     def show_in(self, layer: Layer) -> None:
         """One more layer has it."""
         if self.layer is None:

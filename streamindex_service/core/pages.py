@@ -7,7 +7,7 @@ here it is a number and a length. The ledger is charged by the extent, so it say
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class _Extent:
     # A stack. The places themselves, made once: layers move by thousands of pages, and new objects for each of them
     # cost more than all else that is done for one.
     free: list[PageSlot] = field(default_factory=list)
+    closed: bool = False  # its pages are on their way to others: it takes no more
 
 
 class PagePool:
@@ -77,10 +78,50 @@ class PagePool:
         self._free_pages[page_bytes] -= len(taken)
         return taken
 
+    @property
+    def sparse_bytes(self) -> int:
+        """The most that could be given back by emptying extents, whichever they are."""
+        places = self._free_pages
+        sizes = {each.page_bytes for each in self._extents.values() if each.slots <= places[each.page_bytes]}
+        return sum(size * places[size] for size in sizes)
+
+    def sparse(self, wanted_bytes: int, stuck: Collection[int] = ()) -> list[int]:
+        """Extents to be emptied so that the ledger has so much free; none when that is not to be had.
+
+        All their pages find free places in other extents of their size. It takes first what has the least to be moved
+        for what it gives back; what is moved is never more than that. When it finds none, all that it could take would
+        not be enough, and would leave free places of each size for less than any other extent whose pages may move.
+        stuck: extents with pages that may not.
+        """
+        missing_bytes = wanted_bytes - self.ledger.free_bytes
+        places = dict(self._free_pages)
+        candidates = [
+            (1 - len(extent.free) / extent.slots, -extent_id)  # of equals the youngest, so that the oldest fill up
+            for extent_id, extent in self._extents.items()
+            if extent.slots <= places[extent.page_bytes] and extent_id not in stuck
+        ]
+        found = []
+        for _, number in sorted(candidates):
+            extent = self._extents[extent_id := -number]
+            # Its own free places go with it: used and free ones together have to be had from the free ones of all.
+            if extent.slots <= places[extent.page_bytes]:
+                places[extent.page_bytes] -= extent.slots
+                missing_bytes -= extent.slots * extent.page_bytes
+                found.append(extent_id)
+                if missing_bytes <= 0:
+                    return found
+        return []
+
+    def close(self, extent_ids: Collection[int]) -> None:
+        """Take no more pages from extents that `sparse` has found. Whoever asks moves their pages at once:
+        `try_allocate` gives a place for each, and the last that is freed gives the extent back."""
+        for extent_id in extent_ids:
+            self._extents[extent_id].closed = True
+
     def free(self, page: PageSlot) -> None:
         """Give a page back."""
         extent = self._extents[page.extent_id]
-        if not extent.free:
+        if not extent.free and not extent.closed:
             heapq.heappush(self._with_room[extent.page_bytes], page.extent_id)
         extent.free.append(page)
         self.pages_in_use -= 1
@@ -119,7 +160,7 @@ class PagePool:
         heap = self._with_room.get(page_bytes, [])
         while heap:
             extent = self._extents.get(heap[0])
-            if extent is not None and extent.free:
+            if extent is not None and extent.free and not extent.closed:
                 return heap[0]
             heapq.heappop(heap)
         return None

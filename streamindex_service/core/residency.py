@@ -7,10 +7,15 @@ extent at once, so that the next few allocations need none.
 A search comes back with the same pages tile by tile, thousands of them at times. They stay pinned from one tile to the
 next, and nobody looks at each, until somebody needs memory: then pins without a tile go before anything is evicted, but
 for those of pages that would not be evicted anyway.
+
+What nobody may evict does not keep memory from pages of other sizes for all that: where the free places of extents add
+up to what is needed, pages move together, and the extents that are empty then go back to the ledger. A move is a copy
+from host memory to another place; the old one is not read.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +29,7 @@ class _Pinned:
     """Pages that are on the device, and how many tiles use them."""
 
     pages: Sequence[Page]
-    tiles: int = 1
+    tiles: int = 0
 
 
 class Residency:
@@ -39,6 +44,7 @@ class Residency:
         self.device = device
         self.evicted_pages = 0
         self.promoted_pages = 0
+        self.moved_pages = 0
         self.resident_bytes = 0
         self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
         self.kept: Callable[[], Sequence[Sequence[Page]]] = tuple
@@ -58,7 +64,7 @@ class Residency:
         return sum(page.page_bytes for page in pages if page.device is None)
 
     def try_place(self, pages: Sequence[Page], workspace_bytes: int) -> bool:
-        """Pin the pages, reserve the workspace, promote what is missing; or only evict, and say False.
+        """Pin the pages, reserve the workspace, promote what is missing; or only evict and move, and say False.
 
         The very same sequence goes to `unpin`, and is not changed until then.
         """
@@ -67,15 +73,15 @@ class Residency:
             return self._place_again(pinned, workspace_bytes)
         # Pinned first: pages may be shared with a layer that is about to be evicted for this very search.
         self._pin(pages)
-        if not self._reserve(workspace_bytes):
-            self._unpin(pages)
-            return False
-        if not self._promote(pages, workspace_bytes):
+        pinned = self._pinned[id(pages)] = _Pinned(pages)
+        if self._reserve(workspace_bytes):
+            if self._promote(pages, workspace_bytes):
+                pinned.tiles = 1
+                return True
             self.hbm.release(workspace_bytes)
-            self._unpin(pages)
-            return False
-        self._pinned[id(pages)] = _Pinned(pages)
-        return True
+        del self._pinned[id(pages)]
+        self._unpin(pages)
+        return False
 
     def unpin(self, pages: Sequence[Page]) -> None:
         """A tile is done with them; they stay until their place is needed."""
@@ -123,12 +129,13 @@ class Residency:
         self.device.reset()
 
     def _place_again(self, pinned: _Pinned, workspace_bytes: int) -> bool:
+        # Before the memory is looked for: its pages are not to go for it. They may move, if no other tile uses them.
         self._idle.pop(id(pinned.pages), None)
-        pinned.tiles += 1  # before the memory is looked for: its pages are not to go for it
-        if self._reserve(workspace_bytes):
-            return True
-        self.unpin(pinned.pages)
-        return False
+        placed = self._reserve(workspace_bytes)
+        pinned.tiles += placed
+        if not pinned.tiles:
+            self._idle[id(pinned.pages)] = pinned
+        return placed
 
     def _let_go(self, pinned: _Pinned) -> None:
         """Pins without a tile go: the pages are like any others, used just now."""
@@ -140,9 +147,10 @@ class Residency:
         while not self.hbm.try_reserve(size_bytes):
             victims = self._victims() if victims is None else victims
             page = next(victims, None)
-            if page is None:
+            if page is not None:
+                self._evict(page)
+            elif not self._move_together(size_bytes):
                 return False
-            self._evict(page)
         return True
 
     def _promote(self, pages: Sequence[Page], leave_bytes: int) -> bool:
@@ -161,7 +169,7 @@ class Residency:
                 continue
             if leave_bytes:
                 leave_bytes = 0
-            else:
+            elif not self._move_together((len(missing) - len(slots)) * missing[0].page_bytes):
                 for slot in slots:
                     self.device.free(slot)
                 return False
@@ -196,6 +204,40 @@ class Residency:
                 self._let_go(pinned)
         spared = {page for pages in kept if id(pages) not in self._pinned for page in pages}
         return (page for page in list(self._unpinned) if page not in spared)
+
+    def _move_together(self, needed_bytes: int) -> bool:
+        """Empty extents that have free places until so much is free, or move nothing and say False.
+
+        Pages stay where they are that a tile uses, that are being copied, or whose only copy in memory is this one.
+        """
+        if self.hbm.free_bytes + self.device.sparse_bytes < needed_bytes:
+            return False  # which is mostly so, and nobody has looked at each page
+        stuck: set[int] = set()
+        movable: dict[int, list[Page]] = {}
+        for pinned in self._pinned.values():
+            if pinned.tiles:
+                stuck.update(page.device.extent_id for page in pinned.pages if page.device is not None)
+        pinned_pages = (page for pinned in self._pinned.values() for page in pinned.pages)
+        for page in dict.fromkeys(itertools.chain(self._unpinned, pinned_pages)):  # several sequences may have it
+            if page.device is None:
+                continue
+            if page.copies or page.host is None:
+                stuck.add(page.device.extent_id)
+            movable.setdefault(page.device.extent_id, []).append(page)
+        emptied = self.device.sparse(needed_bytes, stuck)
+        if not emptied:
+            return False
+        self.device.close(emptied)
+        for page in itertools.chain.from_iterable(movable[extent_id] for extent_id in emptied):
+            slot = self.device.try_allocate(page.page_bytes)
+            assert slot is not None, "a page has to move, and there is no place"
+            freed = page.move(slot)
+            self._load(page)
+            self.device.free(freed)
+            self.moved_pages += 1
+        self.moves += 1
+        assert self.hbm.free_bytes >= needed_bytes, "extents were emptied, and did not go"
+        return True
 
     def _pin(self, pages: Sequence[Page]) -> None:
         unpinned = self._unpinned

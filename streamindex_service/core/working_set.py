@@ -196,7 +196,7 @@ class WorkingSet:
 
     def interval_s(self, needed: Needed) -> float:
         """How long others of its band wait at most before the next is displaced, once this one was brought."""
-        return min(self.limits.promotion_factor * needed.copy_s, self.limits.promotion_wait_s)
+        return self.pays_for_s(needed.copy_s)
 
     def gate_is_open(self, band: Band, now: float) -> bool:
         """Whether a page set of this band may displace another of it."""
@@ -222,6 +222,18 @@ class WorkingSet:
         for page_set in needed.parts:
             sizes[page_set.admitted] += page_set.size_bytes
         return min(sizes[False] + workspace_bytes, self._hbm.limit_bytes - sizes[True]) <= room_bytes
+
+    def would_displace(self, pages: Sequence[Page], band: Band, workspace_bytes: int, now: float) -> bool:
+        """Whether a tile that came for these pages would find no room beside what takes part."""
+        known = self._known.get(pages[0]) if pages else None
+        if not pages or (known is not None and known.admitted):
+            return False
+        needed_bytes = min(pages[0].page_bytes * len(pages) + workspace_bytes, self._hbm.limit_bytes)
+        return needed_bytes > self.room_bytes(band, now)
+
+    def pays_for_s(self, copy_s: float) -> float:
+        """Seconds in which a copy has to pay for itself."""
+        return min(self.limits.promotion_factor * copy_s, self.limits.promotion_wait_s)
 
     def admit(self, needed: Needed, workspace_bytes: int, now: float, *, through_gate: bool) -> None:
         """It takes part from now on; those make room that must. through_gate: which is to be closed if any did."""

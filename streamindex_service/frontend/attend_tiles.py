@@ -198,12 +198,12 @@ class AttendTiles:
     def bytes_of(self, piece: TilePiece) -> int:
         """Device memory of all that a tile reads, writes and copies; without the workspace."""
         pages_bytes = len(self.pages_of(piece)) * self._parameters.kv.form.page_bytes
-        return pages_bytes + self.work.staging_bytes(piece.rows) + self.copy_bytes(piece)
+        return pages_bytes + self.tile_bytes(piece)
 
-    def copy_bytes(self, piece: TilePiece) -> int:
-        """Device memory of the rows that a tile attends, copied behind each other."""
+    def tile_bytes(self, piece: TilePiece) -> int:
+        """The same without the pages that it reads."""
         first, stop = self._tokens_of(piece)
-        return self.work.copy_bytes(piece.rows, stop - first)
+        return self.work.tile_bytes(piece.rows, stop - first)
 
     # Of tiles whose rows are of several calls; see `tiles_together`.
 
@@ -231,10 +231,12 @@ class AttendTiles:
         if len(parts) > 1:  # each once, for forks share them
             layers = [each.pages_of(piece) for each, piece in parts]
             pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
-        staging_bytes = tiles.work.staging_bytes(rows)
-        floor_bytes = tiles.workspace_bytes + staging_bytes + sum(each.copy_bytes(piece) for each, piece in parts)
+        beside_bytes = sum(each.tile_bytes(piece) for each, piece in parts)
+        floor_bytes = tiles.workspace_bytes + beside_bytes
+        used_bytes = tiles.work.used_bytes(rows, tiles.workspace_bytes) + beside_bytes
         flop = sum(each.work.flop(piece.rows) for each, piece in parts)
-        return Need(pages, floor_bytes, floor_bytes, flop, staging_bytes, floor_bytes, tiles.speed, layers)
+        size_bytes = tiles.work.staging_bytes(rows)
+        return Need(pages, floor_bytes, floor_bytes, flop, size_bytes, used_bytes, tiles.speed, layers)
 
     @staticmethod
     def submit_together(

@@ -54,6 +54,7 @@ async def load_of(service: Service, caller: str) -> pb.GetLoadResponse:
             wait=_latency(meter.waits()),
             run=_latency(meter.runs()),
             memory=_estimates(meter.memory),
+            moved_pages=residency.moved_pages,
         ),
         device_reserved_bytes=link.pong.reserved_bytes if link else 0,
         residency=_residency(service.caches.census),

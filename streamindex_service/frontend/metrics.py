@@ -109,6 +109,11 @@ def _device(service: Service) -> Iterator[Metric]:
         ("device_busy_seconds_total", "What they took on the device.", meter.device_s),
         ("promoted_pages_total", "Pages that were copied to the device.", residency.promoted_pages),
         ("evicted_pages_total", "Pages that lost their place there to others.", residency.evicted_pages),
+        (
+            "moved_pages_total",
+            "Pages that were copied to another place there to give back memory.",
+            residency.moved_pages,
+        ),
         ("device_memory_failures_total", "Tiles for which the device had no memory.", meter.memory.failures),
         ("compiled_kernels_total", "Kernels that the worker compiled or loaded.", pong.compiled_kernels),
     ]

@@ -132,6 +132,7 @@ class RowStream(ABC):
         self._at = _Progress()
         self._changed = asyncio.Event()
         self._gather_until = 0.0  # on the loop's clock
+        self._gathers_since: float | None = None  # since when rows wait for more
         self._gathered: asyncio.TimerHandle | None = None
         self._blocks_held = 0
         self._block_freed = asyncio.Event()
@@ -280,11 +281,14 @@ class RowStream(ABC):
         """The block that the next row goes to."""
         if self._at.fillings and self._at.fillings[-1].rows < self._block_rows:
             return self._at.fillings[-1]
-        while self._blocks_held >= self._service.settings.memory.search_blocks:
+        governor, search = self._service.governor, self._search()
+        # Rows of a search that waits for others to make room are of use to nobody yet: one block of them, and what the
+        # stream could bring meanwhile goes to those who have their layers.
+        most = self._service.settings.memory.search_blocks
+        while self._blocks_held >= (1 if governor.is_held_back(search) else most):
             self._block_freed.clear()
             await self._block_freed.wait()
         self._blocks_held += 1
-        governor, search = self._service.governor, self._search()
         filling = _Filling(await self._service.blocks.acquire(lambda: governor.is_held_back(search)))
         self._at.fillings.append(filling)
         return filling
@@ -299,22 +303,28 @@ class RowStream(ABC):
                     rows = min(ready, limit - last.run.rows)
                     last.run.grow(rows, self._keys_seen(rows))
                     self._submitted(filling, rows)
-                elif len(self._outstanding) < _TILES_AHEAD and (ready >= limit or self._may_go(filling)):
+                elif len(self._outstanding) < _TILES_AHEAD and self._may_go(filling, ready >= limit):
                     self._submit(filling, min(ready, limit))
                 else:
                     return
 
-    def _may_go(self, filling: _Filling) -> bool:
-        """Whether a tile that could be larger may go: it does not get more rows, or has waited for them enough."""
-        if filling.rows == self._block_rows or self._at.ended:
+    def _may_go(self, filling: _Filling, full: bool) -> bool:
+        """Whether a tile may go: it does not get more rows, or has waited for them enough. full: a tile of its own."""
+        if filling.rows == self._block_rows or self._at.ended or self._at.received == self._announced_rows:
             return True
         if self._outstanding:
-            return False
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._gather_until:
+            return full
+        now = asyncio.get_running_loop().time()
+        if self._gathers_since is None:
+            self._gathers_since = now
+        floor_bytes = int(self._service.settings.memory.workspace_floor_bytes)
+        until = self._gathers_since + self._service.governor.gathering_s(self._search(), floor_bytes)
+        until = until if full else max(until, self._gather_until)
+        if now >= until:
             return True
-        if self._gathered is None:
-            self._gathered = loop.call_at(self._gather_until, self._end_gathering)
+        if self._gathered is not None:
+            self._gathered.cancel()
+        self._gathered = asyncio.get_running_loop().call_at(until, self._end_gathering)
         return False
 
     def _end_gathering(self) -> None:
@@ -329,6 +339,7 @@ class RowStream(ABC):
         self._submitted(filling, rows)
         self._outstanding.add(run)
         self._gather_until = asyncio.get_running_loop().time() + _GATHER_S
+        self._gathers_since = None
         run.start()
 
     def _submitted(self, filling: _Filling, rows: int) -> None:

@@ -123,10 +123,11 @@ class TileRun:
         submitted.future.add_done_callback(lambda done: self._ran(grant, given_at, submitted))
 
     def _due(self, grant: Grant) -> TileDue:
-        call = self._call
+        turn, call = grant.turn, self._call
+        device_s = turn.cost_s - turn.promotion_s  # the worker begins once the pages are there
         if call is None:
-            return TileDue(grant.turn.band, grant.turn.cost_s)
-        return TileDue(grant.turn.band, grant.turn.cost_s, call.request_id, call.trace.traceparent)
+            return TileDue(turn.band, device_s)
+        return TileDue(turn.band, device_s, call.request_id, call.trace.traceparent)
 
     def _ran(self, grant: Grant, given_at: float, submitted: Submitted) -> None:
         self._on_device = None

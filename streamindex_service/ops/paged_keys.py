@@ -11,6 +11,7 @@ from streamindex_service.ops.extent_pages import ExtentPages, addresses_of, to_d
 from streamindex_service.ops.formats import KeyFormat
 
 PAGE_KEYS = 256
+SCALE_BYTES = 4  # of a key, for a format with scales
 # Kernels read pages with wide loads; they are told that every offset is a multiple of this many elements.
 OFFSET_ALIGNMENT_ELEMENTS = 16
 
@@ -74,6 +75,11 @@ class PagedKeys:
             raise ValueError(f"scales: expected [{k.shape[0]}] float32, got {tuple(scales.shape)} {scales.dtype}")
         scale_pages = None if scales is None else _split(scales)
         return cls(key_format, k.shape[1], k.shape[0], _split(k), scale_pages)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, its scales among them."""
+        return PAGE_KEYS * (self.head_dim * self.format.element_bytes + SCALE_BYTES * self.format.has_scales)
 
     @property
     def device(self) -> torch.device:

@@ -47,7 +47,7 @@ class PagedKvRows:
         expected = -(-self.length // PAGE_KEYS)
         if self.length < 0 or len(self.pages) != expected:
             raise ValueError(f"pages: {self.length} rows need {expected} pages of {PAGE_KEYS}, got {len(self.pages)}")
-        size = PAGE_KEYS * (self.row_bytes + self.scale_bytes)
+        size = self.page_bytes
         if isinstance(self.pages, ExtentPages):  # all alike
             if (self.pages.page_shape, self.pages.dtype) != ((size,), torch.uint8):
                 raise ValueError(
@@ -67,6 +67,11 @@ class PagedKvRows:
     def scale_bytes(self) -> int:
         """Bytes of a row's scales that lie beside it; 0 for most formats."""
         return row_sizes(self.format, self.key_dim)[1]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, its scales among them."""
+        return PAGE_KEYS * (self.row_bytes + self.scale_bytes)
 
     @cached_property
     def data(self) -> tuple[Tensor, ...]:

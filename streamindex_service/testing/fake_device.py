@@ -23,6 +23,7 @@ class FakeTile:
     """Work on the device. `ended(outcome)` is told "done", "no memory" or "lost", once."""
 
     pages: Sequence[Page]
+    places: Sequence[PageSlot | None]  # where it reads them
     content: Sequence[int]  # of the pages, as they must be
     workspace_bytes: int
     ended: Callable[[str], object]
@@ -38,10 +39,10 @@ _BEGUN = 2  # tiles: one runs, one is ready
 class FakeDevice:
     """An allocator that enforces its budget, pages that remember what was copied to them, tiles by band."""
 
-    def __init__(self, time: VirtualTime, budget_bytes: int, page_copy_s: float = 0.0) -> None:
+    def __init__(self, time: VirtualTime, budget_bytes: int, copy_bytes_per_s: float) -> None:
         self.budget_bytes = budget_bytes
         self.loaded_pages = 0
-        self._page_copy_s = page_copy_s
+        self._copy_bytes_per_s = copy_bytes_per_s
         self.extents: dict[int, int] = {}
         self.workspace_bytes = 0
         self.tiles: list[FakeTile] = []  # in order of arrival
@@ -65,13 +66,14 @@ class FakeDevice:
         del self.extents[extent_id]
         self._content = {slot: what for slot, what in self._content.items() if slot.extent_id != extent_id}
 
-    def load(self, slot: PageSlot, content: int) -> None:
+    def load(self, slot: PageSlot, page_bytes: int, content: int) -> None:
         """Copy a page here. Raises BudgetBrokenError."""
         if slot.extent_id not in self.extents:
             raise BudgetBrokenError(f"a page was put into extent {slot.extent_id}, which is not there")
         self._content[slot] = content
         self.loaded_pages += 1
-        self._busy_until = max(self._busy_until, self._time.now_s) + self._page_copy_s
+        copy_s = page_bytes / self._copy_bytes_per_s
+        self._busy_until = max(self._busy_until, self._time.now_s) + copy_s
 
     def run(self, tile: FakeTile) -> None:
         """Do a tile after those that go before it. Raises BudgetBrokenError."""
@@ -110,7 +112,9 @@ class FakeDevice:
         if tile.over:
             return
         if tile.pages and tile.outcome == "done":
-            found = [self._content.get(page.device) if page.device else None for page in tile.pages]
+            if list(tile.places) != [page.device for page in tile.pages]:
+                raise BudgetBrokenError("pages lost their places while a tile read them")
+            found = [self._content.get(place) if place else None for place in tile.places]
             if found != list(tile.content):
                 raise BudgetBrokenError(f"a tile read pages {found}, not {list(tile.content)}")
         tile.over = True

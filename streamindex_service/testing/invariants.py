@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from streamindex_service.core.census import Residence
-from streamindex_service.core.layers import KeyCache, Page
+from streamindex_service.core.layers import Page
 from streamindex_service.core.scheduler import Band, Turn
 from streamindex_service.core.turns import SearchTurn
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
@@ -39,13 +39,19 @@ def require(holds: bool, what: str) -> None:
         raise InvariantError(what)
 
 
-def residence_of(cache: KeyCache) -> Residence | None:
-    """From what its layers say; None: the cache has no rows."""
-    pages = sum(len(layer.pages) for layer in cache.all_layers)
-    resident = sum(layer.resident_pages for layer in cache.all_layers)
-    if not pages:
-        return None
-    return Residence.DEVICE if resident == pages else Residence.PARTIAL if resident else Residence.NONE
+def _residence(pages: int, on_device: int) -> Residence:
+    if on_device == pages:
+        return Residence.DEVICE
+    return Residence.PARTIAL if on_device else Residence.NONE
+
+
+def least_given_back(extents: Sequence[int], free: int) -> int:
+    """Places of the extents that pages can be moved out of, at the least: in whatever order that is done, what is left
+    over is less than the largest of them. extents: places of each; free: those without a page, here and elsewhere."""
+    largest = max(extents)
+    if min(extents) == largest:
+        return min(len(extents), free // largest) * largest
+    return min(sum(extents), max(0, free - largest + 1))
 
 
 class Watch:
@@ -66,6 +72,7 @@ class Watch:
         self._passed_over = 0  # turns in a row that went before a band that is old
         self._arrivals: dict[SearchTurn, tuple[float, int]] = {}  # what its band had been given, own turns before it
         service.on_taken = self._taken
+        service.on_refused = self._refused
 
     def look(self) -> None:
         """After an event."""
@@ -106,20 +113,11 @@ class Watch:
         require(not left_extents, "an extent is never given back")
 
     def _count_pages(self) -> None:
-        pages: set[Page] = set()
-        for cache in self.service.caches._caches.values():
-            for layer in cache.all_layers:
-                resident = len([page for page in layer.pages if page.device is not None])
-                require(layer.resident_pages == resident, "a layer has lost count of its pages on the device")
-                spilled = len([page for page in layer.pages if page.spilled is not None])
-                require(layer.spilled_pages == spilled, "a layer has lost count of its pages on disk")
-                pages.update(layer.pages)
-        self._count_caches()
-        for snapshot_pages in {each.pages for search in self.service.searches for each in search.snapshots}:
-            pages.update(snapshot_pages)
+        self._count_layers()
+        for snapshot_pages in self._snapshots():
             on_disk = [page for page in snapshot_pages if page.host is None]
             require(not on_disk, "a search has pages that are not in host memory")
-        pages.update(self.service.disk.held())
+        pages = self._pages()
         self._count_places(pages)
         resident = sum([page.page_bytes for page in pages if page.device is not None])
         require(resident == self.service.residency.resident_bytes, "the bytes on the device are counted wrongly")
@@ -129,13 +127,36 @@ class Watch:
         uploads = sum([each.uploads for each in accounts])
         require(uploads == self.service.uploads.open_uploads, "the accounts are not what callers upload")
 
-    def _count_caches(self) -> None:
+    def _snapshots(self) -> set[tuple[Page, ...]]:
+        return {each.pages for search in self.service.searches for each in search.snapshots}
+
+    def _pages(self) -> set[Page]:
+        """All that there are."""
+        caches = self.service.caches._caches.values()
+        pages = {page for cache in caches for layer in cache.all_layers for page in layer.pages}
+        return pages.union(*self._snapshots(), self.service.disk.held())
+
+    def _count_layers(self) -> None:
         store = self.service.caches
-        found = [residence_of(cache) for cache in store._caches.values()]
-        counted = Counter({residence: caches for residence, caches in store.census.by_residence.items() if caches})
-        require(counted == Counter(filter(None, found)), "the census is not what caches have on the device")
-        spilled = [cache for cache in store._caches.values() if cache.spilled_bytes]
-        require(store.census.spilled == len(spilled), "the census is not what caches have on disk")
+        residences = dict.fromkeys(Residence, 0)
+        caches_on_disk = 0
+        for cache in store._caches.values():
+            all_pages = on_device = on_disk = 0
+            for layer in cache.all_layers:
+                resident = len([page for page in layer.pages if page.device is not None])
+                spilled = len([page for page in layer.pages if page.spilled is not None])
+                if layer.resident_pages != resident:
+                    raise InvariantError("a layer has lost count of its pages on the device")
+                if layer.spilled_pages != spilled:
+                    raise InvariantError("a layer has lost count of its pages on disk")
+                all_pages += len(layer.pages)
+                on_device += resident
+                on_disk += spilled
+            if all_pages:
+                residences[_residence(all_pages, on_device)] += 1
+                caches_on_disk += on_disk > 0
+        require(store.census.by_residence == residences, "the census is not what caches have on the device")
+        require(store.census.spilled == caches_on_disk, "the census is not what caches have on disk")
 
     def _count_places(self, pages: set[Page]) -> None:
         """Every page has exactly one place, and every place that is taken a page."""
@@ -215,6 +236,34 @@ class Watch:
         require(for_pages == counted, "a page set has lost count of its turns")
         admitted_bytes = sum([page_set.size_bytes for page_set in known if page_set.admitted])
         require(working_set._admitted_bytes == admitted_bytes, "the working set has lost count of its bytes")
+
+    def _refused(self, pages: Sequence[Page], workspace_bytes: int) -> None:
+        """Nobody is told that there is no room where free places of extents would add up to it."""
+        governor = self.service.governor
+        running = [grant for grant in governor._grants if grant.epoch == governor.epoch]
+        in_use = {page for grant in running for page in grant.turn.need.pages}
+        extents: defaultdict[int, list[Page]] = defaultdict(list)
+        for page in self._pages():
+            if page.device is not None:
+                extents[page.device.extent_id].append(page)
+        require(extents.keys() == self.service.device.extents.keys(), "an extent is kept without a page")
+        free: Counter[int] = Counter()  # places, by page size
+        movable: defaultdict[int, list[int]] = defaultdict(list)  # places of each extent whose pages may move
+        for extent_id, lying in extents.items():
+            size = lying[0].page_bytes
+            places = self.service.device.extents[extent_id] // size
+            free[size] += places - len(lying)
+            if not any(page in in_use or page.copies or page.host is None for page in lying):
+                movable[size].append(places)
+        missing = [page.page_bytes for page in pages if page.device is None]
+        needed_bytes = workspace_bytes
+        if missing:
+            needed_bytes += max(0, len(missing) - free[missing[0]]) * missing[0]
+        room_bytes = self.service.hbm.free_bytes
+        for size, each in movable.items():
+            if size not in missing[:1]:  # whose places are counted as they are
+                room_bytes += size * least_given_back(each, free[size])
+        require(needed_bytes > room_bytes, "sparse extents keep memory from those that need it")
 
     def _check_alone(self, turn: SearchTurn) -> None:
         on_device = [grant.turn for grant in self.service.governor._grants]

@@ -62,8 +62,8 @@ class SimulatedDisk:
         self._wanted.append(pages)
 
         def ended(reason: str) -> None:
-            self._wanted.remove(pages)
             then(reason)  # while they are still held
+            self._wanted.remove(pages)
             self._store.release(pages)
             self._next()
 

@@ -15,6 +15,7 @@ from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import PAGE_KEYS, pages_of
+from streamindex_service.core.specs import RowKind
 from streamindex_service.core.tile_pieces import TilePieces
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.uploads import UploadTable
@@ -49,12 +50,13 @@ class Sizes:
 
 
 class SimulatedService:
-    """Caches, governor and device. `on_taken(turn)` is told of every turn that goes to the device, before it does."""
+    """Caches, governor and device. `on_taken(turn)` is told of every turn that goes to the device, before it does, and
+    `on_refused(pages, workspace_bytes)` of everything that finds no room there."""
 
     def __init__(self, sizes: Sizes, limits: GovernorLimits) -> None:
         self.time = VirtualTime()
         self.sizes = sizes
-        self.device = FakeDevice(self.time, sizes.hbm_bytes, PAGE_BYTES / sizes.copy_bytes_per_s)
+        self.device = FakeDevice(self.time, sizes.hbm_bytes, sizes.copy_bytes_per_s)
         self.host_extents: dict[int, int] = {}
         self.content: dict[PageSlot, int] = {}  # of host pages
         self.written: dict[Page, int] = {}  # what each page must hold, wherever it is
@@ -63,7 +65,8 @@ class SimulatedService:
             self.host, sizes.extent_bytes, self.host_extents.__setitem__, self.host_extents.__delitem__
         )
         pool = PagePool(self.hbm, sizes.extent_bytes, self.device.make_extent, self.device.drop_extent)
-        self.residency = Residency(self.hbm, pool, self._load)
+        self.residency = _ToldResidency(self.hbm, pool, self._load)
+        self.residency.refused = lambda pages, workspace_bytes: self.on_refused(pages, workspace_bytes)
         ids = map(str, itertools.count())
         self.caches = CacheStore(
             host_pool, self.residency.drop, self.time, sizes.max_caches, new_id=lambda: "kc_" + next(ids)
@@ -77,12 +80,13 @@ class SimulatedService:
         self.hbm.limit_bytes = sizes.hbm_bytes  # as when a worker says what it has, which is less than the setting
         self.searches: list[SimulatedSearch] = []
         self.on_taken: Callable[[SearchTurn], None] = lambda turn: None
+        self.on_refused: Callable[[Sequence[Page], int], None] = lambda pages, workspace_bytes: None
         self.tiles_out_of_memory: Callable[[], bool] = lambda: False
         self._contents = itertools.count(1)
 
-    def write(self, cache: KeyCache, layer: int, first_row: int, rows: int) -> None:
+    def write(self, cache: KeyCache, layer: int, first_row: int, rows: int, kind: RowKind = RowKind.KEYS) -> None:
         """An upload from start to commit; every page that it touches has new content. Raises ServiceError."""
-        upload = self.uploads.start(cache, layer, first_row, rows, 1 << 30)
+        upload = self.uploads.start(cache, layer, first_row, rows, 1 << 30, kind)
         try:
             self.uploads.hold(upload, rows)
             upload.rows_held = rows
@@ -110,12 +114,26 @@ class SimulatedService:
 
     def _load(self, page: Page) -> None:
         assert page.device is not None
-        self.device.load(page.device, self.content[page.in_host])
+        self.device.load(page.device, page.page_bytes, self.content[page.in_host])
+
+
+class _ToldResidency(Residency):
+    """Tells what it refuses."""
+
+    refused: Callable[[Sequence[Page], int], None]
+
+    def try_place(self, pages: Sequence[Page], workspace_bytes: int) -> bool:
+        placed = super().try_place(pages, workspace_bytes)
+        if not placed:
+            self.refused(pages, workspace_bytes)
+        return placed
 
 
 class SimulatedSearch:
     """One search from its header to its end. `outcome` is "" until then. beside: caches that it searches as well, each
-    tile all of them, as a decode step does."""
+    tile all of them, as a decode step does. kind: rows that it needs, those of attention included.
+
+    The places of its pages are noted for as long as none has moved, as the frontend's views do."""
 
     def __init__(
         self,
@@ -127,6 +145,7 @@ class SimulatedSearch:
         rows: int,
         deadline_s: float | None,
         beside: Sequence[KeyCache] = (),
+        kind: RowKind = RowKind.KEYS,
     ) -> None:
         self.caller = caller
         self.band = band
@@ -138,7 +157,9 @@ class SimulatedSearch:
         self._ready = 0
         self._submitted = 0
         self._ended = False
-        self.snapshots = [service.caches.snapshot(each, layer) for each in self._caches]
+        self._places: tuple[PageSlot | None, ...] = ()
+        self._moves = -1  # of the residency, when they were noted
+        self.snapshots = [service.caches.snapshot(each, layer, kind) for each in self._caches]
         self.snapshot = self.snapshots[0]
         self.pages: Sequence[Page] = self.snapshot.pages
         self.layers: Sequence[Sequence[Page]] = ()
@@ -156,6 +177,13 @@ class SimulatedSearch:
             self.open = service.governor.open(self.snapshot, caller, band, least, run_s, deadline_s)
         except ServiceError as error:
             self.end(error.reason)
+
+    def places(self) -> tuple[PageSlot | None, ...]:
+        """Where its pages are on the device, as they were when any page last lost its place."""
+        residency = self.service.residency
+        if self._moves != residency.moves:
+            self._places, self._moves = tuple(page.device for page in self.pages), residency.moves
+        return self._places
 
     def feed(self, rows: int) -> None:
         """So many rows more have arrived."""
@@ -276,7 +304,9 @@ class SimulatedTile:
             self._ran(grant, how, seconds)
 
         search = self._search
-        tile = FakeTile(search.pages, search.content, grant.workspace_bytes, ended, seconds, search.band)
+        tile = FakeTile(
+            search.pages, search.places(), search.content, grant.workspace_bytes, ended, seconds, search.band
+        )
         if service.tiles_out_of_memory():
             tile.outcome = "no memory"
         service.device.run(tile)

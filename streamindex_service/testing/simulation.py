@@ -3,14 +3,15 @@
     python -m streamindex_service.testing.simulation            # the histories that CI runs
     python -m streamindex_service.testing.simulation 4711       # one of them, told event by event
 
-A seed says everything: sizes, callers of unequal greed, arrivals in bursts, appends, forks, truncations and deletions
-while searches run, keys that go to disk and come back, cancellations, deadlines, workers that die, copies and disks
-that fail, and tiles that find no memory. The code under test is the service's own; simulated are time, the device, the
-disk, and the callers.
+A seed says everything: sizes, row formats, callers of unequal greed, arrivals in bursts, appends, forks, truncations
+and deletions while searches run, caches that grow among each other's pages, keys that go to disk and come back,
+cancellations, deadlines, workers that die, copies and disks that fail, and tiles that find no memory. The code under
+test is the service's own; simulated are time, the device, the disk, and the callers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import time
@@ -20,8 +21,8 @@ from collections.abc import Callable
 from streamindex_service.core.governor import GovernorLimits
 from streamindex_service.core.layers import KeyCache
 from streamindex_service.core.scheduler import Band, QueueLimits
-from streamindex_service.core.sizes import KeyFormat
-from streamindex_service.core.specs import CacheSpec
+from streamindex_service.core.sizes import PAGE_KEYS, KeyFormat, KvFormat
+from streamindex_service.core.specs import CacheSpec, KvSpec, RowKind
 from streamindex_service.errors import ServiceError
 from streamindex_service.testing.invariants import Watch, require
 from streamindex_service.testing.simulated_service import PAGE_BYTES, SimulatedSearch, SimulatedService, Sizes
@@ -32,6 +33,14 @@ _MOST_EVENTS = 20_000  # of a history; one that goes on for longer has lost its 
 _BANDS = (Band.INTERACTIVE, Band.STANDARD, Band.STANDARD, Band.BATCH)
 _ROWS = (1, 1, 2, 8, 40, 150, 500)
 _STEPS = 0.25  # of searches, that are of several caches
+_IN_TURN = 0.2  # of histories, in which caches grow in turn
+# Pages of 8, 5 and 16 KiB, and of 8 and 12: they share the device, and no extent.
+_SPECS = (
+    CacheSpec(1, 16, 1, KeyFormat.BF16, 1, "", 0, 1e9, 2),
+    CacheSpec(1, 16, 1, KeyFormat.FP8_E4M3, 1, "", 0, 1e9, 2),
+    CacheSpec(1, 16, 1, KeyFormat.FP32, 1, "", 0, 1e9, 2),
+    CacheSpec(1, 16, 1, KeyFormat.BF16, 1, "", 0, 1e9, 2, KvSpec(KvFormat.BF16, 24, 24, 1)),
+)
 
 
 class History:
@@ -65,14 +74,14 @@ class History:
                 max_turn_s=0.02,
             ),
         )
-        extent_bytes = draw.choice((1, 4)) * PAGE_BYTES
+        extent_bytes = draw.choice((1, 4, 6)) * PAGE_BYTES
         host_pages, disk_pages = draw.choice(((60, 0), (60, 40), (24, 60), (14, 8)))
         sizes = Sizes(
             pages * PAGE_BYTES + floor_bytes,
             host_pages * PAGE_BYTES,
             extent_bytes,
             floor_bytes,
-            max_caches=6,
+            max_caches=8,
             disk_bytes=disk_pages * PAGE_BYTES,
         )
         self.service = make_service(sizes, limits)
@@ -101,6 +110,7 @@ class History:
         self.outcomes.update(search.outcome for search in self._everyone)
         self.outcomes["turns"] += self.watch.turns
         self.outcomes["evicted pages"] += self.service.residency.evicted_pages
+        self.outcomes["moved pages"] += self.service.residency.moved_pages
         self.outcomes["spilled pages"] += self.service.disk.spill.spilled_pages
         self.outcomes["restored pages"] += self.service.disk.spill.restored_pages
 
@@ -123,6 +133,8 @@ class History:
         for chance, trouble in troubles:
             if draw.random() < chance:
                 after(draw.random() * 0.6, trouble)
+        if draw.random() < _IN_TURN:
+            self._grow_in_turn(draw.random() * 0.3)
         after(_EXPIRY_PERIOD_S, self._expire)
 
     def _only_expiry_is_left(self) -> bool:
@@ -145,20 +157,52 @@ class History:
         self.service.time.after(_EXPIRY_PERIOD_S, self._expire)
 
     def _create(self) -> None:
-        spec = CacheSpec(1, 16, 1, KeyFormat.BF16, 1, "", 0, 1e9, 2)
         try:
-            cache = self.service.caches.create("owner", spec)
+            cache = self.service.caches.create("owner", self._random.choice(_SPECS))
         except ServiceError:
             return
         self._caches.append(cache)
-        self._write(cache, 0, self._random.randint(1, 8 * 256))
+        for kind in _kinds(cache):
+            most = 8 * PAGE_BYTES // cache.spec.form(kind).page_bytes * PAGE_KEYS
+            self._write(cache, kind, 0, self._random.randint(1, most))
 
-    def _write(self, cache: KeyCache, first_row: int, rows: int) -> None:
+    def _grow_in_turn(self, at: float) -> None:
+        """Caches grow page by page and are searched, so that their pages lie among each other's; then some go."""
+        draw, after = self._random, self.service.time.after
+        spec, caches = draw.choice(_SPECS), list[KeyCache]()
+
+        def make() -> None:
+            with contextlib.suppress(ServiceError):
+                for _ in range(draw.randint(2, 4)):
+                    caches.append(self.service.caches.create("owner", spec))
+            self._caches.extend(caches)
+
+        def grow() -> None:
+            for cache in caches:
+                if cache in self._caches:
+                    self._write(cache, RowKind.KEYS, cache.layers[0].length_keys, PAGE_KEYS)
+                    if not cache.layers[0].spilled_pages:
+                        self._begin(cache, RowKind.KEYS, self._callers[0])
+
+        def go() -> None:
+            for cache in caches[::2]:
+                if cache in self._caches:
+                    self._log("a cache that grew in turn is deleted")
+                    self._caches.remove(cache)
+                    self.service.caches.delete(cache)
+
+        after(at, make)
+        for _ in range(draw.randint(2, 6)):
+            at += 0.02
+            after(at, grow)
+        after(at + draw.random() / 10, go)
+
+    def _write(self, cache: KeyCache, kind: RowKind, first_row: int, rows: int) -> None:
         try:
-            self.service.write(cache, 0, first_row, rows)
+            self.service.write(cache, 0, first_row, rows, kind)
         except ServiceError as error:
             self.outcomes[error.reason] += 1
-            self.service.disk.free(rows * PAGE_BYTES // 256)
+            self.service.disk.free(rows * cache.spec.form(kind).page_bytes // PAGE_KEYS)
 
     def _pick(self) -> KeyCache | None:
         return self._random.choice(self._caches) if self._caches else None
@@ -166,10 +210,11 @@ class History:
     def _append(self) -> None:
         cache = self._pick()
         if cache is not None:
-            length = cache.layers[0].length_keys
+            kind = self._random.choice(_kinds(cache))
+            length = cache.of_kind(kind)[0].length_keys
             first = max(0, length - self._random.choice((0, 0, 1, 300)))
-            self._write(cache, first, self._random.choice((1, 40, 700)))
-            self._log("keys are appended")
+            self._write(cache, kind, first, self._random.choice((1, 40, 700)))
+            self._log(f"rows are appended ({kind.name})")
 
     def _truncate(self) -> None:
         cache = self._pick()
@@ -198,9 +243,10 @@ class History:
         if cache is None:
             return
         (caller,) = draw.choices(self._callers, self._greed)
-        layer = cache.layers[0]
+        kind = draw.choice(_kinds(cache))
+        layer = cache.of_kind(kind)[0]
         if not layer.spilled_pages:
-            self._begin(cache, caller)
+            self._begin(cache, kind, caller)
             return
 
         def are_there(reason: str) -> None:
@@ -208,21 +254,22 @@ class History:
             if reason:
                 self.outcomes[reason] += 1
             elif not layer.spilled_pages and cache in self._caches:
-                self._begin(cache, caller)
+                self._begin(cache, kind, caller)
 
         cache.busy += 1
         self._log(f"{caller} waits for keys from disk")
         self.service.disk.bring(layer.pages, are_there)
 
-    def _begin(self, cache: KeyCache, caller: str) -> None:
+    def _begin(self, cache: KeyCache, kind: RowKind, caller: str) -> None:
         draw = self._random
         rows, band = draw.choice(_ROWS), draw.choice(_BANDS)
         deadline_s = draw.choice((None, None, 0.02, 0.3))
-        beside = self._beside(cache)
-        search = SimulatedSearch(self.service, cache, 0, caller, band, rows, deadline_s, beside)
+        beside = self._beside(cache, kind)
+        search = SimulatedSearch(self.service, cache, 0, caller, band, rows, deadline_s, beside, kind)
         self._everyone.append(search)
         more = f" of {1 + len(beside)} caches" if beside else ""
-        self._log(f"{caller} searches {rows} rows{more}, {band.name.lower()} {search.outcome}")
+        verb = "searches" if kind is RowKind.KEYS else "attends"
+        self._log(f"{caller} {verb} {rows} rows{more}, {band.name.lower()} {search.outcome}")
         if deadline_s is not None:
             self.service.time.after(deadline_s, lambda: self._end(search, "DEADLINE"))
         first = draw.choice((rows, 1))
@@ -230,15 +277,17 @@ class History:
         if first < rows:
             self.service.time.after(draw.random() / 10, lambda: search.feed(rows))
 
-    def _beside(self, cache: KeyCache) -> list[KeyCache]:
+    def _beside(self, cache: KeyCache, kind: RowKind) -> list[KeyCache]:
         """Caches that are searched in the same tiles, now and then: as many as the device holds together."""
         draw, sizes = self._random, self.service.sizes
         if draw.random() >= _STEPS:
             return []
-        found, used_bytes = [], len(cache.layers[0].pages) * PAGE_BYTES + sizes.floor_bytes + sizes.extent_bytes
-        for other in draw.sample(self._caches, min(3, len(self._caches))):
-            layer = other.layers[0]
-            size_bytes = len(layer.pages) * PAGE_BYTES
+        form, first = cache.spec.form(kind), cache.of_kind(kind)[0]
+        found, used_bytes = [], len(first.pages) * form.page_bytes + sizes.floor_bytes + sizes.extent_bytes
+        alike = [other for other in self._caches if kind in other.spec.kinds and other.spec.form(kind) == form]
+        for other in draw.sample(alike, min(3, len(alike))):
+            layer = other.of_kind(kind)[0]
+            size_bytes = len(layer.pages) * form.page_bytes
             if other is not cache and not layer.spilled_pages and used_bytes + size_bytes <= sizes.hbm_bytes:
                 found.append(other)
                 used_bytes += size_bytes
@@ -274,6 +323,11 @@ class History:
     def _no_memory(self) -> None:
         self._log("the device is short of memory")
         self._short_of_memory_until = self.service.time.now_s + self._random.choice((0.005, 0.02, 0.2))
+
+
+def _kinds(cache: KeyCache) -> tuple[RowKind, ...]:
+    """Rows that its callers write and need."""
+    return (RowKind.KEYS,) if cache.spec.kv is None else (RowKind.KEYS, RowKind.KV)
 
 
 def main(arguments: list[str]) -> None:

@@ -33,7 +33,8 @@ from streamindex_service.worker.device import (
     supported,
 )
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
-from streamindex_service.worker.key_store import FORMATS, KV_FORMATS, MissingMemoryError
+from streamindex_service.worker.extents import MissingMemoryError
+from streamindex_service.worker.key_store import FORMATS, KV_FORMATS
 
 LINK_FAILED_EXIT_CODE = 4
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -83,7 +84,9 @@ class Worker:
             # keeps for later it gives back before it passes the cap.
             fraction = min(1.0, self._budget_bytes / device.total_bytes)
             torch.cuda.set_per_process_memory_fraction(fraction, device.torch_device)
-        self._commands = Commands(configure.issue_ahead_us / 1e6)
+        self._commands = Commands(
+            configure.issue_ahead_us / 1e6, lacks_pages=lambda tile: self._executor.lacks_pages(tile)
+        )
         self._executor = Executor(device, self._implementation, self._attention, self._send, self._commands.finished)
         canary.run(device, self._implementation, self._attention)
         if device.is_cuda:
@@ -162,8 +165,15 @@ class Worker:
 
     def _try(self, message: pb.ToWorker, fd: int | None) -> None:
         try:
-            self._dispatch(message, fd)
+            self._dispatch_with_spares(message, fd)
         except (torch.OutOfMemoryError, MissingMemoryError) as error:
+            self._log.warning(
+                "no_device_memory",
+                command=message.WhichOneof("message"),
+                extents_bytes=self._executor.store.extents.size_bytes,
+                **asdict(self._executor.memory()),
+                detail=repr(error),
+            )
             self._fail(message, pb.FAILURE_KIND_OUT_OF_MEMORY, error)
         except torch.AcceleratorError as error:
             self._fail(message, pb.FAILURE_KIND_DEVICE, error)
@@ -175,6 +185,20 @@ class Worker:
             self._fail(message, kind, error)
             if kind == pb.FAILURE_KIND_DEVICE:
                 os._exit(DEVICE_FAILED_EXIT_CODE)
+
+    def _dispatch_with_spares(self, message: pb.ToWorker, fd: int | None) -> None:
+        """Memory that is kept for later is there for whoever finds none: an answer is only written at the end, so
+        nothing has been done yet."""
+        extents = self._executor.store.extents
+        try:
+            self._dispatch(message, fd)
+            return
+        except torch.OutOfMemoryError:
+            if not extents.spare_bytes:
+                raise
+        # out here: in the handler, the frames of the first try hold what it had
+        extents.give_up_spares()
+        self._dispatch(message, fd)
 
     def _dispatch(self, message: pb.ToWorker, fd: int | None) -> None:
         kind = message.WhichOneof("message")
@@ -195,11 +219,11 @@ class Worker:
             executor.store.drop_view(message.drop_view.view_id)
         elif kind == "allocate_extent":
             extent = message.allocate_extent
-            executor.store.allocate(extent.extent_id, extent.extent_bytes)
+            executor.store.extents.allocate(extent.extent_id, extent.extent_bytes)
             done = pb.OperationDone(operation_id=extent.operation_id)
             self._send(pb.FromWorker(operation_done=done))
         elif kind == "free_extent":
-            executor.store.free(message.free_extent.extent_id)
+            executor.store.extents.free(message.free_extent.extent_id)
         elif kind == "map_segment":
             assert fd is not None
             executor.segments.add(message.map_segment, fd)

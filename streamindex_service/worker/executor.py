@@ -2,8 +2,9 @@
 
 On a GPU streams overlap: rows of the next tile are copied in while the present one is computed and the answers
 of the last one are copied out. Attention has a stream of its own: the indices of the next rows are found while the
-present ones attend. Commands are issued by one thread; another waits for the device and reports, so that
-neither a copy nor a message ever holds up the issuing. On a CPU the same code runs without streams.
+present ones attend. So have the copies of pages: only tiles that read those pages wait for them (`promotions.py`).
+Commands are issued by one thread; others wait for the device and report, so that neither a copy nor a message ever
+holds up the issuing. On a CPU the same code runs without streams.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from streamindex_service.ops.paged_keys import PagedKeys
 from streamindex_service.ops.topk import KeySequence, Order, TopkResult, topk_sequences
 from streamindex_service.worker.attention import AttendTensors, attend, sequences_of
 from streamindex_service.worker.device import Device
-from streamindex_service.worker.key_store import KeyStore, SegmentMap
+from streamindex_service.worker.key_store import KeyStore, SegmentMap, make_page_tables
 from streamindex_service.worker.memory import DeviceMemory, MemoryWatch
 from streamindex_service.worker.partial import merge, shift_positions
+from streamindex_service.worker.promotions import MemoryRanges, Promotions, page_runs, view_ids_of
 
 DEVICE_FAILED_EXIT_CODE = 3
 _ORDERS = {0: Order.SCORE, 1: Order.SCORE, 2: Order.INDEX}
@@ -56,27 +58,31 @@ class Executor:
         send: Callable[[pb.FromWorker], None],
         finished: Callable[[int], None] = lambda work_id: None,
     ) -> None:
-        self.segments = SegmentMap(device)
-        self.store = KeyStore(device)
-        self._device = device
-        self._implementation = implementation
-        self._attention = attention
-        self._memory = MemoryWatch(device)
-        self._send = send
-        self._finished = finished
-        # Attention has a queue and a reporter of its own: it says nothing of when other work is done.
-        self._issued: queue.Queue[_Issued | None] = queue.Queue()
-        self._attending: queue.Queue[_Issued | None] = queue.Queue()
-        self._running: dict[int, float] = {}  # work id -> when it started
-        self._lock = threading.Lock()
         if device.is_cuda:
+            self._promote = _stream(device)
             self._copy_in = _stream(device)
             self._compute = _stream(device)
             self._attend = _stream(device)
             self._copy_out = _stream(device)
+        self.segments = SegmentMap(device)
+        self.store = KeyStore(device, self._promote if device.is_cuda else None)
+        self._promotions: Promotions[torch.cuda.Event] = Promotions()
+        self._device = device
+        self._implementation = implementation
+        self._attention = attention
+        self._memory = MemoryWatch(device, lambda: self.store.extents.spare_bytes)
+        self._send = send
+        self._finished = finished
+        # Each kind of work has a queue and a reporter of its own: one says nothing of when another is done.
+        self._issued: queue.Queue[_Issued | None] = queue.Queue()
+        self._attending: queue.Queue[_Issued | None] = queue.Queue()
+        self._loading: queue.Queue[_Issued | None] = queue.Queue()
+        self._running: dict[int, float] = {}  # work id -> when it started
+        self._lock = threading.Lock()
+        self._queues = (self._issued, self._attending, self._loading)
         self._reporters = [
             threading.Thread(target=self._report, args=(issued,), name="reporter", daemon=True)
-            for issued in (self._issued, self._attending)
+            for issued in self._queues
         ]
         for reporter in self._reporters:
             reporter.start()
@@ -102,7 +108,7 @@ class Executor:
 
     def finish(self) -> None:
         """Wait until everything issued is reported."""
-        for issued, reporter in zip((self._issued, self._attending), self._reporters, strict=True):
+        for issued, reporter in zip(self._queues, self._reporters, strict=True):
             issued.put(None)
             reporter.join()
 
@@ -110,7 +116,16 @@ class Executor:
         """Let go of a segment, once no copy reads it any more."""
         if self._device.is_cuda:
             self._copy_in.synchronize()
+            if (event := self._promotions.reading(segment_id)) is not None:
+                event.synchronize()
         self.segments.drop(segment_id)
+
+    def lacks_pages(self, tile: pb.SearchTile | pb.AttendTile) -> bool:
+        """Whether pages that a tile reads are still being copied. For the thread that issues work."""
+        try:
+            return self._awaited(tile) is not None
+        except torch.AcceleratorError:  # the tile meets it again
+            return False
 
     def load_pages(self, message: pb.LoadPages) -> None:
         """Copy pages from segments to the device."""
@@ -123,30 +138,43 @@ class Executor:
         except BaseException:
             self._end(work)
             raise
-        self._issued.put(work)
+        self._loading.put(work)
 
     def _copy_pages(self, message: pb.LoadPages, work: _Issued) -> None:
+        runs = list(page_runs(message))
         pairs = [
-            (self.store.bytes_at(extent, to, size), self.segments.bytes_at(segment, start, size))
-            for segment, start, extent, to, size in _runs(message)
+            (
+                self.store.bytes_at(run.extent_id, run.to_bytes, run.size_bytes),
+                self.segments.bytes_at(run.segment_id, run.start_bytes, run.size_bytes),
+            )
+            for run in runs
         ]
-        if self._device.is_cuda:
-            with torch.cuda.stream(self._copy_in):
-                # A slot may have been freed by a search that has finished; one that runs has its pages pinned.
-                for target, source in pairs:
-                    target.copy_(source, non_blocking=True)
-                work.end_event = _event(timing=False)
-                work.end_event.record()
-            self._compute.wait_stream(self._copy_in)
-        else:
+        if not self._device.is_cuda:
             for target, source in pairs:
                 target.copy_(source)
+            return
+        with torch.cuda.stream(self._promote):
+            # It waits for no tile: pages lose their place only when no tile uses them, and one that runs has them
+            # pinned until it was reported. What was copied to the same place before goes first, by the stream.
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            work.end_event = _event(timing=False)
+            work.end_event.record()
+        addresses = np.array([target.data_ptr() for target, _ in pairs], dtype=np.int64)
+        sizes = np.array([run.size_bytes for run in runs], dtype=np.int64)
+        self._promotions.add(work.end_event, MemoryRanges.of(addresses, sizes), (run.segment_id for run in runs))
+
+    def _awaited(self, tile: pb.SearchTile | pb.AttendTile) -> torch.cuda.Event | None:
+        return self._promotions.awaited(view_ids_of(tile), self.store.memory_of)
 
     def search_tile(self, message: pb.SearchTile) -> None:
         """Search some rows; the answers are in the message's spans when TileDone is sent."""
         with self._tile(message.tile_id, self._issued) as work:
             sequences = [KeySequence(each.rows, self.store.view(each.view_id)) for each in message.sequences]
             if self._device.is_cuda:
+                # Addresses of pages stay for as long as the view: they are no tile's memory.
+                with torch.cuda.stream(self._compute):
+                    make_page_tables([each.keys for each in sequences], self._implementation)
                 with self._memory.peak_of(work):
                     self._search_on_gpu(message, sequences, work)
             else:
@@ -256,6 +284,8 @@ class Executor:
                 positions, sees = shift_positions(positions, message.first_key, message.ratio)
                 sees = sees.to(device)
         self._compute.wait_stream(self._copy_in)
+        if (event := self._awaited(message)) is not None:
+            self._compute.wait_event(event)
         with torch.cuda.stream(self._compute):
             for tensor in (q, w, *(best or ())):
                 tensor.record_stream(self._compute)
@@ -284,6 +314,8 @@ class Executor:
             q = host.q.to(device, non_blocking=True)
             indices = host.indices.to(device, non_blocking=True)
         self._attend.wait_stream(self._copy_in)
+        if (event := self._awaited(message)) is not None:
+            self._attend.wait_event(event)
         with torch.cuda.stream(self._attend):
             for tensor in (q, indices):
                 tensor.record_stream(self._attend)
@@ -324,20 +356,6 @@ class Executor:
         if work.start_event is None:
             return time.monotonic() - work.started
         return float(work.start_event.elapsed_time(work.end_event)) / 1000
-
-
-def _runs(message: pb.LoadPages) -> Iterator[tuple[int, int, int, int, int]]:
-    """(segment, start there, extent, start there, bytes) of pages that follow each other in both: one copy each."""
-    if not message.segment_ids:
-        return
-    lists = (message.segment_ids, message.segment_offsets, message.extent_ids, message.extent_offsets)
-    pages = np.array([list(numbers) for numbers in lists], dtype=np.int64)
-    follows = (0, message.page_bytes, 0, message.page_bytes)
-    breaks = (np.diff(pages) != np.array(follows)[:, None]).any(axis=0)
-    firsts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
-    for first, end in zip(firsts, [*firsts[1:], pages.shape[1]], strict=True):
-        segment, start, extent, to = pages[:, first].tolist()
-        yield segment, start, extent, to, (end - first) * message.page_bytes
 
 
 def _stream(device: Device) -> torch.cuda.Stream:

@@ -18,12 +18,14 @@ import torch
 
 from streamindex_service.ipc.segments import Segment
 from streamindex_service.ipc.v1 import worker_pb2 as pb
-from streamindex_service.ops.extent_pages import ExtentPages
+from streamindex_service.ops.extent_pages import ExtentPages, addresses_of
 from streamindex_service.ops.formats import KeyFormat
 from streamindex_service.ops.kv_rows import KvFormat
-from streamindex_service.ops.paged_keys import PAGE_KEYS, PagedKeys
+from streamindex_service.ops.paged_keys import PAGE_KEYS, SCALE_BYTES, PagedKeys
 from streamindex_service.ops.paged_kv_rows import PagedKvRows, row_sizes
 from streamindex_service.worker.device import Device
+from streamindex_service.worker.extents import Extents, MissingMemoryError
+from streamindex_service.worker.promotions import MemoryRanges
 
 # streamindex.v1.KeyFormat -> the operations' formats
 FORMATS = {1: KeyFormat.BF16, 2: KeyFormat.FP16, 3: KeyFormat.FP32, 4: KeyFormat.FP8_E4M3}
@@ -31,13 +33,8 @@ FORMATS = {1: KeyFormat.BF16, 2: KeyFormat.FP16, 3: KeyFormat.FP32, 4: KeyFormat
 KV_FORMATS = {1: KvFormat.BF16, 2: KvFormat.FP8_D512, 3: KvFormat.FP8_D576}
 
 
-_SCALE_BYTES = 4
 # of some pages: the extent of each, and where in it the page begins
 _Slots = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-
-
-class MissingMemoryError(Exception):
-    """An extent whose allocation failed, or what was to be made of it, was named."""
 
 
 @dataclass
@@ -94,26 +91,19 @@ class SegmentMap:
 
 
 class KeyStore:
-    """Extents and views."""
+    """Views of pages, and the extents in which these lie. stream: in which pages are copied there, None on a CPU."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, stream: torch.cuda.Stream | None = None) -> None:
         self._device = device
-        self._extents: dict[int, torch.Tensor] = {}  # [bytes] uint8
+        self.extents = Extents(device, stream)
         self._views: dict[int, PagedKeys] = {}
         self._kv_views: dict[int, PagedKvRows] = {}
+        self._memory: dict[int, MemoryRanges] = {}  # of views that were asked about
         self._partial: dict[int, list[_Slots]] = {}
-
-    def allocate(self, extent_id: int, extent_bytes: int) -> None:
-        """Take device memory. Raises torch.OutOfMemoryError."""
-        self._extents[extent_id] = torch.empty(extent_bytes, dtype=torch.uint8, device=self._device.torch_device)
-
-    def free(self, extent_id: int) -> None:
-        """Give it back. An extent whose allocation failed is not there."""
-        self._extents.pop(extent_id, None)
 
     def bytes_at(self, extent_id: int, offset_bytes: int, size_bytes: int) -> torch.Tensor:
         """A part of an extent, [size_bytes] uint8. Raises MissingMemoryError."""
-        return self._extent(extent_id)[offset_bytes : offset_bytes + size_bytes]
+        return self.extents[extent_id][offset_bytes : offset_bytes + size_bytes]
 
     def define_view(self, message: pb.DefineView) -> None:
         """Add pages to a view; the last message makes it usable. Raises MissingMemoryError for a missing extent."""
@@ -124,7 +114,7 @@ class KeyStore:
         del self._partial[message.view_id]
         extent_ids, starts = (np.concatenate(parts) for parts in zip(*slots, strict=True))
         used, which = np.unique(extent_ids, return_inverse=True)
-        extents = [self._extent(int(extent_id)) for extent_id in used]
+        extents = [self.extents[int(extent_id)] for extent_id in used]
         row_bytes, scale_bytes = _row_sizes(message)
 
         def pages(skipped_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> ExtentPages:
@@ -152,17 +142,30 @@ class KeyStore:
             raise MissingMemoryError(f"view {view_id}")
         return self._kv_views[view_id]
 
+    def memory_of(self, view_id: int) -> MemoryRanges:
+        """Where the pages of a view lie; nowhere, if it is not there."""
+        found = self._memory.get(view_id)
+        if found is None:
+            view = self._views.get(view_id) or self._kv_views.get(view_id)
+            if view is None:
+                return MemoryRanges.of(_numbers(()), 0)
+            found = self._memory[view_id] = MemoryRanges.of(addresses_of(view.pages), view.page_bytes)
+        return found
+
     def drop_view(self, view_id: int) -> None:
         """Forget a view. One that could not be made is not there."""
         self._views.pop(view_id, None)
         self._kv_views.pop(view_id, None)
+        self._memory.pop(view_id, None)
         self._partial.pop(view_id, None)
 
-    def _extent(self, extent_id: int) -> torch.Tensor:
-        extent = self._extents.get(extent_id)
-        if extent is None:
-            raise MissingMemoryError(f"extent {extent_id}")
-        return extent
+
+def make_page_tables(views: Iterable[PagedKeys], implementation: str) -> None:
+    """On the device, of views that have none yet, in the present stream; where an implementation reads them."""
+    if implementation == "triton":
+        for view in views:
+            if view.length:
+                _ = view.table_addresses
 
 
 def _row_sizes(message: pb.DefineView) -> tuple[int, int]:
@@ -170,7 +173,7 @@ def _row_sizes(message: pb.DefineView) -> tuple[int, int]:
     if message.kv_format:
         return row_sizes(KV_FORMATS[message.kv_format], message.head_dim)
     key_format = FORMATS[message.key_format]
-    return message.head_dim * key_format.element_bytes, _SCALE_BYTES * key_format.has_scales
+    return message.head_dim * key_format.element_bytes, SCALE_BYTES * key_format.has_scales
 
 
 def _numbers(values: Iterable[int]) -> npt.NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,11 +15,13 @@ from streamindex_service.worker.device import Device
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes: held now, the most held since the start, and taken from the device, in use or kept for later."""
+    """Bytes: held now; the most held since the start, with what was kept for later; taken from the device, in use or
+    kept; and of these, free beside memory in use, so that the device does not get them back."""
 
     allocated_bytes: int = 0
     peak_bytes: int = 0
     reserved_bytes: int = 0
+    split_bytes: int = 0
 
 
 class HasPeak(Protocol):
@@ -32,11 +34,13 @@ class MemoryWatch:
     """The allocator's own counts, which follow the calls that issue work, not the device that does it.
 
     A tile's peak is what these calls came to hold beyond what was held before; keys are held before. Memory of earlier
-    tiles may go back meanwhile: the peak may be told too small by that, never too large.
+    tiles may go back meanwhile: the peak may be told too small by that, never too large. spare_bytes: of what
+    is held, kept for later.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, spare_bytes: Callable[[], int] = lambda: 0) -> None:
         self._device = device
+        self._spare_bytes = spare_bytes
         self._lock = threading.Lock()
         self._peak_bytes = 0  # before the count was last begun anew
 
@@ -47,9 +51,10 @@ class MemoryWatch:
         with self._lock:
             stats = self._stats()
             peak_bytes = max(self._peak_bytes, stats["allocated_bytes"]["all"]["peak"])
-        return DeviceMemory(
-            stats["allocated_bytes"]["all"]["current"], peak_bytes, stats["reserved_bytes"]["all"]["current"]
+        allocated, reserved, split = (
+            stats[name]["all"]["current"] for name in ("allocated_bytes", "reserved_bytes", "inactive_split_bytes")
         )
+        return DeviceMemory(allocated - self._spare_bytes(), peak_bytes, reserved, split)
 
     @contextmanager
     def peak_of(self, work: HasPeak) -> Iterator[None]:

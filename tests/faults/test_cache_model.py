@@ -1,7 +1,7 @@
-"""Evictions, promotions, spilling and dead workers cost no wrong answer: seeded histories against plain arrays.
+"""Evictions, promotions, moves, spilling and dead workers cost no wrong answer: seeded histories against plain arrays.
 
-A failure names its seed: python -m tests.support.cache_history SEED tells that history again, step by step, and with
---spill on a host that is too small as well.
+A failure names its seed: python -m tests.support.cache_history SEED tells that history again, step by step, with
+--spill on a host that is too small as well; tests.support.crowded_history tells those in which pages move together.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import pytest
 from streamindex_service.testing.service import RunningService
 from tests.support.cache_history import CacheHistory, killer
 from tests.support.calls import Calls
+from tests.support.crowded_history import TWO_TILES, CrowdedHistory, stopper
 from tests.support.services import SMALL_DEVICE, is_idle, small_host, wait_for
 
 SEEDS = 4
 SPILL_SEEDS = (3, 5, 7)  # those with much in them
+CROWDED_SEED, CROWDED_STEPS = 4, 30
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,42 @@ def test_every_answer_is_the_models_from_disk_as_well(spilling, seed):
     assert after.device.evicted_pages > before.device.evicted_pages
     wait_for(lambda: is_idle(calls.load()))
     wait_for(lambda: [ledger.reserved_bytes for ledger in calls.load().ledgers] == [0, 0, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def crowded():
+    with RunningService(TWO_TILES) as running, Calls(running.address) as calls:
+        calls.wait_health(1)
+        yield calls, killer(running), stopper(running)
+
+
+def test_a_second_tile_has_room_because_pages_move_and_nothing_is_evicted(crowded):
+    calls, kill, stop = crowded
+    history = CrowdedHistory(calls, kill, stop, 0, 2)
+    before = calls.load().device
+    history._do_crowd()
+    after = calls.load().device
+    # Two of the four extents with a page each are emptied: the second tile needs so much.
+    assert after.moved_pages == before.moved_pages + 2
+    assert after.evicted_pages == before.evicted_pages
+    assert after.promoted_pages == before.promoted_pages + 17  # each page once
+    wait_for(lambda: is_idle(calls.load()))
+    assert (calls.ledger("hbm").reserved_bytes, calls.ledger("host").reserved_bytes) == (0, 0)
+
+
+def test_every_answer_is_the_models_while_pages_move(crowded):
+    before = crowded[0].load()
+    history = CrowdedHistory(*crowded, CROWDED_SEED, CROWDED_STEPS)
+    try:
+        history.run()
+    except Exception as error:
+        raise AssertionError(f"python -m tests.support.crowded_history {CROWDED_SEED} {CROWDED_STEPS}") from error
+    after = crowded[0].load()
+    assert history.steps["crowd"] + history.steps["two_at_once"] > 3
+    assert after.device.moved_pages > before.device.moved_pages
+    assert after.worker_restarts > before.worker_restarts
+    wait_for(lambda: is_idle(crowded[0].load()))
+    assert (crowded[0].ledger("host").reserved_bytes, crowded[0].load().key_caches) == (0, 0)
 
 
 def test_a_seed_is_the_same_history_every_time(service, connection):

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 
+from streamindex_service.ipc.supervisor import WorkerLink
 from tests.support.calls import Calls, answers, query_chunk, search_header
 from tests.support.inprocess import InProcessServer
 from tests.support.services import ROOMY, is_idle, wait_for
@@ -74,3 +75,24 @@ def test_the_next_searches_keys_come_while_a_tile_runs(server, end):
             found, _ = calls.search(KIND, again.id, queries, TOP_K)
             assert np.array_equal(found, wanted[1])
         wait_for(lambda: is_idle(calls.load()))
+
+
+def test_the_worker_is_told_how_long_a_tile_takes_once_its_pages_are_there(server, monkeypatch):
+    """It is given to the device then; by the time of the copy the next one would come too late."""
+    tiles, send = [], WorkerLink.send
+
+    def listen(link, message, fd=None):
+        if message.WhichOneof("message") == "search_tile":
+            tiles.append(message.search_tile)
+        send(link, message, fd)
+
+    monkeypatch.setattr(WorkerLink, "send", listen)
+    draw, copy_s = Draw(2), 5.0
+    service = server.server.service
+    keys, queries = draw.keys(KIND, PAGES * 256), draw.queries(KIND, ROWS, start_position=PAGES * 256)
+    monkeypatch.setattr(service.governor.speed, "copy_bytes_per_s", PAGES * 256 * KIND.row_bytes / copy_s)
+    with Calls(server.target) as calls, calls.cache(KIND, keys) as cache:
+        found, _ = calls.search(KIND, cache.id, queries, TOP_K)
+    assert np.array_equal(found, expected(KIND, keys, queries, TOP_K)[0])
+    assert tiles
+    assert all(tile.estimated_us < 1e6 * copy_s / 10 for tile in tiles)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 
-import grpc
 import numpy as np
 import pytest
 import streamindex_client
 import torch
-from streamindex.v1 import server_pb2, server_pb2_grpc
 
 from streamindex_service.core.meter import LARGE_BYTES
 from streamindex_service.ops import KeyFormat, PagedKeys
-from streamindex_service.ops.topk import Order, plan_for, topk
+from streamindex_service.ops.topk import KeySequence, Order, plan_for, topk, topk_sequences
 from streamindex_service.testing.service import RunningService
 from streamindex_service.worker.device import probe
 from streamindex_service.worker.memory import MemoryWatch
+from tests.support.estimates import LEAST_RATIO, Work, load_of, ratios
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +24,7 @@ pytestmark = [
 ]
 MIB = 1 << 20
 DEVICE = "cuda:0"
-LEAST_RATIO = 0.8
+TRIES = 30  # steps until the service has seen how fast they are, and takes them whole
 
 # format, heads, top_k, order, rows, keys, workspace in MiB
 PLANS = [
@@ -38,10 +37,6 @@ PLANS = [
     ("bf16", 64, 512, Order.SCORE, 1, 262_144, 16),
     ("bf16", 64, 512, Order.INDEX, 1, 300, 16),
 ]
-
-
-class _Work:
-    peak_bytes = 0
 
 
 def _inputs(name: str, heads: int, rows: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, PagedKeys]:
@@ -65,7 +60,7 @@ def test_a_plan_takes_what_it_says(implementation, name, heads, top_k, order, ro
         workspace_bytes=workspace_mib * MIB,
     )  # fmt: skip
     assert plan is not None
-    watch, work = MemoryWatch(probe(DEVICE)), _Work()
+    watch, work = MemoryWatch(probe(DEVICE)), Work()
     for _ in range(2):  # the first compiles, and makes the page table
         with watch.peak_of(work):
             topk(
@@ -77,6 +72,37 @@ def test_a_plan_takes_what_it_says(implementation, name, heads, top_k, order, ro
     assert ratio <= 1.0, f"{work.peak_bytes} bytes, planned were {plan.workspace_bytes}"
     if plan.workspace_bytes >= LARGE_BYTES and implementation == "triton":
         assert ratio >= LEAST_RATIO, f"{work.peak_bytes} bytes, planned were {plan.workspace_bytes}"
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8_e4m3"])
+@pytest.mark.parametrize(("lengths", "rows", "workspace_mib"), [
+    ([262_144] + [4096] * 100, 1, 256),  # a plan is for rows that see as many keys as the one that sees most
+    ([65_536, 70_001, 300, 9000] * 16, 3, 256),
+    ([262_144] * 4, 40, 64),  # in several chunks
+])  # fmt: skip
+def test_a_run_over_several_sequences_takes_what_its_plan_says(name, lengths, rows, workspace_mib):
+    layers = {length: _inputs(name, 64, 1, length)[2] for length in set(lengths)}
+    sequences = [KeySequence(rows, layers[length]) for length in lengths]
+    count, generator = rows * len(lengths), torch.Generator(DEVICE).manual_seed(1)
+    q = torch.randn((count, 64, 128), device=DEVICE, generator=generator).to(KeyFormat(name).torch_dtype)
+    w = torch.randn((count, 64), device=DEVICE, generator=generator)
+    positions = torch.cat([torch.arange(length - rows, length) for length in lengths])
+    out = torch.empty((count, 512), dtype=torch.int32, device=DEVICE)
+    plan = plan_for(
+        "triton", DEVICE, KeyFormat(name), rows=count, heads=64, head_dim=128, keys=max(lengths), top_k=512,
+        workspace_bytes=workspace_mib * MIB,
+    )  # fmt: skip
+    assert plan is not None
+    watch, work = MemoryWatch(probe(DEVICE)), Work()
+    for _ in range(2):  # the first compiles, and makes the page tables
+        with watch.peak_of(work):
+            topk_sequences(
+                q, w, sequences, positions, ratio=1, top_k=512, implementation="triton",
+                workspace_bytes=workspace_mib * MIB, out_indices=out,
+            )  # fmt: skip
+        torch.cuda.synchronize()
+    ratio = work.peak_bytes / plan.workspace_bytes
+    assert LEAST_RATIO * (plan.workspace_bytes >= LARGE_BYTES) <= ratio <= 1.0, f"{work.peak_bytes} of {plan}"
 
 
 @pytest.mark.parametrize("workspace_mib", [64, 256])
@@ -112,8 +138,7 @@ def test_tiles_take_what_the_governor_reserves(workspace_mib, budget_mib):
                 pass
         item = streamindex_client.BatchItem(cache, 0, q[:1], w[:1], start_position=keys - 1)
         assert client.search_batch([item], top_k=512)[0].error is None
-        with grpc.insecure_channel(service.address) as channel:
-            load = server_pb2_grpc.ServerServiceStub(channel).GetLoad(server_pb2.GetLoadRequest(), timeout=30)
+        load = load_of(service)
     memory = load.device.memory
     assert 0.0 < memory.most_ratio_of_any <= 1.0, memory
     # In 256 MiB a tile is large now and then: when no window but its own is there.
@@ -122,3 +147,42 @@ def test_tiles_take_what_the_governor_reserves(workspace_mib, budget_mib):
         assert memory.least_ratio >= LEAST_RATIO, memory
     assert memory.failures == 0
     assert load.worker_restarts == 0
+
+
+@pytest.mark.parametrize("key_format", ["bf16", "fp8_e4m3"])
+def test_tiles_over_several_caches_take_what_the_governor_reserves(key_format):
+    """A decode step: one long sequence, by which the workspace goes, and many short ones; with scores and without."""
+    random = np.random.default_rng(0)
+    heads, lengths = 64, [262_144] + [300 + 41 * number for number in range(100)]
+    dtype = KeyFormat(key_format).torch_dtype
+    settings = {
+        "worker": {"device": DEVICE},
+        "memory": {"device_budget_bytes": 2048 * MIB, "host_budget_bytes": 1024 * MIB},
+    }
+
+    def rows_of(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(random.standard_normal(shape, dtype=np.float32)).to(dtype)
+
+    with RunningService(settings) as service, streamindex_client.connect(service.address) as client:
+        items = []
+        for length in lengths:
+            cache = client.create_key_cache(heads=heads, head_dim=128, ratio=1, key_format=key_format, layers=1)
+            scales = {"scales": torch.rand(length)} if KeyFormat(key_format).has_scales else {}
+            cache.append(layer=0, keys=rows_of(length, 128), **scales)
+            w = random.standard_normal((1, heads)).astype(np.float32)
+            q = rows_of(1, heads, 128)
+            items.append(streamindex_client.BatchItem(cache, 0, q, w, start_position=length - 1))
+        for attempt in range(TRIES):
+            before = load_of(service).device
+            for result in client.search_batch(items, top_k=512, want_scores=attempt % 2 == 1):
+                assert result.error is None
+            after = load_of(service).device
+            together = after.tiles_done - before.tiles_done == 1
+            if together and after.memory.large_tiles > 1:
+                break
+        memory = ratios(service)
+    assert together, "the step never was one tile"
+    assert 0.0 < memory.most_ratio_of_any <= 1.0, memory
+    assert memory.large_tiles > 0
+    assert memory.least_ratio >= LEAST_RATIO, memory
+    assert memory.failures == 0

@@ -10,6 +10,7 @@ from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.governor import Governor
 from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.pages import PagePool
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.scheduler import Scheduler, _BandQueue, _Choice
 from streamindex_service.core.spill import Spill
@@ -27,8 +28,8 @@ def test_the_histories_reach_what_they_are_about():
         outcomes += history.outcomes
     for name in (
         "DONE", "CANCELLED", "DEADLINE", "QUEUE_FULL", "DEADLINE_UNREACHABLE", "EXCEEDS_BUDGET", "WORKER_LOST",
-        "DEVICE_MEMORY", "NOT_READY", "HOST_MEMORY", "SPILL_UNREADABLE", "evicted pages", "spilled pages",
-        "restored pages",
+        "DEVICE_MEMORY", "NOT_READY", "HOST_MEMORY", "SPILL_UNREADABLE", "evicted pages", "moved pages",
+        "spilled pages", "restored pages",
     ):  # fmt: skip
         assert outcomes[name] > 5, f"{name}: {outcomes}"
 
@@ -141,6 +142,63 @@ def a_copy_that_is_left_out(patch):
     patch.setattr(Residency, "_promote", lazy)
 
 
+def pages_that_never_move(patch):
+    patch.setattr(Residency, "_move_together", lambda self, needed_bytes: False)
+
+
+def moves_that_nobody_hears_of(patch):
+    together = Residency._move_together
+
+    def quietly(self, needed_bytes):
+        moves = self.moves
+        try:
+            return together(self, needed_bytes)
+        finally:
+            self.moves = moves
+
+    patch.setattr(Residency, "_move_together", quietly)
+
+
+def pages_that_move_without_a_copy(patch):
+    together = Residency._move_together
+
+    def lazy(self, needed_bytes):
+        load, self._load = self._load, lambda page: None
+        try:
+            return together(self, needed_bytes)
+        finally:
+            self._load = load
+
+    patch.setattr(Residency, "_move_together", lazy)
+
+
+def pages_that_move_under_a_tile(patch):
+    together = Residency._move_together
+
+    def careless(self, needed_bytes):
+        tiles = [(pinned, pinned.tiles) for pinned in self._pinned.values()]
+        for pinned, _ in tiles:
+            pinned.tiles = 0
+        try:
+            return together(self, needed_bytes)
+        finally:
+            for pinned, number in tiles:
+                pinned.tiles = number
+
+    patch.setattr(Residency, "_move_together", careless)
+
+
+def places_that_are_never_looked_for(patch):
+    """But for extents that are all but empty."""
+    sparse = PagePool.sparse
+
+    def lazy(self, wanted_bytes, stuck=()):
+        full = {extent_id for extent_id, extent in self._extents.items() if extent.slots > 2 * len(extent.free)}
+        return sparse(self, wanted_bytes, full.union(stuck))
+
+    patch.setattr(PagePool, "sparse", lazy)
+
+
 def pages_in_use_that_are_spilled(patch):
     patch.setattr(Page, "idle", property(lambda self: self.shown > 0))
 
@@ -209,7 +267,8 @@ MUTATIONS = [
     first_come_first_served, turns_that_cost_nothing, bands_that_never_age, waits_that_never_end,
     a_device_that_is_not_forgotten, forks_that_are_not_counted, alone_in_name_only, a_copy_that_is_left_out,
     pages_in_use_that_are_spilled, moves_that_hold_nothing, pages_that_come_back_in_each_others_place,
-    places_on_disk_that_are_never_freed,
+    places_on_disk_that_are_never_freed, pages_that_never_move, moves_that_nobody_hears_of,
+    pages_that_move_without_a_copy, pages_that_move_under_a_tile, places_that_are_never_looked_for,
 ]  # fmt: skip
 
 

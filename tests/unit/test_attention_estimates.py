@@ -75,10 +75,29 @@ def test_frontend_and_operation_agree_on_limits():
 
 
 def test_a_tile_copies_each_row_once_and_no_more_than_are_named():
-    few, many = work().copy_bytes(2, 130), work().copy_bytes(200, 328)
-    assert 2 * 512 * 1024 < few < 2 * 512 * 1024 + 130 * 1024 + 200_000
-    assert 65_536 * 1024 < many < 65_536 * 1024 + 328 * 1024 + 15_000_000
-    assert work(kv_rows=100).copy_bytes(200, 0) < work().copy_bytes(200, 0)
+    rows = 128 << 10  # a query row and its answer
+    few, many = work().tile_bytes(2, 130), work().tile_bytes(200, 328)
+    assert 2 * rows + (2 * 512 + 130) * 1024 < few < 2 * rows + (2 * 512 + 130) * 1200
+    assert 200 * rows + (65_536 + 328) * 1024 < many < 200 * rows + (65_536 + 328) * 1200
+    assert work(kv_rows=100).tile_bytes(200, 0) < work().tile_bytes(200, 0)
+
+
+def test_a_tile_takes_the_most_that_is_there_at_a_time():
+    """Wide index rows: while they are made, or while few rows are attended."""
+    small = KvSpec(KvFormat.BF16, 80, 64, 1)
+    lists = AttentionWork(small, 1000, 4096, 0, False, terms("triton"))
+    entries = 1000 * 4096
+    assert 29 * entries < lists.tile_bytes(1000, 0) < 30 * entries  # 25 an entry, and 4 of the indices themselves
+    wide = AttentionWork(KvSpec(KvFormat.BF16, 512, 512, 128), 1000, 512, 0, True, terms("triton"))
+    answers = 1000 * 128 * (2 * 1024 + 4) + 1_024_000
+    assert answers < wide.tile_bytes(1000, 0) < 1.05 * answers
+
+
+def test_a_kernel_uses_little_of_its_workspace_and_torch_all_that_it_can_use():
+    kernel = AttentionWork(V4, 65_536, 512, 128, False, terms("triton"))
+    assert kernel.used_bytes(1, 16 << 20) == kernel.used_bytes(1000, 16 << 20) < kernel.workspace_bytes()
+    assert work().used_bytes(1, 64 << 20) < work().used_bytes(3, 64 << 20) < work().used_bytes(1000, 64 << 20)
+    assert work().used_bytes(1000, 64 << 20) == 64 << 20
 
 
 def test_bytes_grow_with_rows_and_the_most_rows_are_those_that_fit():

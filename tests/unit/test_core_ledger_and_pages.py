@@ -123,7 +123,7 @@ def test_pages_come_from_the_oldest_extent_so_that_younger_ones_empty_out():
     assert set(world.extents) == {1, 2}
 
 
-def test_pages_of_one_size_never_fragment_and_an_extent_is_of_one_size_until_it_is_empty():
+def test_pages_of_one_size_never_fragment_and_an_extent_is_of_one_size_until_its_pages_go_or_move():
     world = Pool(limit=4096, extent=1024)
     slots = [world.pool.try_allocate(512) for _ in range(8)]
     kept = slots[::2]  # one of each extent
@@ -135,6 +135,15 @@ def test_pages_of_one_size_never_fragment_and_an_extent_is_of_one_size_until_it_
     world.pool.free(kept[0])
     world.pool.free(next(slot for slot in again if slot.extent_id == kept[0].extent_id))
     assert [world.pool.try_allocate(256).extent_id for _ in range(4)] == [5] * 4
+    assert world.pool.try_allocate(256) is None
+    # Host pages stay where they are. Whoever has copies of them elsewhere moves them: see test_core_moved_pages.py.
+    for slot in kept[1:3]:
+        world.pool.free(slot)
+    (emptied,) = world.pool.sparse(1024)
+    world.pool.close([emptied])
+    assert world.pool.try_allocate(512).extent_id != emptied
+    world.pool.free(next(slot for slot in again if slot.extent_id == emptied))
+    assert [world.pool.try_allocate(256).extent_id for _ in range(4)] == [6] * 4
 
 
 def test_an_extent_that_cannot_be_made_costs_nothing():

@@ -38,7 +38,8 @@ class World:
         self.granted: dict[OpenSearch, list[Grant]] = {}
 
     def search(self, pages: tuple[Page, ...], band: Band = Band.BATCH) -> OpenSearch:
-        search = self.governor.open(Snapshot(None, 0, pages, 1), "a", band, self.need(pages), 0.0, None)
+        least = self.need(pages[:LAYER_PAGES])  # a larger layer passes in windows
+        search = self.governor.open(Snapshot(None, 0, pages, 1), "a", band, least, 0.0, None)
         self.granted[search] = []
         return search
 
@@ -124,3 +125,29 @@ def test_a_decode_step_waits_for_no_room_while_its_layers_are_there():
     new = world.search(layers[4], Band.INTERACTIVE)
     assert not world.turn(new, layers[4])  # this one has to be brought, and its gate is shut
     assert world.governor.is_held_back(new)
+
+
+def test_rows_gather_for_a_layer_that_has_to_displace_another_and_for_no_other():
+    """As long as the copy has to pay for itself; what is there, or finds room, or is for nobody, goes at once."""
+    world, (there, waits) = World(), (layer(), layer())
+    governor, floor_bytes = world.governor, PAGE_BYTES // 2
+    runs, new = world.search(there), world.search(waits)
+    assert governor.gathering_s(runs, floor_bytes) == governor.gathering_s(new, floor_bytes) == 0.0  # all is free
+    assert world.turn(runs, there)
+    limits, copy_s = governor.working_set.limits, governor.speed.promotion_s(LAYER_PAGES * PAGE_BYTES)
+    assert 0.0 < limits.promotion_factor * copy_s < limits.promotion_wait_s
+    assert governor.gathering_s(new, floor_bytes) == limits.promotion_factor * copy_s
+    same, small, empty = world.search(there), world.search(layer(1)), world.search(())
+    assert [governor.gathering_s(each, floor_bytes) for each in (runs, same, small, empty)] == [0.0] * 4
+    above = world.search(waits, Band.INTERACTIVE)  # for a higher band the other makes room at once
+    assert governor.gathering_s(above, floor_bytes) == 0.0
+    governor.speed.copy_bytes_per_s = 1.0
+    assert governor.gathering_s(new, floor_bytes) == limits.promotion_wait_s
+
+
+def test_a_search_that_has_room_for_a_part_of_its_pages_gathers_no_more():
+    """A layer that passes in windows is under way once one of them is there."""
+    world, whole = World(), layer(40)
+    search = world.search(whole)
+    assert world.turn(search, whole[8:16])
+    assert world.governor.gathering_s(search, PAGE_BYTES // 2) == 0.0

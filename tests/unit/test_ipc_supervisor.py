@@ -14,7 +14,8 @@ import pytest
 from streamindex_service.core.accounts import NO_QUOTA, Account
 from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
-from streamindex_service.core.pages import PageSlot
+from streamindex_service.core.pages import PagePool, PageSlot
+from streamindex_service.core.residency import Residency
 from streamindex_service.core.specs import RowKind
 from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
 from streamindex_service.frontend import device as frontend_device
@@ -291,6 +292,7 @@ class Link:
 
     def __init__(self):
         self.sent = []
+        self.futures = []
         self._ids = iter(range(1, 1000))
 
     def next_id(self):
@@ -301,7 +303,8 @@ class Link:
 
     def request(self, message, work_id, fd=None):
         self.send(message, fd)
-        return asyncio.get_running_loop().create_future()
+        self.futures.append(asyncio.get_running_loop().create_future())
+        return self.futures[-1]
 
 
 class OneLink:
@@ -381,6 +384,61 @@ async def test_searches_of_a_layer_share_a_view_and_the_next_one_finds_it():
     assert [each.view_id for each in sent(device, "drop_view")] == [first.view_id, second.view_id]
     assert not device._idle
     assert device._idle_pages == 0
+
+
+async def test_a_page_that_moves_is_copied_anew_before_anything_reads_it_and_its_view_is_made_anew():
+    extents = HostExtents(lambda segment_id: None, Ledger("host", 1 << 30))
+    extents.make(1, 1 << 16)
+    device = DeviceWorker(extents, 2, time.monotonic)
+    device.governor, device.supervisor = OneEpoch(), OneLink()
+    hbm = Ledger("hbm", 8192)
+    residency = Residency(hbm, PagePool(hbm, 4096, device.make_extent, device.drop_extent), device.load)
+    device.governor.residency = residency
+    link = device.supervisor.link
+
+    def layer(first, size, count):
+        made = Snapshot()
+        made.pages = tuple(Page(PageSlot(1, first + at * size), size, ACCOUNT, None) for at in range(count))
+        return made
+
+    stays, gone = layer(0, 1024, 2), [layer(8192 + at * 1024, 1024, 1) for at in range(6)]
+    views = {}
+    for each in (stays, *gone):
+        assert residency.try_place(each.pages, 0)
+        views[each] = device.view_of(None, each, each.pages, 256 * len(each.pages))
+        residency.unpin(each.pages)
+    for future in link.futures:  # the copies are made
+        future.set_result(pb.FromWorker())
+    await asyncio.sleep(0)
+    for each in (gone[0], gone[1], *gone[3:]):  # one is left in the second extent
+        residency.let_go(each.pages)
+        residency.drop(each.pages[0])
+    residency.kept = lambda: [stays.pages, gone[2].pages]
+    del link.sent[:]
+    other = layer(32_768, 2048, 2)
+    assert residency.try_place(other.pages, 0)
+    kinds = [message.WhichOneof("message") for message in link.sent]
+    assert kinds == ["drop_view"] * 4 + ["free_extent", "allocate_extent"]  # nothing reads the extent that goes
+    assert {each.view_id for each in sent(device, "drop_view")} == {views[each].view_id for each in gone[2:]}
+    assert [gone[2].pages[0].copies, *(page.copies for page in stays.pages)] == [1, 0, 0]
+    del link.sent[:]
+    # Whoever is next sends the copies first, of what has moved too, though the view is of something else.
+    assert device.view_of(views[stays], stays, stays.pages, 512) is views[stays]
+    assert [message.WhichOneof("message") for message in link.sent if not message.HasField("map_segment")] == [
+        "load_pages",
+        "load_pages",
+    ]
+    first, second = sent(device, "load_pages")
+    place = gone[2].pages[0].device
+    assert (first.page_bytes, list(first.extent_ids), list(first.extent_offsets)) == (
+        1024, [place.extent_id], [place.offset_bytes],
+    )  # fmt: skip
+    assert list(first.segment_offsets) == [gone[2].pages[0].host.offset_bytes]
+    assert place.extent_id == stays.pages[0].device.extent_id
+    assert (second.page_bytes, len(second.extent_ids)) == (2048, 2)
+    assert device.view_of(None, gone[2], gone[2].pages, 256) is not views[gone[2]]
+    (defined,) = sent(device, "define_view")
+    assert (list(defined.extent_ids), list(defined.extent_offsets)) == ([place.extent_id], [place.offset_bytes])
 
 
 @pytest.mark.parametrize(("name", "most"), [("_MOST_IDLE_PAGES", 3), ("_MOST_IDLE_VIEWS", 1)])

@@ -139,6 +139,33 @@ def test_cancelled_tiles_are_told_and_forgotten(commands):
     assert not commands._cancelled
 
 
+def test_a_tile_whose_pages_are_still_copied_lets_others_go_before_it(commands, clock):
+    lacking = {1, 3, 6}
+    commands._lacks_pages = lambda tile: tile.tile_id in lacking
+    start_s = clock.now_s
+    for command in (tile(1, INTERACTIVE), tile(2), tile(3), tile(4), attend(6), attend(7, BATCH)):
+        commands.put(command)
+    assert [take(commands), take(commands)] == [2, 7]
+    assert clock.now_s == start_s
+    commands.finished(2)
+    assert take(commands) == 4
+    for number in (4, 7):
+        commands.finished(number)
+    with pytest.raises(AssertionError, match="finished"):  # though the device has nothing
+        commands.take()
+    lacking.clear()
+    assert [take(commands), take(commands), take(commands)] == [1, 6, 3]
+
+
+def test_a_tile_that_lacks_pages_can_be_cancelled(commands):
+    commands._lacks_pages = lambda tile: True
+    commands.put(tile(1))
+    commands.cancel([1])
+    commands.close()
+    assert take(commands) == -1
+    assert commands.take() is None
+
+
 def test_the_end_comes_after_all_tiles(commands):
     commands.put(tile(1))
     commands.close()
@@ -165,3 +192,24 @@ def test_who_waits_is_woken():
     commands.finished(1)
     waiting.join(20)
     assert taken == [1, 2]
+
+
+@pytest.mark.timeout(30)
+def test_who_waits_for_pages_is_woken_when_they_are_there():
+    """At the end too: no tile is left behind."""
+    asked, lacking = threading.Event(), [True]
+
+    def lacks_pages(_):
+        asked.set()
+        return lacking[0]
+
+    commands, taken = Commands(AHEAD_S, lacks_pages=lacks_pages), []
+    waiting = threading.Thread(target=lambda: taken.extend([take(commands), commands.take()]))
+    commands.put(tile(1))
+    commands.close()
+    waiting.start()
+    assert asked.wait(20)
+    lacking[0] = False
+    commands.finished(99)  # a copy of pages
+    waiting.join(20)
+    assert taken == [1, None]

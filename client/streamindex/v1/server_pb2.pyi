@@ -162,7 +162,7 @@ class CallerLoad(_message.Message):
     def __init__(self, caller: _Optional[str] = ..., tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ..., own: bool = ...) -> None: ...
 
 class DeviceLoad(_message.Message):
-    __slots__ = ("tiles", "estimated_us", "tiles_done", "busy_us", "resident_bytes", "promoted_pages", "evicted_pages", "wait", "run", "memory")
+    __slots__ = ("tiles", "estimated_us", "tiles_done", "busy_us", "resident_bytes", "promoted_pages", "evicted_pages", "wait", "run", "memory", "moved_pages")
     TILES_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_US_FIELD_NUMBER: _ClassVar[int]
     TILES_DONE_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,7 @@ class DeviceLoad(_message.Message):
     WAIT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    MOVED_PAGES_FIELD_NUMBER: _ClassVar[int]
     tiles: int
     estimated_us: int
     tiles_done: int
@@ -183,7 +184,8 @@ class DeviceLoad(_message.Message):
     wait: Latency
     run: Latency
     memory: MemoryEstimates
-    def __init__(self, tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ..., tiles_done: _Optional[int] = ..., busy_us: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., promoted_pages: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., wait: _Optional[_Union[Latency, _Mapping]] = ..., run: _Optional[_Union[Latency, _Mapping]] = ..., memory: _Optional[_Union[MemoryEstimates, _Mapping]] = ...) -> None: ...
+    moved_pages: int
+    def __init__(self, tiles: _Optional[int] = ..., estimated_us: _Optional[int] = ..., tiles_done: _Optional[int] = ..., busy_us: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., promoted_pages: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., wait: _Optional[_Union[Latency, _Mapping]] = ..., run: _Optional[_Union[Latency, _Mapping]] = ..., memory: _Optional[_Union[MemoryEstimates, _Mapping]] = ..., moved_pages: _Optional[int] = ...) -> None: ...
 
 class MemoryEstimates(_message.Message):
     __slots__ = ("large_tiles", "last_ratio", "least_ratio", "most_ratio", "most_ratio_of_any", "buckets", "failures")

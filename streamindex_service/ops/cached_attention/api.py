@@ -29,7 +29,8 @@ class AttentionTerms:
     """The least workspace of an implementation for one query row, as terms of a sum; beside rows and outputs.
 
     Of anything, of each head, of each (head, element of a key), of each entry of an index row, of each (entry, head),
-    of each (entry, element of a key). `least_bytes` is what it takes in any case.
+    of each (entry, element of a key). `least_bytes` is what it takes in any case. Beside the workspace, of each row
+    that is copied, while it is (the copy itself apart), and of each entry of an index row (the row itself among it).
     """
 
     least_bytes: int = MIN_WORKSPACE_BYTES
@@ -39,15 +40,25 @@ class AttentionTerms:
     entry_bytes: int = 0
     entry_head_bytes: int = 0
     entry_dim_bytes: int = 0
+    copied_row_bytes: int = 8
+    index_entry_bytes: int = 4
 
 
 # Upper bounds of what `sparse_attention.plan` computes; a value has no more elements than its key.
 ATTENTION_TERMS: Mapping[str, AttentionTerms] = MappingProxyType(
     {
         "chunked": AttentionTerms(
-            fixed_bytes=1 << 20, head_bytes=32, head_dim_bytes=8, entry_bytes=32, entry_head_bytes=8, entry_dim_bytes=14
+            fixed_bytes=1 << 20,
+            head_bytes=32,
+            head_dim_bytes=8,
+            entry_bytes=32,
+            entry_head_bytes=8,
+            entry_dim_bytes=14,
+            copied_row_bytes=96,
+            index_entry_bytes=48,
         ),
-        "triton": AttentionTerms(fixed_bytes=1 << 20),
+        # A block of the allocator may be larger by up to 1 MiB than the tensor that has it, and a tile has about ten.
+        "triton": AttentionTerms(fixed_bytes=10 << 20),
     }
 )
 

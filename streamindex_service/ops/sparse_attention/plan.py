@@ -159,7 +159,7 @@ def choose_attention_kernel(
 def attention_tiles(
     format_name: str, heads: int, key_dim: int, value_dim: int, kernel: AttentionKernel = AttentionKernel.PORTABLE
 ) -> Tiles:
-    """The static table of kernel shapes, of the Hopper kernels as measured (docs/decisions/0020 and 0034)."""
+    """The static table of kernel shapes, of the Hopper kernels as measured (docs/decisions/0020 and 0035)."""
     if kernel is AttentionKernel.HOPPER:
         # a longer key leaves shared memory for one message; with one block of heads a token, one is no slower
         messages = 2 if heads == 128 and key_dim == value_dim else 1

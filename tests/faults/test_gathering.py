@@ -1,0 +1,96 @@
+"""Rows for a layer that has to displace another are gathered: they do not have it brought a few at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.support.calls import Calls, StreamCall, answers, query_chunk, search_header
+from tests.support.inprocess import InProcessServer
+from tests.support.services import SMALL_DEVICE, is_idle, wait_for
+from tests.support.tensors import Draw, Kind, expected
+
+KIND = Kind(heads=2, head_dim=64)
+PAGES, TOP_K = 64, 30  # a layer of 2 MiB, where 3 are left
+FIRST, ALL = 5, 20
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A copy hardly ever pays for itself: nothing goes because time has passed."""
+    scheduler = {"promotion_factor": 1e6, "promotion_wait_s": 600.0}
+    with InProcessServer({**SMALL_DEVICE, "scheduler": scheduler}) as running:
+        yield running
+
+
+@pytest.fixture
+def calls(server):
+    with Calls(server.target) as made:
+        yield made
+        wait_for(lambda: is_idle(made.load()))
+
+
+def started(calls: Calls, cache_id: str, queries, rows: int, **header) -> StreamCall:
+    call = calls.search_call()
+    call.send(search_header(KIND, cache_id, TOP_K, start_position=int(queries.positions[0]), **header))
+    call.send(query_chunk(KIND, queries, 0, rows))
+    return call
+
+
+def found(call: StreamCall) -> np.ndarray:
+    return answers([m.chunk for m in call.rest() if m.WhichOneof("message") == "chunk"], TOP_K)[0]
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_few_rows_of_a_layer_without_room_wait_for_the_rest(server, calls, announced):
+    draw = Draw(1)
+    keys = [draw.keys(KIND, PAGES * 256) for _ in range(2)]
+    queries = draw.queries(KIND, ALL, start_position=PAGES * 256)
+    governor = server.server.service.governor
+    before = governor.residency.promoted_pages
+    with calls.cache(KIND, keys[0]) as there, calls.cache(KIND, keys[1]) as other:
+        runs = started(calls, there.id, queries, FIRST)
+        runs.receive_until("chunk")  # and more may come: its layer stays
+        ingress = calls.ledger("ingress").reserved_bytes
+        waits = started(calls, other.id, queries, FIRST, row_count=ALL if announced else 0)
+        wait_for(lambda: calls.ledger("ingress").reserved_bytes > ingress)
+        for _ in range(3):  # any of them takes longer than rows gather for a layer that is there
+            assert np.array_equal(
+                calls.search(KIND, there.id, queries, TOP_K)[0], expected(KIND, keys[0], queries, TOP_K)[0]
+            )
+        assert (len(governor.scheduler), governor.residency.promoted_pages - before) == (0, PAGES)
+        waits.send(query_chunk(KIND, queries, FIRST, ALL - FIRST))
+        if announced:  # all are there: nobody has to say so
+            wait_for(lambda: governor.residency.promoted_pages - before == 2 * PAGES)
+        waits.half_close()
+        assert np.array_equal(found(waits), expected(KIND, keys[1], queries, TOP_K)[0])
+        assert governor.residency.promoted_pages - before == 2 * PAGES  # once, though the rows came in two parts
+        runs.half_close()
+        runs.rest()
+
+
+def test_who_has_to_wait_for_room_holds_one_block_of_rows(server, calls, monkeypatch):
+    """A full one goes without waiting for more; what comes behind it stays on the wire until it is done with."""
+    draw = Draw(2)
+    keys = [draw.keys(KIND, PAGES * 256) for _ in range(2)]
+    rows, chunk_rows = 1500, 100  # a block of 256 KiB holds some 600
+    queries = draw.queries(KIND, rows, start_position=PAGES * 256)
+    few = draw.queries(KIND, FIRST, start_position=PAGES * 256)
+    governor, blocks = server.server.service.governor, server.server.service.blocks
+    monkeypatch.setattr(governor, "may_displace", lambda turn, *, for_age: False)
+    with calls.cache(KIND, keys[0]) as there, calls.cache(KIND, keys[1]) as other:
+        runs = started(calls, there.id, queries, FIRST)
+        runs.receive_until("chunk")
+        ingress = calls.ledger("ingress").reserved_bytes
+        waits = started(calls, other.id, queries, chunk_rows)
+        for first in range(chunk_rows, rows, chunk_rows):
+            waits.send(query_chunk(KIND, queries, first, chunk_rows))
+        waits.half_close()
+        wait_for(lambda: len(governor.scheduler) > 0)
+        for _ in range(3):
+            calls.search(KIND, there.id, few, TOP_K)
+        most = blocks.block_bytes + 2 * chunk_rows * (2 * KIND.heads * KIND.head_dim + 4 * KIND.heads)
+        assert blocks.block_bytes <= calls.ledger("ingress").reserved_bytes - ingress <= most
+        runs.half_close()
+        runs.rest()
+        assert np.array_equal(found(waits), expected(KIND, keys[1], queries, TOP_K)[0])

@@ -1,0 +1,63 @@
+"""What a tile of attention allocates, against what is reserved for it: step by step as on a GPU, without kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from streamindex_service.core.meter import LARGE_BYTES
+from streamindex_service.ops.cached_attention import api, copies
+from streamindex_service.ops.sparse_attention import AttentionResult
+from tests.support.allocations import Allocations
+from tests.support.attention_tiles import TERMS, TILES, Tile
+
+EXACT_TERMS = replace(TERMS, fixed_bytes=1 << 20)  # here no block is larger than the tensor that has it
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What the kernels write is allocated, and tables are copied to the device; no kernel runs."""
+
+    def to_device(values, device):
+        return torch.from_numpy(values).clone()
+
+    def gather_rows(source, wanted, data, scales, *, implementation):
+        table = to_device(source.word_table.numpy(), None)
+        assert len(table)
+
+    def assemble_index_rows(found, positions, *, window, **_):
+        positions.clone()  # on the device
+        return torch.empty((len(found), window + found.shape[1]), dtype=torch.int32)
+
+    def sparse_attention(q, kv, entries, *, value_dim, want_lse, out, out_lse, **_):
+        assert out is None
+        out = torch.empty((*q.shape[:2], value_dim), dtype=torch.bfloat16)
+        lse = torch.empty(q.shape[:2]) if want_lse else None
+        ends = torch.empty(len(q), dtype=torch.int32)
+        assert len(ends) == len(entries)
+        return AttentionResult(out, lse)
+
+    monkeypatch.setattr(copies, "to_device", to_device)
+    for replaced in (gather_rows, assemble_index_rows, sparse_attention):
+        monkeypatch.setattr(api, replaced.__name__, replaced)
+    monkeypatch.setattr(api, "plan_for", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("want_lse", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize(("spec", "width", "window", "parts"), TILES)
+def test_a_tile_takes_what_is_reserved_for_it(as_on_a_gpu, spec, width, window, parts, want_lse):
+    tile = Tile(spec, width, window, parts, want_lse)
+    estimate, sequences, (q, indices, positions) = (
+        tile.estimate_bytes(EXACT_TERMS),
+        tile.sequences("cpu"),
+        tile.inputs(),
+    )
+    with Allocations() as allocations:
+        answer = tile.attend(q.clone(), indices.clone(), positions, sequences)
+    assert answer.out.shape == (tile.rows, spec.heads, spec.value_dim)
+    ratio = allocations.peak_bytes / estimate
+    assert ratio <= 1.0, f"{allocations.peak_bytes} bytes, reserved were {estimate}"
+    if estimate >= LARGE_BYTES:
+        assert ratio >= 0.9, f"{allocations.peak_bytes} bytes, reserved were {estimate}"
