@@ -130,6 +130,7 @@ def test_few_heads_of_packed_rows_have_a_kernel_of_their_own(heads: int, kv_form
 
 
 def test_a_triton_that_lacks_what_a_kernel_needs_takes_the_portable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
     found = api.gluon_kernels.__wrapped__
     assert found() == ALL_GLUON
     monkeypatch.setattr("streamindex_service.ops.sparse_attention.hopper_few_heads.MISSING", ["mma_v2"])
