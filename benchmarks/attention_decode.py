@@ -6,14 +6,15 @@
 rows, so that together they come from memory and not from the cache, and has queries of its own. `call_s` are those of a
 step when each is called. Useful work is 2 · heads · (key_dim + value_dim) for each entry of an index row, `of the roof`
 its share of a dense product in bf16. The note tells the bytes of gathered rows a second, and their share of what a copy
-of 1 GiB reads and writes in the same run. The tokens of a sequence choose rows independently: a real search, whose
-draft tokens share rows, gathers less.
+of 1 GiB reads and writes in the same run. `--heads 8 16 32` measures one device of several that share out the heads of
+a model (tensor parallel) and hold all of its rows. The tokens of a sequence choose rows independently: a real search,
+whose draft tokens share rows, gathers less.
 """
 
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,9 +48,10 @@ _FILL_ROWS = 65_536
 
 @dataclass(frozen=True)
 class DecodeRow(AttentionRow):
-    """A measured step. tokens: of all sequences together; steps: of the graph. copy_fraction: gathered bytes a second
-    as a share of the copy's; call_s: seconds of a step that is called by itself."""
+    """A measured step. heads: of a query; tokens: of all sequences together; steps: of the graph. copy_fraction:
+    gathered bytes a second as a share of the copy's; call_s: seconds of a step that is called by itself."""
 
+    heads: int = 0
     sequences: int = 0
     steps: int = 0
     copy_fraction: float | None = None
@@ -134,6 +136,11 @@ def in_one_go(work: Callable[[], None], device: str) -> Callable[[], None]:
     return graph.replay
 
 
+def named(model: AttentionModel) -> str:
+    """The model's name, and the heads if they are not all of its own."""
+    return model.name if model.heads == MODELS[model.name].heads else f"{model.name} {model.heads} heads"
+
+
 def run_one(bench: AttentionBench, decode: Decode, name: str, baseline: DecodeRow | None) -> DecodeRow:
     """Measure, judge and add one row."""
     whole, model, device = decode.whole, decode.whole.model, bench.device
@@ -166,7 +173,7 @@ def run_one(bench: AttentionBench, decode: Decode, name: str, baseline: DecodeRo
     used = planned.planned(name)
     row = DecodeRow(
         table=TABLE,
-        case=f"{model.name} {decode.sequences} × {decode.tokens // decode.sequences} W={model.width} {name}",
+        case=f"{named(model)} {decode.sequences} × {decode.tokens // decode.sequences} W={model.width} {name}",
         dtype=whole.kv.format.value,
         seconds=step_s,
         useful_tflops=tflops,
@@ -185,6 +192,7 @@ def run_one(bench: AttentionBench, decode: Decode, name: str, baseline: DecodeRo
         largest_error=largest_error,
         roof_tflops=statistics.mean(roofs),
         gathered_bytes_s=gathered_bytes_s,
+        heads=model.heads,
         sequences=decode.sequences,
         steps=decode.steps,
         copy_fraction=share,
@@ -214,10 +222,13 @@ def main(argv: list[str] | None = None) -> int:
     quick = f"{QUICK_SEQUENCES} sequences of one token"
     parser = options(__doc__, quick=quick, models=list(MODELS), sizes="SEQUENCES")
     parser.add_argument("--tokens-per-sequence", type=int, nargs="+", metavar="TOKENS")
+    parser.add_argument("--heads", type=int, nargs="+", help="of one device; all of the model's if not given")
     arguments = parser.parse_args(argv)
     bench = begin(TABLE, arguments)
     for name in arguments.models:
-        run_model(bench, MODELS[name], arguments)
+        model = MODELS[name]
+        for heads in arguments.heads or [model.heads]:
+            run_model(bench, replace(model, heads=heads), arguments)
     return bench.report.finish()
 
 

@@ -129,6 +129,22 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["useful_tflops"] * row["seconds"] * 1e12 == pytest.approx(6 * 40 * 1024)
 
 
+def test_decode_with_a_part_of_the_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_decode, "CPU_CONTEXT", 200)
+    rows = _run(
+        attention_decode.main, tmp_path, "--models", "Tiny", "--sizes", "2", "--formats", "bf16",
+        "--tokens-per-sequence", "1", "--implementations", "chunked", "--heads", "1", str(TINY.heads),
+    )  # fmt: skip
+    few, all_of_them = rows
+    assert (few["heads"], all_of_them["heads"]) == (1, TINY.heads)
+    assert few["case"].startswith("Tiny 1 heads 2 × 1 ")
+    assert all_of_them["case"].startswith("Tiny 2 × 1 ")
+    # as many operations as the heads it has
+    assert few["useful_tflops"] * few["seconds"] * TINY.heads == pytest.approx(
+        all_of_them["useful_tflops"] * all_of_them["seconds"], rel=1e-6
+    )
+
+
 def test_sequences_attend_rows_of_their_own() -> None:
     decode = attention_decode.make_decode(TINY, 3, 2, 200, KvFormat.BF16, "cpu")
     assert decode.whole.kv.rows == 3 * 250

@@ -83,9 +83,29 @@ def make_inputs(
     return Inputs(q.bfloat16().to(device), kv, indices.to(device), logits, key_dim**-0.5, value_dim)
 
 
-def one_row_each(kv_format: KvFormat, *, heads: int, device: str, powers: bool = True) -> Inputs:
+def with_scales(inputs: Inputs, least: int, most: int, *, powers: bool = True, seed: int = 9) -> Inputs:
+    """The same 8-bit numbers with other scales, between these powers of two. powers: scales that are powers of two,
+    else any. Of float32 scales half are negative, and a fifth zero."""
+    kv, generator = inputs.kv, torch.Generator().manual_seed(seed)
+    packing = kv.format.packed
+    assert packing is not None
+    shape = (kv.rows, packing.scale_bytes or packing.narrow // packing.group)
+    exponents = torch.randint(least, most + 1, shape, generator=generator)
+    if packing.scale_bytes:
+        return replace(inputs, kv=replace(kv, scales=(exponents + 127).to(torch.uint8).to(kv.device)))
+    wide = torch.exp2(exponents.double()) * (1.0 if powers else 1.0 + torch.rand(shape, generator=generator))
+    fate = torch.rand(shape, generator=generator)
+    wide = torch.where(fate < 0.5, -wide, wide).masked_fill(fate > 0.8, 0.0)
+    data = kv.data.clone()
+    data[:, packing.narrow : packing.rotary_offset] = wide.float().contiguous().view(torch.uint8).to(kv.device)
+    return replace(inputs, kv=replace(kv, data=data))
+
+
+def one_row_each(
+    kv_format: KvFormat, *, heads: int, device: str, powers: bool = True, spread: int | None = None
+) -> Inputs:
     """Tokens that attend to one row each, so that an output is that row's value: rows of every 8-bit number with scales
-    far apart. powers: scales that are powers of two, else any."""
+    far apart. powers: scales that are powers of two, else any; spread: the most powers of two between two of them."""
     packing = kv_format.packed
     assert packing is not None
     generator = torch.Generator().manual_seed(5)
@@ -98,9 +118,11 @@ def one_row_each(kv_format: KvFormat, *, heads: int, device: str, powers: bool =
     chosen[0, : len(codes)] = torch.arange(len(codes))
     data[:, : packing.narrow] = codes[chosen]
     if scales is not None:
-        scales = torch.randint(40, 200, scales.shape, generator=generator, dtype=torch.uint8)
+        least, above = (40, 200) if spread is None else (120, 121 + spread)
+        scales = torch.randint(least, above, scales.shape, generator=generator, dtype=torch.uint8)
     else:
-        exponents = torch.randint(-60, 60, (rows, packing.narrow // packing.group), generator=generator).float()
+        least, above = (-60, 60) if spread is None else (-7, spread - 6)
+        exponents = torch.randint(least, above, (rows, packing.narrow // packing.group), generator=generator).float()
         wide = torch.exp2(exponents) * (1.0 if powers else 1.0 + torch.rand(exponents.shape, generator=generator))
         data[:, packing.narrow : packing.rotary_offset] = wide.contiguous().view(torch.uint8)
     kv = KvRows(kv_format, data.to(device), None if scales is None else scales.to(device))

@@ -1,5 +1,6 @@
 """What sparse attention refuses, its plans, and the formats of its rows."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from streamindex_service.ops.sparse_attention import (
     ReferenceTooLargeError,
     UnsupportedImplementationError,
     WorkspaceTooSmallError,
+    api,
     plan_for,
     reference,
     sparse_attention,
@@ -101,15 +103,51 @@ def test_ends_of_rows_are_found_where_that_can_save_a_turn() -> None:
         assert plan.find_ends is expected
 
 
+ALL_GLUON = {AttentionKernel.HOPPER, AttentionKernel.HOPPER_FEW_HEADS}
+
+
 def test_the_kernel_is_chosen_by_device_and_shape() -> None:
     choose = choose_attention_kernel
-    assert choose("bf16", 64, 512, (9, 0), gluon=True) is AttentionKernel.HOPPER
-    assert choose("bf16", 64, 512, (9, 0), gluon=False) is AttentionKernel.WITHOUT_GLUON
-    assert choose("bf16", 64, 512, (10, 0), gluon=True) is AttentionKernel.PORTABLE
-    assert choose("bf16", 64, 512, None, gluon=False) is AttentionKernel.PORTABLE
-    assert choose("bf16", 48, 512, (9, 0), gluon=True) is AttentionKernel.PORTABLE
-    assert choose("fp8_d512", 64, 512, (9, 0), gluon=True) is AttentionKernel.HOPPER
-    assert choose("fp8_d576", 128, 512, (8, 9), gluon=True) is AttentionKernel.PORTABLE
+    assert choose("bf16", 64, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.HOPPER
+    assert choose("bf16", 64, 512, (9, 0), gluon=()) is AttentionKernel.WITHOUT_GLUON
+    assert choose("bf16", 64, 512, (10, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+    assert choose("bf16", 64, 512, None, gluon=()) is AttentionKernel.PORTABLE
+    assert choose("bf16", 48, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+    assert choose("fp8_d512", 64, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.HOPPER
+    assert choose("fp8_d576", 128, 512, (8, 9), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+
+
+@pytest.mark.parametrize("kv_format", ["fp8_d512", "fp8_d576"])
+@pytest.mark.parametrize("heads", [1, 8, 12, 16, 20, 32])
+def test_few_heads_of_packed_rows_have_a_kernel_of_their_own(heads: int, kv_format: str) -> None:
+    choose = choose_attention_kernel
+    assert choose(kv_format, heads, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.HOPPER_FEW_HEADS
+    assert choose(kv_format, heads, 512, (9, 0), gluon={AttentionKernel.HOPPER}) is AttentionKernel.WITHOUT_GLUON
+    assert choose(kv_format, 64, 512, (9, 0), gluon={AttentionKernel.HOPPER}) is AttentionKernel.HOPPER
+    assert choose(kv_format, 33, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+    assert choose(kv_format, heads, 512, (9, 1), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+    assert choose("bf16", heads, 512, (9, 0), gluon=ALL_GLUON) is AttentionKernel.PORTABLE
+
+
+def test_a_triton_that_lacks_what_a_kernel_needs_takes_the_portable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    found = api.gluon_kernels.__wrapped__
+    assert found() == ALL_GLUON
+    monkeypatch.setattr("streamindex_service.ops.sparse_attention.hopper_few_heads.MISSING", ["mma_v2"])
+    assert found() == {AttentionKernel.HOPPER}
+    monkeypatch.setitem(sys.modules, "streamindex_service.ops.sparse_attention.hopper", None)
+    assert found() == set()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width", "splits"), [(32, 16, 2048, 4), (32, 32, 2048, 2), (1, 16, 640, 10), (133, 8, 640, 1)]
+)
+def test_few_heads_are_taken_sixteen_at_a_time(tokens: int, heads: int, width: int, splits: int) -> None:
+    shape = Shape(tokens, heads, 512, 512, width, "fp8_d512", 10**6)
+    plan = plan_triton(shape, 256 << 20, 132, AttentionKernel.HOPPER_FEW_HEADS)
+    assert plan.splits == splits
+    assert plan.find_ends is (tokens * -(-heads // 16) > 132)
+    assert plan.workspace_bytes >= (4 * splits * tokens * heads * 513 if splits > 1 else 0)
 
 
 @pytest.mark.parametrize(("heads", "key_dim"), [(64, 512), (128, 512), (64, 576), (128, 576)])
@@ -118,6 +156,18 @@ def test_hopper_tiles_fit_the_shared_memory(heads: int, key_dim: int) -> None:
     queries, rows = 64 * key_dim * 2, tiles.stages * tiles.block_entries * (key_dim * 2 + 4)
     messages = tiles.messages * 64 * (tiles.block_entries * 2 + 4)
     assert queries + rows + messages <= (227 << 10) - 256  # what a block may have, less its barriers
+
+
+@pytest.mark.parametrize("kv_format", [KvFormat.FP8_D512, KvFormat.FP8_D576], ids=lambda each: each.value)
+def test_tiles_of_few_heads_fit_the_shared_memory(kv_format: KvFormat) -> None:
+    packing = kv_format.packed
+    assert packing is not None
+    tiles = attention_tiles(kv_format.value, 16, packing.key_dim, 512, AttentionKernel.HOPPER_FEW_HEADS)
+    groups = 512 // packing.group
+    # values with room for 512, rotary elements, scales and a bias; shares twice and an exponent, weights twice; queries
+    stage = tiles.block_entries * (512 + 128 + max(packing.scale_bytes, 16) + 4)
+    block = tiles.block_entries * (6 * groups + 4 + 2 * 2 * 16)
+    assert tiles.stages * stage + block + 16 * 512 * 2 + (4 << 10) <= (227 << 10)  # and scratch of the compiler's own
 
 
 def test_the_reference_refuses_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

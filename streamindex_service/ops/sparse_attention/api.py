@@ -4,6 +4,7 @@ name."""
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from streamindex_service.ops.implementations import Runnable, by_name, find
 from streamindex_service.ops.kv_rows import KvFormat, KvRows
 from streamindex_service.ops.sparse_attention import plan as planning
-from streamindex_service.ops.sparse_attention.plan import Plan, Shape, choose_attention_kernel
+from streamindex_service.ops.sparse_attention.plan import AttentionKernel, Plan, Shape, choose_attention_kernel
 from streamindex_service.ops.sparse_attention.problem import Problem, check_inputs, check_output
 from streamindex_service.ops.sparse_attention.reference import run_reference
 from streamindex_service.ops.sparse_attention.torch_chunked import run_chunked
@@ -66,20 +67,25 @@ def _plan_triton(shape: Shape, workspace_bytes: int, device: torch.device) -> Pl
         capability = torch.cuda.get_device_capability(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     kernel = choose_attention_kernel(
-        shape.format_name, shape.heads, shape.value_dim, capability, gluon=capability is not None and has_gluon()
+        shape.format_name, shape.heads, shape.value_dim, capability, gluon=() if capability is None else gluon_kernels()
     )
     return planning.plan_triton(shape, workspace_bytes, processors, kernel)
 
 
 @cache
-def has_gluon() -> bool:
-    """Whether this Triton has what the Hopper kernel is written in; it is experimental, and changes between
+def gluon_kernels() -> frozenset[AttentionKernel]:
+    """The kernels for which this Triton has what they are written in; it is experimental, and changes between
     versions."""
+    modules = {AttentionKernel.HOPPER: "hopper", AttentionKernel.HOPPER_FEW_HEADS: "hopper_few_heads"}
+    return frozenset(kernel for kernel, name in modules.items() if _is_complete(name))
+
+
+def _is_complete(name: str) -> bool:
     try:
-        from streamindex_service.ops.sparse_attention.hopper import MISSING
+        module = import_module(f"{__package__}.{name}")
     except (ImportError, AttributeError):
         return False
-    return not MISSING
+    return not module.MISSING
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = by_name(

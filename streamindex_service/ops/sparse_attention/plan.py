@@ -3,6 +3,7 @@
 Bytes here are the workspace alone: inputs (q, rows, indices) and outputs are the caller's.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -10,9 +11,11 @@ MIN_WORKSPACE_BYTES = 16 << 20
 _SLACK_BYTES = 1 << 20
 MAX_TOKEN_CHUNK = 1024
 MAX_SPLITS = 64
-# What the Hopper kernel takes; everything else keeps the portable kernel.
+# What the Hopper kernels take; everything else keeps the portable kernel.
 HOPPER_FORMATS = frozenset({"bf16", "fp8_d512", "fp8_d576"})
 HOPPER_HEADS = frozenset({64, 128})
+FEW_HEADS_FORMATS = frozenset({"fp8_d512", "fp8_d576"})
+MAX_FEW_HEADS = 32
 HOPPER_VALUE_DIM = 512
 HOPPER_CAPABILITY = (9, 0)
 
@@ -22,6 +25,7 @@ class AttentionKernel(StrEnum):
 
     PORTABLE = "portable"
     HOPPER = "hopper"
+    HOPPER_FEW_HEADS = "hopper few heads"
     WITHOUT_GLUON = "portable, for this Triton lacks what the hopper kernel needs"
 
 
@@ -31,6 +35,7 @@ class Tiles:
 
     block_heads: heads of a program; block_entries: entries of an index row that are gathered at a time; stages: blocks
     of them that are under way. messages: of the Hopper kernel, blocks of weights that may wait for their values.
+    held_queries: of the kernel for few heads, whether queries stay in registers or in shared memory.
     """
 
     block_heads: int
@@ -39,6 +44,7 @@ class Tiles:
     stages: int
     kernel: AttentionKernel = AttentionKernel.PORTABLE
     messages: int = 1
+    held_queries: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,24 +136,38 @@ def partial_bytes(shape: Shape, splits: int) -> int:
 
 
 def choose_attention_kernel(
-    format_name: str, heads: int, value_dim: int, capability: tuple[int, int] | None, *, gluon: bool
+    format_name: str,
+    heads: int,
+    value_dim: int,
+    capability: tuple[int, int] | None,
+    *,
+    gluon: Collection[AttentionKernel],
 ) -> AttentionKernel:
-    """The static choice: by device, format and dimensions, never by a length. capability: of a CUDA device, or
-    None."""
-    fits = format_name in HOPPER_FORMATS and heads in HOPPER_HEADS and value_dim == HOPPER_VALUE_DIM
-    if capability != HOPPER_CAPABILITY or not fits:
+    """The static choice: by device, format and dimensions, never by a length. capability: of a CUDA device, or None.
+    gluon: the kernels for which this Triton has what they are written in."""
+    if capability != HOPPER_CAPABILITY or value_dim != HOPPER_VALUE_DIM:
         return AttentionKernel.PORTABLE
-    return AttentionKernel.HOPPER if gluon else AttentionKernel.WITHOUT_GLUON
+    if format_name in HOPPER_FORMATS and heads in HOPPER_HEADS:
+        wanted = AttentionKernel.HOPPER
+    elif format_name in FEW_HEADS_FORMATS and heads <= MAX_FEW_HEADS:
+        wanted = AttentionKernel.HOPPER_FEW_HEADS
+    else:
+        return AttentionKernel.PORTABLE
+    return wanted if wanted in gluon else AttentionKernel.WITHOUT_GLUON
 
 
 def attention_tiles(
     format_name: str, heads: int, key_dim: int, value_dim: int, kernel: AttentionKernel = AttentionKernel.PORTABLE
 ) -> Tiles:
-    """The static table of kernel shapes, of the Hopper kernel as measured (docs/decisions/0020)."""
+    """The static table of kernel shapes, of the Hopper kernels as measured (docs/decisions/0020 and 0035)."""
     if kernel is AttentionKernel.HOPPER:
         # a longer key leaves shared memory for one message; with one block of heads a token, one is no slower
         messages = 2 if heads == 128 and key_dim == value_dim else 1
         return Tiles(64, 64, 4, 2, kernel, messages=messages)
+    if kernel is AttentionKernel.HOPPER_FEW_HEADS:
+        if format_name == "fp8_d576":
+            return Tiles(16, 128, 8, 2, kernel)
+        return Tiles(16, 64, 8, 4, kernel, held_queries=True)
     block_heads = 16 if heads <= 16 else 32 if heads <= 32 else 64
     if format_name != "bf16":
         return Tiles(block_heads, 32, 4 if block_heads < 64 else 8, 2, kernel)

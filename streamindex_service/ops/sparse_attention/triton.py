@@ -1,6 +1,6 @@
 """Fused kernels: attention of each query token over the rows that its indices name, and the sum of split parts.
 
-Triton is imported here and in hopper.py only. With TRITON_INTERPRET=1 the same code runs on CPU tensors, for tests.
+Triton is imported here and in hopper*.py only. With TRITON_INTERPRET=1 the same code runs on CPU tensors, for tests.
 
 One program takes a block of heads of one token: heads are the M operand of both products, the gathered rows the N
 operand of the first and the K operand of the second. Keys and values are the same rows, so a row is gathered once. The
@@ -217,8 +217,8 @@ _INTERPRETED = not isinstance(attend_kernel, triton.JITFunction)
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
     kernels = [ends_kernel, attend_kernel, combine_kernel]
-    hopper = sys.modules.get("streamindex_service.ops.sparse_attention.hopper")
-    return variants([*kernels, getattr(hopper, "attend_kernel", None)])
+    loaded = [sys.modules.get(f"{__package__}.{name}") for name in ("hopper", "hopper_few_heads")]
+    return variants([*kernels, *(getattr(module, "attend_kernel", None) for module in loaded)])
 
 
 def run_triton(problem: Problem, plan: Plan) -> None:
@@ -269,6 +269,11 @@ def _launch(problem: Problem, plan: Plan, ends: Tensor | None, out: Tensor, lse:
         from streamindex_service.ops.sparse_attention import hopper
 
         hopper.launch(p, plan, ends, out, lse, _multiprocessors(p.q.device))
+        return
+    if tiles.kernel is AttentionKernel.HOPPER_FEW_HEADS:
+        from streamindex_service.ops.sparse_attention import hopper_few_heads
+
+        hopper_few_heads.launch(p, plan, ends, out, lse)
         return
     head_blocks = triton.cdiv(p.heads, tiles.block_heads)
     attend_kernel[(p.tokens * head_blocks, plan.splits)](

@@ -1,0 +1,155 @@
+"""What a program of the kernel for few heads does with rows before they are multiplied: it copies them into a ring of
+stages, as they are, and takes the scales of a block apart.
+
+A scale is 2^e times a share, 2^e being the power of two of the largest scale of the row. Shares of a row in f16 are as
+good as its scales if these lie within 2^20 of each other (2^12 if they are no powers of two), and e within what the
+softmax's sums bear.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+# named so in later Tritons, and in 3.6
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+WORDS = gl.constexpr(128)  # of four e4m3 of a row
+ROTARY_WORDS = gl.constexpr(32)  # of two bf16
+SHARE_HEAD = gl.constexpr(2.0**5)  # what shares in f16 are multiplied by: the range of f16 lies below
+BEYOND = gl.constexpr(256)  # added to the exponent of a row whose shares f16 does not hold
+# Exponents as float32 has them, 127 for 1. A weight is found with 2^e and divided by it for the denominator: were rows
+# further apart than these, one that counts in the denominator would be 0 before that.
+_LEAST, _LARGEST = gl.constexpr(87), gl.constexpr(187)
+# How many powers of two scales of a row may lie apart: with the least number of e4m3, 2^-9, a share of 2^(5 - 20) makes
+# the least of f16; where shares are no powers of two, one of 2^(5 - 12) leaves eight bits of the product.
+_FARTHEST_POWERS, _FARTHEST = gl.constexpr(20), gl.constexpr(12)
+# Of a row whose scales lie further apart, the largest is left so far above 1: smaller ones need the room below.
+_LEFT_ABOVE = gl.constexpr(60)
+
+
+@gluon.constexpr_function
+def word_layout(block):
+    """Where word w of row k lies: 16 bytes stay together, and of both ways of reading none meets a bank twice."""
+    words = [[0, 1 << bit] for bit in range(7)]
+    rows = [[1, 8], [2, 16], [4, 8]] + [[1 << bit, 0] for bit in range(3, block.bit_length() - 1)]
+    return gl.SharedLinearLayout(words + rows)
+
+
+@gluon.constexpr_function
+def _copy_layouts(warps):
+    """How the threads share out copies of values, of rotary elements, and of scales [groups, rows]."""
+    return (
+        gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]),
+        gl.BlockedLayout([1, 4], [4, 8], [warps, 1], [1, 0]),
+        gl.BlockedLayout([1, 1], [1, 32], [4, warps // 4], [1, 0]),
+    )
+
+
+@gluon.jit
+def power(exponent):
+    """2^(exponent − 127), of exponents from 1 to 254."""
+    return (exponent << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def exponent_of(x):
+    """The exponent of float32 numbers as they have it, 0 to 255."""
+    return (x.to(gl.int32, bitcast=True) >> 23) & 0xFF
+
+
+@gluon.jit
+def view(smem, kind: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as elements of another type."""
+    return smem.reinterpret(kind, shape, layout) if _REINTERPRET else smem._reinterpret(kind, shape, layout)
+
+
+@gluon.jit
+def load_entries(entries, start, end, BLOCK: gl.constexpr, WARPS: gl.constexpr):
+    """A block of entries, −1 behind the end, three times: for each way of copying as its threads need them."""
+    layouts: gl.constexpr = _copy_layouts(WARPS)
+    for_values = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layouts[0]))
+    for_rotary = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layouts[1]))
+    for_scales = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layouts[2]))
+    return (
+        gl.load(entries + for_values, mask=for_values < end, other=-1),
+        gl.load(entries + for_rotary, mask=for_rotary < end, other=-1),
+        gl.load(entries + for_scales, mask=for_scales < end, other=-1),
+    )
+
+
+@gluon.jit
+def start_copies(
+    data, scales, found, rows, value_smem, rotary_smem, scale_smem, bias_smem,
+    ROW: gl.constexpr, NARROW: gl.constexpr, ROTARY: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Have the rows that load_entries `found` copied as they are, 16 bytes at a time, zeros where not valid; and write
+    their biases [BLOCK]: 0, or −inf where not valid."""
+    layouts: gl.constexpr = _copy_layouts(WARPS)
+    valid = (found[0] >= 0) & (found[0] < rows)
+    row = data + gl.expand_dims(gl.where(valid, found[0], 0).to(gl.int64) * (ROW // 4), 1)
+    word = gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, layouts[0])), 0)
+    _copy(value_smem, row + word, mask=gl.expand_dims(valid, 1) & (word < NARROW // 4))
+    valid = (found[1] >= 0) & (found[1] < rows)
+    row = data + gl.expand_dims(gl.where(valid, found[1], 0).to(gl.int64) * (ROW // 4), 1)
+    word = gl.expand_dims(gl.arange(0, ROTARY_WORDS, layout=gl.SliceLayout(0, layouts[1])), 0)
+    _copy(rotary_smem, row + (ROTARY // 4 + word), mask=gl.expand_dims(valid, 1) & (word >= 0))
+    valid = (found[2] >= 0) & (found[2] < rows)
+    index = gl.where(valid, found[2], 0).to(gl.int64)
+    if NARROW == 448:  # eight exponent bytes beside the row
+        _copy(scale_smem, scales + index, mask=valid)
+    else:  # four float32 behind its values
+        group = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, layouts[2])), 1)
+        place = data + (gl.expand_dims(index * (ROW // 4) + NARROW // 4, 0) + group)
+        _copy(scale_smem, place, mask=gl.expand_dims(valid, 0) & (group >= 0))
+    async_copy.commit_group()
+    bias_smem.store(gl.where(valid, 0.0, float("-inf")))
+
+
+@gluon.jit
+def share_scales(
+    scale_smem, exponent_smem, share_smem, narrow_smem,
+    GROUPS: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Take the scales of a block apart: exponents of 2^e [BLOCK] int32 as float32 has them, shares [GROUPS, BLOCK]
+    float32, and the same in f16, times SHARE_HEAD. BEYOND is added where a row's shares in f16 will not do."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, WARPS], [0, 1])
+    if NARROW == 448:  # an exponent byte is the exponent field of a float32; the eighth is padding
+        group = gl.expand_dims(gl.arange(0, GROUPS, layout=gl.SliceLayout(1, layout)), 1)
+        eight = gl.expand_dims(scale_smem.load(gl.SliceLayout(0, layout)), 0)
+        byte = ((eight >> (8 * group).to(gl.int64)) & 0xFF).to(gl.int32)
+        scale = power(gl.where(group < NARROW // GROUP, byte, 0))
+        farthest = _FARTHEST_POWERS
+    else:
+        bits = scale_smem.load(layout)
+        scale = bits.to(gl.float32, bitcast=True)
+        are_powers = gl.max(bits & 0x7FFFFF, axis=0) == 0
+        farthest = gl.where(are_powers, _FARTHEST_POWERS, _FARTHEST)
+    size = gl.abs(scale)
+    most = gl.max(size, axis=0)
+    least = gl.min(gl.where(size == 0.0, float("inf"), size), axis=0)  # a scale of zero goes with any other
+    exponent = exponent_of(most)
+    held = (exponent - exponent_of(least) <= farthest) & (exponent >= _LEAST) & (exponent <= _LARGEST)
+    beyond = (most > 0.0) & (held == 0)
+    within = gl.minimum(gl.maximum(exponent, _LEAST), _LARGEST)
+    exponent = gl.where(beyond, gl.maximum(exponent - _LEFT_ABOVE, 127), within)
+    share = scale * gl.expand_dims(power(254 - exponent), 0)
+    exponent_smem.store(gl.where(beyond, exponent + BEYOND, exponent))
+    share_smem.store(share)
+    narrow_smem.store((share * SHARE_HEAD).to(gl.float16))
+
+
+@gluon.constexpr_function
+def _everywhere(block, warps):
+    """[BLOCK], all of it in every warp."""
+    registers = [[32 << bit] for bit in range((block // 32).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        registers, [[1 << bit] for bit in range(5)], [[0]] * (warps.bit_length() - 1), [], [block]
+    )
+
+
+@gluon.jit
+def load_exponents(exponent_smem, BLOCK: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
+    """What share_scales wrote: exponents [BLOCK], and whether it is BEYOND for any row of the block, which each warp
+    finds for itself: no barrier."""
+    beyond = gl.max(exponent_smem.load(_everywhere(BLOCK, WARPS)), axis=0) >= BEYOND
+    return exponent_smem.load(layout) & (BEYOND - 1), beyond
