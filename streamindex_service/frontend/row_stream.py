@@ -340,7 +340,7 @@ class RowStream(ABC):
         return False
 
     def _end_gathering(self) -> None:
-        self._gathered, self._gather_until = None, 0.0
+        self._gathered = None
         if not self._over:
             self._pump()
 
