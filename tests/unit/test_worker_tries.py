@@ -10,11 +10,13 @@ import torch
 
 from streamindex_service.ipc.running import RunningTiles
 from streamindex_service.ipc.v1 import worker_pb2 as pb
+from streamindex_service.worker import key_store
 from streamindex_service.worker.__main__ import Worker
 from streamindex_service.worker.commands import Command, Commands
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
 from streamindex_service.worker.extents import Extents
+from streamindex_service.worker.promotions import MemoryRanges
 from tests.support.core_world import VirtualClock
 
 CPU = Device(torch.device("cpu"), "cpu", 1 << 30)
@@ -178,3 +180,44 @@ def test_a_tile_that_is_done_is_listed_no_more_when_it_is_told(monkeypatch):
     assert all(8 not in listed for _, listed in told)
     assert len(told) == 2
     tiles.close()
+
+
+@pytest.mark.parametrize("kinds", [{"key_format": 2}, {"kv_format": 1}])
+def test_a_view_that_is_made_at_the_second_try_has_all_its_pages(rig, monkeypatch, kinds):
+    """Once, those of the message that is tried again too."""
+    store, page_bytes = rig.executor.store, 256 * 128
+    store.extents.allocate(2, 8 * page_bytes)
+    base = store.bytes_at(2, 0, 1).data_ptr()
+    make, tries = key_store.ExtentPages, []
+
+    def make_at_the_second_try(*arguments):
+        tries.append(len(arguments[1]))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("none left")
+        return make(*arguments)
+
+    monkeypatch.setattr(key_store, "ExtentPages", make_at_the_second_try)
+    parts = [[0, 2], [4], [6]]
+    for part in parts:
+        message = pb.DefineView(
+            view_id=9, head_dim=64, length_keys=1000, complete=part is parts[-1], **kinds,
+            extent_ids=[2] * len(part), extent_offsets=[page * page_bytes for page in part],
+        )  # fmt: skip
+        rig.worker._try(pb.ToWorker(define_view=message), None)
+    assert tries == [4, 4]
+    assert rig.failures() == [(0, pb.FAILURE_KIND_UNSPECIFIED)]  # it is done
+    found: MemoryRanges = store.memory_of(9)
+    assert found.starts.tolist() == [base + page * page_bytes for part in parts for page in part]
+    assert not store._partial
+
+
+def test_the_parts_of_a_view_that_could_not_be_made_go_with_it(rig):
+    store = rig.executor.store
+    for complete in (False, True):
+        message = pb.DefineView(
+            view_id=9, key_format=2, head_dim=64, length_keys=500, complete=complete, extent_ids=[3], extent_offsets=[0]
+        )
+        rig.worker._try(pb.ToWorker(define_view=message), None)
+    assert rig.failures() == [(9, pb.FAILURE_KIND_OUT_OF_MEMORY)]
+    rig.worker._try(pb.ToWorker(drop_view=pb.DropView(view_id=9)), None)
+    assert not store._partial
