@@ -18,7 +18,7 @@ Pure decisions: what they mean for the device is told through callbacks, in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from streamindex_service.core.estimates import DeviceSpeed
@@ -174,18 +174,22 @@ class Governor:
             return False
         return any(page_set.turns and not page_set.admitted for page_set in search.page_sets.values())
 
-    def gathering_s(self, search: OpenSearch, floor_bytes: int) -> float:
+    def gathering_s(self, search: OpenSearch, needs: Iterable[Need]) -> float:
         """For how long rows of a search are gathered at most before a tile of them is asked for.
 
-        0.0 but for a layer that would have to displace others: it is brought for as many rows as there can be, or few
-        rows at a time would have it brought again and again. floor_bytes: the least workspace of a tile.
+        needs: the least of each operation that it consists of. 0.0 unless a layer of one of these has to displace
+        others: it is brought for as many rows as there can be, or few rows at a time would have it brought again and
+        again.
         """
-        pages = search.snapshot.pages
-        if any(page_set.admitted for page_set in search.page_sets.values()):
-            return 0.0
-        if not self.working_set.would_displace(pages, search.band, _FED * floor_bytes, self._clock()):
-            return 0.0
-        return self.working_set.pays_for_s(self.speed.promotion_s(pages[0].page_bytes * len(pages)))
+        longest_s, now = 0.0, self._clock()
+        for need in needs:
+            own = search.page_sets.get(need.speed)  # perhaps a window of the layer, and it is under way
+            if own is not None and own.admitted:
+                continue
+            if self.working_set.would_displace(need.pages, search.band, _FED * need.floor_bytes, now):
+                copy_s = self.speed.promotion_s(need.pages[0].page_bytes * len(need.pages))
+                longest_s = max(longest_s, self.working_set.pays_for_s(copy_s))
+        return longest_s
 
     def close(self, search: OpenSearch) -> None:
         """A search is over. Its turns have been finished or cancelled."""
@@ -341,10 +345,15 @@ class Governor:
             return True
         if turn.alone or any(grant.turn.alone for grant in self._grants):
             return False
-        before = [grant.turn.cost_s for grant in self._grants if grant.turn.band <= turn.band]
+        before = [grant.turn for grant in self._grants if grant.turn.band <= turn.band]
         if len(before) < _FED:
             return True
-        return len(before) < self.limits.max_device_turns and sum(before) + turn.cost_s <= self.limits.ahead_s
+        if len(before) >= self.limits.max_device_turns:
+            return False
+        # Turns whose pages are on their way leave the device to others: it goes on with those that have theirs.
+        if not turn.promotion_s and sum(not each.promotion_s for each in before) < _FED:
+            return True
+        return sum(each.cost_s for each in before) + turn.cost_s <= self.limits.ahead_s
 
     def _page_set(self, search: OpenSearch, need: Need) -> Needed | None:
         """What a turn is for; the search has left what the same operation was for before."""

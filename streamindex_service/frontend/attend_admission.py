@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.specs import RowKind
+from streamindex_service.core.turns import Need
 from streamindex_service.errors import CacheNotFoundError, NoKvRowsError
 from streamindex_service.frontend.admission import OpenCall
 from streamindex_service.frontend.attend_block import SEARCHED, attend_layout
@@ -95,6 +96,11 @@ class AdmittedAttention(OpenCall):
         except BaseException:
             self._let_go()
             raise
+
+    @property
+    def needs(self) -> list[Need]:
+        """The least of each operation: of the search, if there is one, and of the attention."""
+        return [*([] if self.index is None else [self.index.least]), self.attend.least]
 
     def tile_rows(self, keys: int) -> int:
         """Query rows of the next tile, where they see up to so many index keys."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_output_chunk
 
 from streamindex_service.core.sizes import MAX_POSITION
-from streamindex_service.core.turns import OpenSearch
+from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.frontend.attend_admission import AdmittedAttention
 from streamindex_service.frontend.attend_block import LSE, OUT, PARTS, AttendFiller, part_bytes
 from streamindex_service.frontend.attend_requests import AttendParameters
@@ -56,6 +57,9 @@ class AttendStream(RowStream):
 
     def _tile_rows(self, keys: int) -> int:
         return self._admitted.tile_rows(keys)
+
+    def _needs(self) -> Iterable[Need]:
+        return self._admitted.needs
 
     def _keys_at(self, row: int) -> int:
         return self._admitted.keys_seen(MAX_POSITION if self._start is None else self._start + row)

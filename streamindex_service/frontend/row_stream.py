@@ -6,8 +6,9 @@ the writer sends answers in order. The first rows go at once. A tile costs the e
 does, so after that rows gather: a tile goes when it is as large as it may be, or when nothing of the search is on its
 way and the last one went some milliseconds ago. With a device that is faster than the caller, tiles are what arrives in
 such a time; with a slower one they are full, and two of a search are on their way, so that the device has the next one
-when it finishes the first. A search holds at most a few blocks, whatever the number of its queries: a caller who does
-not read stops its own search and nothing else.
+when it finishes the first. A tile for which other layers would have to make room gathers for longer, the first one too
+(`Governor.gathering_s`). A search holds at most a few blocks, whatever the number of its queries: a caller who does not
+read stops its own search and nothing else.
 
 Rows are checked and copied on the event loop, while they are still in the processor's cache: a tenth of a millisecond
 for 1 MiB, less than it costs to hand them to a thread and to hear of it. What one stream does there in one turn of the
@@ -18,15 +19,17 @@ while decode steps are on their way, streams of a lower priority hold back (`Pac
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from streamindex.framing import Chunk
 
 from streamindex_service.core.scheduler import Band
-from streamindex_service.core.turns import OpenSearch
+from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.host_memory import Block
@@ -36,6 +39,7 @@ from streamindex_service.frontend.service import Service
 _TILES_AHEAD = 2  # tiles of one search that wait for the device or are there: one runs, one is ready
 _ANSWER_BYTES = 1 << 20  # payload of one answer message
 _GATHER_S = 0.002  # between tiles of a search that could be larger
+_LOOK_AGAIN_S = 0.01  # while rows gather for a layer without room
 _TURN_BYTES = 1 << 20  # of rows that are copied in one turn of the loop
 
 
@@ -133,6 +137,8 @@ class RowStream(ABC):
         self._changed = asyncio.Event()
         self._gather_until = 0.0  # on the loop's clock
         self._gathers_since: float | None = None  # since when rows wait for more
+        self._gather_most_s = math.inf
+        self._time_remaining = context.time_remaining
         self._gathered: asyncio.TimerHandle | None = None
         self._blocks_held = 0
         self._block_freed = asyncio.Event()
@@ -157,6 +163,10 @@ class RowStream(ABC):
     @abstractmethod
     def _keys_at(self, row: int) -> int:
         """Keys that this row of the stream sees, as far as that is known without looking at it."""
+
+    @abstractmethod
+    def _needs(self) -> Iterable[Need]:
+        """The least of each operation that is done with the rows."""
 
     @abstractmethod
     def _new_run(self, block: Block, first: int, rows: int, keys: int) -> Run:
@@ -316,15 +326,17 @@ class RowStream(ABC):
             return full
         now = asyncio.get_running_loop().time()
         if self._gathers_since is None:
-            self._gathers_since = now
-        floor_bytes = int(self._service.settings.memory.workspace_floor_bytes)
-        until = self._gathers_since + self._service.governor.gathering_s(self._search(), floor_bytes)
+            self._gathers_since, left_s = now, self._time_remaining()
+            self._gather_most_s = math.inf if left_s is None else left_s / 2
+        gathering_s = self._service.governor.gathering_s(self._search(), self._needs())
+        until = self._gathers_since + min(gathering_s, self._gather_most_s)
         until = until if full else max(until, self._gather_until)
         if now >= until:
             return True
         if self._gathered is not None:
             self._gathered.cancel()
-        self._gathered = asyncio.get_running_loop().call_at(until, self._end_gathering)
+        # There may be room before, of which nobody tells: it is looked again.
+        self._gathered = asyncio.get_running_loop().call_at(min(until, now + _LOOK_AGAIN_S), self._end_gathering)
         return False
 
     def _end_gathering(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_index_chunk
 
 from streamindex_service.core.sizes import MAX_POSITION, POSITION_BYTES
-from streamindex_service.core.turns import OpenSearch
+from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.messages import MessageWriter
@@ -59,6 +60,9 @@ class SearchStream(RowStream):
 
     def _tile_rows(self, keys: int) -> int:
         return self._tiles.tile_rows(keys)
+
+    def _needs(self) -> Iterable[Need]:
+        return (self._tiles.least,)
 
     def _keys_at(self, row: int) -> int:
         # Explicit positions are not looked at: as many as there are.

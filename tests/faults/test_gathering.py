@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from streamindex_service.frontend.index_tiles import IndexTiles
 from tests.support.calls import Calls, StreamCall, answers, query_chunk, search_header
 from tests.support.inprocess import InProcessServer
 from tests.support.services import SMALL_DEVICE, is_idle, wait_for
@@ -46,14 +47,14 @@ def test_few_rows_of_a_layer_without_room_wait_for_the_rest(server, calls, annou
     draw = Draw(1)
     keys = [draw.keys(KIND, PAGES * 256) for _ in range(2)]
     queries = draw.queries(KIND, ALL, start_position=PAGES * 256)
-    governor = server.server.service.governor
+    governor, counters = server.server.service.governor, server.server.service.counters
     before = governor.residency.promoted_pages
     with calls.cache(KIND, keys[0]) as there, calls.cache(KIND, keys[1]) as other:
         runs = started(calls, there.id, queries, FIRST)
         runs.receive_until("chunk")  # and more may come: its layer stays
-        ingress = calls.ledger("ingress").reserved_bytes
+        received = counters.queries
         waits = started(calls, other.id, queries, FIRST, row_count=ALL if announced else 0)
-        wait_for(lambda: calls.ledger("ingress").reserved_bytes > ingress)
+        wait_for(lambda: counters.queries == received + FIRST)
         for _ in range(3):  # any of them takes longer than rows gather for a layer that is there
             assert np.array_equal(
                 calls.search(KIND, there.id, queries, TOP_K)[0], expected(KIND, keys[0], queries, TOP_K)[0]
@@ -67,6 +68,40 @@ def test_few_rows_of_a_layer_without_room_wait_for_the_rest(server, calls, annou
         assert governor.residency.promoted_pages - before == 2 * PAGES  # once, though the rows came in two parts
         runs.half_close()
         runs.rest()
+
+
+@pytest.mark.parametrize("ends", ["room", "deadline"])
+def test_a_caller_who_waits_for_its_answer_gets_it(server, calls, ends):
+    """It sends no more before. Once there is room its rows go, and before its deadline they go in any case."""
+    draw = Draw(3)
+    keys = [draw.keys(KIND, PAGES * 256) for _ in range(2)]
+    queries = draw.queries(KIND, FIRST, start_position=PAGES * 256)
+    governor, counters = server.server.service.governor, server.server.service.counters
+    with calls.cache(KIND, keys[0]) as there, calls.cache(KIND, keys[1]) as other:
+        runs = started(calls, there.id, queries, FIRST)
+        runs.receive_until("chunk")
+        received = counters.queries
+        waits = calls.search_call(None if ends == "room" else 6.0)
+        waits.send(search_header(KIND, other.id, TOP_K, start_position=int(queries.positions[0])))
+        waits.send(query_chunk(KIND, queries, 0, FIRST))
+        wait_for(lambda: counters.queries == received + FIRST)
+        assert len(governor.scheduler) == 0
+        if ends == "room":
+            runs.half_close()
+            runs.rest()
+        chunk = waits.receive_until("chunk")
+        assert np.array_equal(answers([chunk], TOP_K)[0], expected(KIND, keys[1], queries, TOP_K)[0])
+        waits.half_close()
+        waits.rest()
+        if ends == "deadline":
+            runs.half_close()
+            runs.rest()
+
+
+def test_a_tile_as_large_as_any_gathers_too(server, calls, monkeypatch):
+    """Full tiles one at a time would have the layer brought again and again as well."""
+    monkeypatch.setattr(IndexTiles, "tile_rows", lambda tiles, keys: 2)
+    test_few_rows_of_a_layer_without_room_wait_for_the_rest(server, calls, announced=False)
 
 
 def test_who_has_to_wait_for_room_holds_one_block_of_rows(server, calls, monkeypatch):

@@ -30,10 +30,11 @@ class Shut(Governor):
 class World:
     """A governor, and searches of layers of which one fits."""
 
-    def __init__(self) -> None:
-        pool = PagePool(Ledger("hbm", 10 * PAGE_BYTES), PAGE_BYTES, lambda *_: None, lambda *_: None)
+    def __init__(self, pages: int = 10) -> None:
+        pool = PagePool(Ledger("hbm", pages * PAGE_BYTES), PAGE_BYTES, lambda *_: None, lambda *_: None)
         residency = Residency(pool.ledger, pool, lambda page: None)
-        self.governor = Shut(residency, lambda: 0.0, GovernorLimits(), wake=lambda delay_s: None)
+        self.now = 0.0
+        self.governor = Shut(residency, lambda: self.now, GovernorLimits(), wake=lambda delay_s: None)
         self.governor.device_ready()
         self.granted: dict[OpenSearch, list[Grant]] = {}
 
@@ -49,6 +50,13 @@ class World:
         before = len(granted)
         self.governor.request(search, self.need(pages, speed), granted.append, pytest.fail)
         return len(granted) > before
+
+    def finished(self, search: OpenSearch) -> bool:
+        """All that it was granted is done, and it is over."""
+        for grant in self.granted.pop(search):
+            self.governor.finish(grant, 1e-9)
+        self.governor.close(search)
+        return True
 
     @staticmethod
     def need(pages: tuple[Page, ...], speed: DeviceSpeed | None = None) -> Need:
@@ -130,24 +138,63 @@ def test_a_decode_step_waits_for_no_room_while_its_layers_are_there():
 def test_rows_gather_for_a_layer_that_has_to_displace_another_and_for_no_other():
     """As long as the copy has to pay for itself; what is there, or finds room, or is for nobody, goes at once."""
     world, (there, waits) = World(), (layer(), layer())
-    governor, floor_bytes = world.governor, PAGE_BYTES // 2
-    runs, new = world.search(there), world.search(waits)
-    assert governor.gathering_s(runs, floor_bytes) == governor.gathering_s(new, floor_bytes) == 0.0  # all is free
+    governor = world.governor
+
+    def gathers_s(pages: tuple[Page, ...], band: Band = Band.BATCH) -> float:
+        return governor.gathering_s(world.search(pages, band), [world.need(pages)])
+
+    assert gathers_s(there) == gathers_s(waits) == 0.0  # all is free
+    runs = world.search(there)
     assert world.turn(runs, there)
     limits, copy_s = governor.working_set.limits, governor.speed.promotion_s(LAYER_PAGES * PAGE_BYTES)
     assert 0.0 < limits.promotion_factor * copy_s < limits.promotion_wait_s
-    assert governor.gathering_s(new, floor_bytes) == limits.promotion_factor * copy_s
-    same, small, empty = world.search(there), world.search(layer(1)), world.search(())
-    assert [governor.gathering_s(each, floor_bytes) for each in (runs, same, small, empty)] == [0.0] * 4
-    above = world.search(waits, Band.INTERACTIVE)  # for a higher band the other makes room at once
-    assert governor.gathering_s(above, floor_bytes) == 0.0
+    assert gathers_s(waits) == limits.promotion_factor * copy_s
+    assert governor.gathering_s(runs, [world.need(there)]) == 0.0
+    assert [gathers_s(pages) for pages in (there, layer(1), ())] == [0.0] * 3
+    assert gathers_s(waits, Band.INTERACTIVE) == 0.0  # for a higher band the other makes room at once
     governor.speed.copy_bytes_per_s = 1.0
-    assert governor.gathering_s(new, floor_bytes) == limits.promotion_wait_s
+    assert gathers_s(waits) == limits.promotion_wait_s
+    assert world.finished(runs)
+    world.now = 1.0
+    assert gathers_s(waits) == 0.0  # nobody is there for the other any more
 
 
-def test_a_search_that_has_room_for_a_part_of_its_pages_gathers_no_more():
-    """A layer that passes in windows is under way once one of them is there."""
+def test_a_layer_that_passes_in_windows_gathers_no_more_once_it_is_under_way():
     world, whole = World(), layer(40)
     search = world.search(whole)
     assert world.turn(search, whole[8:16])
-    assert world.governor.gathering_s(search, PAGE_BYTES // 2) == 0.0
+    assert world.governor.gathering_s(search, [world.need(whole[:8])]) == 0.0
+    assert world.governor.gathering_s(world.search(whole), [world.need(whole[:8])]) > 0.0
+
+
+def test_attention_gathers_for_the_rows_that_it_reads():
+    """With given indices it reads no keys; with a search, the keys may be there and the KV rows not."""
+    world, keys, rows, other = World(), layer(1), layer(), layer()
+    governor, speed = world.governor, DeviceSpeed()
+    first = world.search(keys)
+    assert world.turn(first, rows, speed)
+    given, both = world.need(rows, speed), [world.need(keys), world.need(rows, speed)]
+    assert governor.gathering_s(world.search(keys), [given]) == 0.0
+    assert governor.gathering_s(world.search(keys), both) == 0.0
+    assert world.finished(first)
+    world.now = 1.0
+    call, busy = world.search(keys), world.search(other)
+    assert world.turn(call, keys)
+    assert world.turn(busy, other)
+    assert governor.gathering_s(call, both) > 0.0
+    assert governor.gathering_s(call, both[:1]) == 0.0
+
+
+@pytest.mark.parametrize("cold", [1, 2, 3])
+def test_layers_that_are_being_copied_leave_the_device_to_those_that_are_there(cold):
+    world = World(pages=100)
+    world.governor.speed.copy_bytes_per_s = LAYER_PAGES * PAGE_BYTES  # a copy: one second
+    warm = layer()
+    runs = world.search(warm)
+    assert world.turn(runs, warm)
+    world.governor.finish(world.granted[runs].pop(), 1e-3)
+    coming = [world.turn(world.search(pages), pages) for pages in (layer() for _ in range(cold))]
+    assert coming == [True, True, False][:cold]  # a copy is on its way, and the next
+    assert world.turn(world.search(warm), warm) == (cold < 3)  # behind one that waits its own turn it waits too
+    assert world.turn(world.search(warm), warm) == (cold < 3)
+    assert not world.turn(world.search(warm), warm)  # one runs, one is ready
