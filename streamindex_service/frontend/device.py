@@ -63,7 +63,7 @@ class DeviceWorker:
         self._mapped: set[int] = set()
         self._loads: deque[Page] = deque()
         self._device_extents: set[int] = set()
-        self._outstanding: OrderedDict[int, str] = OrderedDict()  # tile id -> request key, oldest first
+        self._outstanding: dict[int, str] = {}  # tile id -> request key
         self._suspects: OrderedDict[str, tuple[int, float]] = OrderedDict()  # request key -> deaths, time of the last
         self._accused: str | None = None
 
@@ -100,10 +100,13 @@ class DeviceWorker:
         assert self.governor is not None
         self.governor.device_ready()
 
-    def on_down(self) -> None:
-        """The worker and its memory are gone."""
+    def on_down(self, running: Sequence[int]) -> None:
+        """The worker and its memory are gone. running: tiles that the device was not done with, oldest first.
+
+        What the worker had beside them was waiting there, overtaken or for its pages, and has done nothing.
+        """
         assert self.governor is not None
-        self._accused = next(iter(self._outstanding.values()), None)  # the device works in order
+        self._accused = self._outstanding.get(running[0]) if running else None
         self._outstanding.clear()
         self._forget_loads()
         self._mapped.clear()

@@ -172,9 +172,9 @@ class Service:
         self.device.on_ready()
         self.health_changed(True)
 
-    def _down(self) -> None:
+    def _down(self, running: list[int]) -> None:
         self.health_changed(False)
-        self.device.on_down()
+        self.device.on_down(running)
 
     def _unusable(self, why: str) -> None:
         self.log.error("unusable", detail=why)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from streamindex_service.errors import DeviceMemoryError, HostMemoryError, InternalError, ServiceError, WorkerLostError
 from streamindex_service.ipc import link
+from streamindex_service.ipc.running import RunningTiles
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 
@@ -46,13 +47,14 @@ class WorkerOptions:
 class WorkerEvents:
     """What the supervisor tells.
 
-    `ready(capabilities)`: work may come. `down()`: the worker's memory is gone, from this moment on. `lost(blamed)`:
-    why is known now; `blamed` says whether the work it was given may have killed it. `unusable(why)`: the settings ask
-    for a device or an implementation that is not here, and no worker will ever be ready.
+    `ready(capabilities)`: work may come. `down(running)`: the worker's memory is gone, from this moment on; the device
+    was not done with the tiles `running`, which it was given in this order. `lost(blamed)`: why is known now; `blamed`
+    says whether the work it was given may have killed it. `unusable(why)`: the settings ask for a device or an
+    implementation that is not here, and no worker will ever be ready.
     """
 
     ready: Callable[[pb.Ready], None]
-    down: Callable[[], None]
+    down: Callable[[list[int]], None]
     lost: Callable[[bool], None]
     unusable: Callable[[str], None]
     log: Callable[..., None]
@@ -65,14 +67,18 @@ class CancelledTileError(Exception):
 class WorkerLink:
     """One worker process: ordered messages to it, futures of its answers."""
 
-    def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes], events: WorkerEvents) -> None:
+    def __init__(
+        self, sock: socket.socket, process: subprocess.Popen[bytes], events: WorkerEvents, running: RunningTiles
+    ) -> None:
         self.process = process
         self.pong = pb.Pong()
         self.alive = True
         self.device_failed = False
         self.unusable = ""  # why no worker can ever be ready, if so
-        self.down: Callable[[], None] = lambda: None  # called once it is gone, before anything that waited hears of it
+        # called once it is gone, before anything that waited hears of it
+        self.down: Callable[[list[int]], None] = lambda running: None
         self._sock = sock
+        self._running = running
         self._events = events
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
@@ -176,7 +182,8 @@ class WorkerLink:
         self._outbox.clear()
         # Not at once: this may be the end of a decision about what is on the device. What waits is told after it, or a
         # tile that comes back from the dead worker would make room there for one that had better wait for the next.
-        self._loop.call_soon(self.down)
+        self._loop.call_soon(self.down, self._running.oldest_first())
+        self._running.close()
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             if not future.done():
@@ -335,9 +342,14 @@ class Supervisor:
 
     def _spawn(self) -> WorkerLink:
         ours, theirs = link.make_pair()
-        with theirs:
-            process = self._start_process(theirs)
-        worker = WorkerLink(ours, process, self._events)
+        with contextlib.ExitStack() as unless_started:
+            unless_started.callback(ours.close)
+            with theirs:
+                running = RunningTiles.create()
+                unless_started.callback(running.close)
+                process = self._start_process(theirs)
+            unless_started.pop_all()
+        worker = WorkerLink(ours, process, self._events, running)
         configure = pb.Configure(
             device=self._options.device,
             implementation=self._options.implementation,
@@ -346,7 +358,7 @@ class Supervisor:
             issue_ahead_us=int(1e6 * self._options.issue_ahead_s),
             log_level=self._options.log_level,
         )
-        worker.send(pb.ToWorker(configure=configure))
+        worker.send(pb.ToWorker(configure=configure), running.fd)
         return worker
 
     def _start_process(self, theirs: socket.socket) -> subprocess.Popen[bytes]:

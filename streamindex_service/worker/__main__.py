@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from streamindex_service.ipc import link
+from streamindex_service.ipc.running import RunningTiles
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops import compiled
 from streamindex_service.ops.cached_attention import ATTENTION_TERMS
@@ -50,9 +51,10 @@ class Worker:
 
     def run(self) -> None:
         """Serve until the link closes or a Shutdown comes."""
-        data, _ = link.receive(self._sock)
+        data, fd = link.receive(self._sock)
+        assert fd is not None
         try:
-            device = self._configure(pb.ToWorker.FromString(data).configure)
+            device = self._configure(pb.ToWorker.FromString(data).configure, RunningTiles.receive(fd))
         except UnusableDeviceError as error:
             failed = pb.Failed(kind=pb.FAILURE_KIND_UNUSABLE, detail=str(error))
             self._send(pb.FromWorker(failed=failed))
@@ -69,7 +71,7 @@ class Worker:
                 self._execute(command.message, command.fd)
         self._executor.finish()
 
-    def _configure(self, configure: pb.Configure) -> Device:
+    def _configure(self, configure: pb.Configure, running: RunningTiles) -> Device:
         if configure.log_level:
             logs.configure(configure.log_level)
         if configure.cpu_threads:
@@ -87,7 +89,9 @@ class Worker:
         self._commands = Commands(
             configure.issue_ahead_us / 1e6, lacks_pages=lambda tile: self._executor.lacks_pages(tile)
         )
-        self._executor = Executor(device, self._implementation, self._attention, self._send, self._commands.finished)
+        self._executor = Executor(
+            device, self._implementation, self._attention, self._send, self._commands.finished, running
+        )
         canary.run(device, self._implementation, self._attention)
         if device.is_cuda:
             torch.cuda.empty_cache()
@@ -234,7 +238,11 @@ class Worker:
     def _fail(self, message: pb.ToWorker, kind: pb.FailureKind, error: Exception) -> None:
         inner: Any = getattr(message, message.WhichOneof("message") or "")
         work_id = getattr(inner, "tile_id", 0) or getattr(inner, "operation_id", 0) or getattr(inner, "view_id", 0)
-        self._send(pb.FromWorker(failed=pb.Failed(id=work_id, kind=kind, detail=repr(error)[:4000])))
+        failed = pb.FromWorker(failed=pb.Failed(id=work_id, kind=kind, detail=repr(error)[:4000]))
+        if kind == pb.FAILURE_KIND_DEVICE:
+            self._send(failed)  # this process ends: what it was running stays listed
+        else:
+            self._executor.fail(work_id, failed)
 
     def _send(self, message: pb.FromWorker) -> None:
         with self._send_lock:

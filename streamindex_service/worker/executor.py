@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from streamindex_service.ipc.running import RunningTiles
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops.cached_attention import CachedSequence
 from streamindex_service.ops.paged_keys import PagedKeys
@@ -48,7 +49,11 @@ class _Issued:
 
 
 class Executor:
-    """One device. `send` and `finished` (of the work with this number) may be called from several threads."""
+    """One device. `send` and `finished` (of the work with this number) may be called from several threads.
+
+    running: where the frontend finds the tiles that the device has. Work that raises is not over: it may be tried
+    again, and until `fail` it counts as running.
+    """
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class Executor:
         attention: str,
         send: Callable[[pb.FromWorker], None],
         finished: Callable[[int], None] = lambda work_id: None,
+        running: RunningTiles | None = None,
     ) -> None:
         if device.is_cuda:
             self._promote = _stream(device)
@@ -78,6 +84,7 @@ class Executor:
         self._attending: queue.Queue[_Issued | None] = queue.Queue()
         self._loading: queue.Queue[_Issued | None] = queue.Queue()
         self._running: dict[int, float] = {}  # work id -> when it started
+        self._tiles = running
         self._lock = threading.Lock()
         self._queues = (self._issued, self._attending, self._loading)
         self._reporters = [
@@ -112,6 +119,10 @@ class Executor:
             issued.put(None)
             reporter.join()
 
+    def fail(self, work_id: int, reply: pb.FromWorker) -> None:
+        """Work that raised is not tried again: tell so. What never began is told of all the same."""
+        self._end(work_id, reply)
+
     def unmap_segment(self, segment_id: int) -> None:
         """Let go of a segment, once no copy reads it any more."""
         if self._device.is_cuda:
@@ -133,11 +144,7 @@ class Executor:
             message.operation_id,
             lambda *_: pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.operation_id)),
         )
-        try:
-            self._copy_pages(message, work)
-        except BaseException:
-            self._end(work)
-            raise
+        self._copy_pages(message, work)
         self._loading.put(work)
 
     def _copy_pages(self, message: pb.LoadPages, work: _Issued) -> None:
@@ -206,25 +213,25 @@ class Executor:
             return pb.FromWorker(tile_done=done)
 
         work = self._begin(tile_id, reply)
-        try:
-            yield work
-        except BaseException:
-            self._end(work)
-            raise
+        if self._tiles is not None:
+            with self._lock:
+                self._tiles.add(tile_id)
+        yield work
         issued.put(work)
 
     def _begin(self, work_id: int, reply: Callable[[float, float], pb.FromWorker]) -> _Issued:
         started = time.monotonic()
         with self._lock:
-            self._running[work_id] = started
+            self._running.setdefault(work_id, started)  # it may be tried again
         return _Issued(work_id, started, reply)
 
-    def _end(self, work: _Issued, reply: pb.FromWorker | None = None) -> None:
+    def _end(self, work_id: int, reply: pb.FromWorker) -> None:
         with self._lock:
-            self._running.pop(work.work_id, None)
-        if reply is not None:  # first: the frontend's way back takes longer than the issue of the next tile
-            self._send(reply)
-        self._finished(work.work_id)
+            self._running.pop(work_id, None)
+            if self._tiles is not None:
+                self._tiles.remove(work_id)
+        self._send(reply)  # first: the frontend's way back takes longer than the issue of the next tile
+        self._finished(work_id)
 
     def _host_tensors(
         self, message: pb.SearchTile, keys: PagedKeys
@@ -343,11 +350,10 @@ class Executor:
             try:
                 seconds = self._wait(work)
             except Exception as error:  # asynchronous CUDA errors surface here
-                self._end(work)
                 failed = pb.Failed(id=work.work_id, kind=pb.FAILURE_KIND_DEVICE, detail=repr(error))
                 self._send(pb.FromWorker(failed=failed))
                 os._exit(DEVICE_FAILED_EXIT_CODE)  # a CUDA context that has failed once fails for ever
-            self._end(work, work.reply(seconds, time.monotonic()))
+            self._end(work.work_id, work.reply(seconds, time.monotonic()))
 
     def _wait(self, work: _Issued) -> float:
         if work.end_event is None:

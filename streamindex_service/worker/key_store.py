@@ -106,12 +106,15 @@ class KeyStore:
         return self.extents[extent_id][offset_bytes : offset_bytes + size_bytes]
 
     def define_view(self, message: pb.DefineView) -> None:
-        """Add pages to a view; the last message makes it usable. Raises MissingMemoryError for a missing extent."""
-        slots = self._partial.setdefault(message.view_id, [])
-        slots.append((_numbers(message.extent_ids), _numbers(message.extent_offsets)))
+        """Add pages to a view; the last message makes it usable. Raises MissingMemoryError for a missing extent.
+
+        What raises has changed nothing: given again, the last message finds the pages of those before it.
+        """
+        part = _numbers(message.extent_ids), _numbers(message.extent_offsets)
+        slots = [*self._partial.get(message.view_id, ()), part]
         if not message.complete:
+            self._partial[message.view_id] = slots
             return
-        del self._partial[message.view_id]
         extent_ids, starts = (np.concatenate(parts) for parts in zip(*slots, strict=True))
         used, which = np.unique(extent_ids, return_inverse=True)
         extents = [self.extents[int(extent_id)] for extent_id in used]
@@ -124,11 +127,12 @@ class KeyStore:
             whole = pages(0, (PAGE_KEYS * (row_bytes + scale_bytes),), torch.uint8)
             kv_format = KV_FORMATS[message.kv_format]
             self._kv_views[message.view_id] = PagedKvRows(kv_format, message.head_dim, message.length_keys, whole)
-            return
-        key_format = FORMATS[message.key_format]
-        values = pages(0, (PAGE_KEYS, message.head_dim), key_format.torch_dtype)
-        scales = pages(PAGE_KEYS * row_bytes, (PAGE_KEYS,), torch.float32) if key_format.has_scales else None
-        self._views[message.view_id] = PagedKeys(key_format, message.head_dim, message.length_keys, values, scales)
+        else:
+            key_format = FORMATS[message.key_format]
+            values = pages(0, (PAGE_KEYS, message.head_dim), key_format.torch_dtype)
+            scales = pages(PAGE_KEYS * row_bytes, (PAGE_KEYS,), torch.float32) if key_format.has_scales else None
+            self._views[message.view_id] = PagedKeys(key_format, message.head_dim, message.length_keys, values, scales)
+        self._partial.pop(message.view_id, None)
 
     def view(self, view_id: int) -> PagedKeys:
         """A view. Raises MissingMemoryError."""

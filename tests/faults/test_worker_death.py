@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 from streamindex.v1 import search_pb2
 
+from streamindex_service.ipc.running import TABLE_BYTES, RunningTiles
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import (
     Calls,
@@ -22,8 +25,8 @@ from tests.support.calls import (
     query_chunks,
     search_header,
 )
-from tests.support.services import ROOMY, is_idle, wait_for
-from tests.support.tensors import FP8, Draw, Kind, expected
+from tests.support.services import ROOMY, WAIT_S, is_idle, wait_for
+from tests.support.tensors import FP8, Draw, Kind, Queries, expected
 
 KIND = Kind(heads=3, head_dim=32)
 SERVING, NOT_SERVING = 1, 2
@@ -179,27 +182,82 @@ def test_a_worker_that_hangs_is_replaced(service, calls):
         assert worker not in service.worker_pids()
 
 
+def end_as_by_a_fault(worker):
+    """A stopped worker ends by itself; from outside it would be SIGKILL."""
+    os.kill(worker, signal.SIGUSR1)
+    os.kill(worker, signal.SIGCONT)
+
+
+def running_tiles(service):
+    """What the worker says that its device has."""
+    directory = f"/proc/{service.process.pid}/fd"
+    for name in os.listdir(directory):
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            path = f"{directory}/{name}"
+            if "memfd:streamindex" in os.readlink(path) and os.stat(path).st_size == TABLE_BYTES:
+                tiles = RunningTiles.receive(os.open(path, os.O_RDWR))
+                found = tiles.oldest_first()
+                tiles.close()
+                return found
+    return []
+
+
+def stop_in_a_tile(service):
+    """Stop the worker while the device has a tile: it comes between two of them, and tries again."""
+
+    def is_stopped(worker):
+        return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        wait_for(lambda: running_tiles(service))
+        worker = kill(service, signal.SIGSTOP)
+        wait_for(lambda worker=worker: is_stopped(worker))
+        if running_tiles(service):
+            return worker
+        os.kill(worker, signal.SIGCONT)
+    raise AssertionError("the device had no tile")
+
+
 def test_a_request_that_kills_its_workers_is_not_tried_for_ever(service, calls):
     draw = Draw(6)
-    keys, queries = draw.keys(KIND, 500), draw.queries(KIND, 20, start_position=490)
+    keys, queries = draw.keys(KIND, 20_000), draw.queries(KIND, 2000, start_position=20_000)
+    few = Queries(queries.q[:20], queries.w[:20], queries.positions[:20])
     with calls.cache(KIND, keys) as cache:
         restarts = calls.load().worker_restarts
         for deaths in (1, 2):
-            call = calls.start_search(KIND, cache.id, 29, start_position=490)
-            worker = kill(service, signal.SIGSTOP)
-            call.send(query_chunk(KIND, queries, 0, 20))
-            wait_for(lambda: calls.load().device.tiles == 1)
-            os.kill(worker, signal.SIGUSR1)  # it ends by itself, as by a fault; from outside it would be SIGKILL
-            os.kill(worker, signal.SIGCONT)
+            call = calls.start_search(KIND, cache.id, 29, start_position=20_000)
+            call.send(*query_chunks(KIND, queries, 500))
+            end_as_by_a_fault(stop_in_a_tile(service))
             assert call.refusal().error.reason == "WORKER_LOST"
             wait_for(lambda deaths=deaths: restarts + deaths == calls.load().worker_restarts)
             calls.wait_health(SERVING)
         with calls.search_call() as again:
-            again.send(search_header(KIND, cache.id, 29, start_position=490))
+            again.send(search_header(KIND, cache.id, 29, start_position=20_000))
             refusal = again.refusal()
         assert (refusal.code, refusal.error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "POISON")
-        found, _ = calls.search(KIND, cache.id, queries, 30)  # another one is served
-        assert np.array_equal(found, expected(KIND, keys, queries, 30)[0])
+        found, _ = calls.search(KIND, cache.id, few, 30)  # another one is served
+        assert np.array_equal(found, expected(KIND, keys, few, 30)[0])
+
+
+def test_a_request_that_the_device_was_never_given_is_not_blamed(service, calls):
+    """Though its tile was the only one that the worker had: it lay in the link."""
+    draw = Draw(7)
+    keys, queries = draw.keys(KIND, 500), draw.queries(KIND, 20, start_position=490)
+    with calls.cache(KIND, keys) as cache:
+        restarts = calls.load().worker_restarts
+        for deaths in (1, 2):
+            call = calls.start_search(KIND, cache.id, 28, start_position=490)
+            worker = kill(service, signal.SIGSTOP)
+            call.send(query_chunk(KIND, queries, 0, 20))
+            wait_for(lambda: calls.load().device.tiles == 1)
+            assert running_tiles(service) == []
+            end_as_by_a_fault(worker)
+            assert call.refusal().error.reason == "WORKER_LOST"
+            wait_for(lambda deaths=deaths: restarts + deaths == calls.load().worker_restarts)
+            calls.wait_health(SERVING)
+        found, _ = calls.search(KIND, cache.id, queries, 28)
+        assert np.array_equal(found, expected(KIND, keys, queries, 28)[0])
 
 
 def test_descriptors_do_not_add_up(service, calls):

@@ -26,13 +26,14 @@ from streamindex_service.ipc import supervisor as module
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
-# What stands in for a worker: says that it is ready, answers pings, and does what a tile's id says.
+# What stands in for a worker: says that it is ready, answers pings, and does what a tile's rows say.
 STAND_IN = """
 import os, socket, sys, time
 from streamindex_service.ipc import link
+from streamindex_service.ipc.running import RunningTiles
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 sock = socket.socket(fileno=int(sys.argv[1]))
-link.receive(sock)
+running = RunningTiles.receive(link.receive(sock)[1])
 link.send(sock, pb.FromWorker(ready=pb.Ready(device_name="stand-in")))
 if os.environ.get("STAND_IN") == "ends at once":
     os._exit(0)
@@ -48,6 +49,10 @@ while True:
         sys.exit(0)
     elif kind == "search_tile":
         what, tile = message.search_tile.rows, message.search_tile.tile_id
+        if what:  # others wait here
+            running.add(tile)
+        if what in (1, 3):
+            running.remove(tile)
         if what == 1:
             link.send(sock, pb.FromWorker(tile_done=pb.TileDone(tile_id=tile, device_us=5)))
         elif what == 2:
@@ -57,7 +62,11 @@ while True:
             link.send(sock, pb.FromWorker(failed=pb.Failed(id=tile, kind=failure, detail="/secret/path")))
         elif what == 4:
             time.sleep(1000)
+        elif what == 6:
+            link.send(sock, pb.FromWorker(failed=pb.Failed(id=tile, kind=pb.FAILURE_KIND_DEVICE)))
+            os._exit(3)
 """
+HELD_BACK, DONE, EXITS, DEFECT, HANGS, RUNS, DEVICE_FAILS = range(7)  # what becomes of a tile
 
 
 def tile_message(view, block, rows, tile_id):
@@ -128,8 +137,8 @@ async def stand_in(tmp_path, monkeypatch):
         device.on_ready()
         events.put("ready", info)
 
-    def down():
-        device.on_down()
+    def down(running):
+        device.on_down(running)
         events.put("down")
 
     def lost(blamed):
@@ -188,7 +197,8 @@ async def test_a_worker_that_exits_loses_its_tiles_and_is_replaced(stand_in):
 async def test_a_worker_killed_from_outside_is_nobodys_fault(stand_in, number):
     running, device, events, tile = stand_in
     for _ in range(3):
-        waiting = tile(0, key="unlucky")
+        waiting = tile(RUNS, key="unlucky")
+        assert (await tile(DONE)).tile_done.device_us == 5  # by now it has the other one too
         running.link.process.send_signal(number)
         with pytest.raises(WorkerLostError):
             await waiting
@@ -223,6 +233,53 @@ async def test_the_request_that_kills_twice_is_poison_and_its_neighbours_are_not
     assert caught.value.metadata == {"workers_lost": "2"}
     assert caught.value.retry_after_ms is None
     device.refuse_poison("neighbour")
+
+
+@pytest.mark.parametrize("end", [EXITS, HANGS, DEVICE_FAILS])
+async def test_blamed_is_what_the_device_had_not_what_waited_in_the_worker(stand_in, end):
+    """Whatever the worker dies of: those of a lower band, or whose pages are being copied, are overtaken."""
+    _, device, events, tile = stand_in
+    for _ in range(2):
+        tiles = [tile(HELD_BACK, "waits"), tile(end, "killer"), tile(HELD_BACK, "comes later")]
+        for future in tiles:
+            with pytest.raises(WorkerLostError):
+                await future
+        assert await events.wait("lost") is True
+        await events.wait("ready")
+    with pytest.raises(PoisonError):
+        device.refuse_poison("killer")
+    device.refuse_poison("waits")
+    device.refuse_poison("comes later")
+
+
+async def test_of_what_the_device_had_the_oldest_is_blamed(stand_in):
+    _, device, events, tile = stand_in
+    for _ in range(2):
+        assert (await tile(DONE, "done")).tile_done.device_us == 5
+        tiles = [tile(HELD_BACK, "waits"), tile(RUNS, "oldest"), tile(EXITS, "younger")]
+        for future in tiles:
+            with pytest.raises(WorkerLostError):
+                await future
+        assert await events.wait("lost") is True
+        await events.wait("ready")
+    with pytest.raises(PoisonError):
+        device.refuse_poison("oldest")
+    for key in ("done", "waits", "younger"):
+        device.refuse_poison(key)
+
+
+async def test_a_worker_that_dies_with_nothing_on_the_device_is_nobody_s_fault(stand_in):
+    running, device, events, tile = stand_in
+    for _ in range(2):
+        waiting = tile(HELD_BACK, "waits")
+        assert (await tile(DONE, "done")).tile_done.device_us == 5
+        running.link.process.send_signal(signal.SIGUSR1)  # as by a fault
+        with pytest.raises(WorkerLostError):
+            await waiting
+        assert await events.wait("lost") is True
+        await events.wait("ready")
+    for key in ("waits", "done"):
+        device.refuse_poison(key)
 
 
 async def test_who_has_not_learnt_that_the_worker_is_gone_is_not_accused_of_the_next_death(stand_in):

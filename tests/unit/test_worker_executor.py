@@ -12,6 +12,8 @@ from streamindex_service.worker.device import Device
 from streamindex_service.worker.executor import Executor
 from streamindex_service.worker.key_store import MissingMemoryError
 
+FAILED = pb.FromWorker(failed=pb.Failed(kind=pb.FAILURE_KIND_OUT_OF_MEMORY))
+
 
 @pytest.fixture
 def sent():
@@ -38,6 +40,8 @@ def test_pages_that_cannot_be_copied_hold_no_place(executor, sent):
     for _ in range(20):
         with pytest.raises(MissingMemoryError):
             executor.load_pages(missing)
+        executor.fail(1, FAILED)
+        assert sent.get(timeout=20) is FAILED
     assert executor.oldest_running_ms() == 0
     executor.load_pages(pb.LoadPages(operation_id=2, page_bytes=64))
     assert sent.get(timeout=20).operation_done.operation_id == 2
@@ -47,6 +51,9 @@ def test_tiles_of_a_view_that_is_not_there_hold_no_place(executor, sent, finishe
     for tile in range(1, 20):
         with pytest.raises(MissingMemoryError):
             executor.search_tile(pb.SearchTile(tile_id=tile, sequences=[pb.SearchSequence(view_id=9)]))
+        assert len(finished) == tile - 1  # it may be tried again
+        executor.fail(tile, FAILED)
+        assert sent.get(timeout=20) is FAILED
     assert finished == list(range(1, 20))
     assert executor.oldest_running_ms() == 0
     executor.load_pages(pb.LoadPages(operation_id=100, page_bytes=64))

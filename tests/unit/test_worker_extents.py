@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ class _Store:
 class _ShortExecutor:
     """Finds memory for an operation only when as many bytes wait for nobody."""
 
-    def __init__(self, extents: Extents, most_spare_bytes: int) -> None:
+    def __init__(self, extents: Extents, most_spare_bytes: int, send: Callable[[pb.FromWorker], None]) -> None:
+        self.send = send
         self.store = _Store(extents)
         self.most_spare_bytes = most_spare_bytes
         self.tries = 0
@@ -78,6 +80,10 @@ class _ShortExecutor:
         self.tries += 1
         if self.store.extents.spare_bytes > self.most_spare_bytes:
             raise torch.OutOfMemoryError("none left")
+
+    def fail(self, work_id: int, reply: pb.FromWorker) -> None:
+        assert reply.failed.id == work_id
+        self.send(reply)
 
     def memory(self) -> DeviceMemory:
         return DeviceMemory()
@@ -106,7 +112,7 @@ def test_memory_that_waits_goes_to_whoever_finds_none(extents, link, most_spare_
     extents.allocate(1, 4096)
     extents.free(1)
     worker = Worker(link[1])
-    worker._executor = executor = _ShortExecutor(extents, most_spare_bytes)
+    worker._executor = executor = _ShortExecutor(extents, most_spare_bytes, worker._send)
     worker._try(pb.ToWorker(load_pages=pb.LoadPages(operation_id=7)), None)
     assert executor.tries == tries
     assert extents.spare_bytes == (4096 if tries == 1 else 0)
@@ -116,7 +122,7 @@ def test_memory_that_waits_goes_to_whoever_finds_none(extents, link, most_spare_
 
 def test_without_anything_that_waits_it_is_tried_once(extents, link):
     worker = Worker(link[1])
-    worker._executor = executor = _ShortExecutor(extents, -1)
+    worker._executor = executor = _ShortExecutor(extents, -1, worker._send)
     worker._try(pb.ToWorker(load_pages=pb.LoadPages(operation_id=7)), None)
     assert executor.tries == 1
     assert [reply.failed.kind for reply in _replies(link)] == [pb.FAILURE_KIND_OUT_OF_MEMORY]
