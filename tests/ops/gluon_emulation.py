@@ -7,7 +7,6 @@ and the order of sums are not.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,9 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from streamindex_service.ops import sparse_attention
+from tests.ops.fresh_modules import import_afresh
 
-_MODULES = ("hopper_few_heads_gather", "hopper_few_heads_products", "hopper_few_heads")
+_OPS = "streamindex_service.ops"
+_MODULES = (
+    f"{_OPS}.gluon_names",
+    f"{_OPS}.sparse_attention.hopper_few_heads_gather",
+    f"{_OPS}.sparse_attention.hopper_few_heads_products",
+    f"{_OPS}.sparse_attention.hopper_few_heads",
+)
 
 
 class Value:
@@ -179,8 +184,9 @@ def _language(ids: list[int], programs: list[int]) -> dict[str, Any]:
         **{name: getattr(torch, name) for name in ("int16", "int32", "int64", "float16", "float32", "bfloat16")},
         **dict.fromkeys(
             ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout",
-             "SharedLinearLayout", "DistributedLinearLayout", "thread_barrier"), nothing,
+             "SharedLinearLayout", "DistributedLinearLayout"), nothing,
         ),
+        "thread_barrier": lambda: None,
         "constexpr": lambda x: x,
         "pointer_type": lambda dtype: dtype,
         "program_id": lambda axis: Value(torch.tensor(ids[axis])),
@@ -248,6 +254,7 @@ def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         f"{path}.language.nvidia": {},
         f"{path}.language.nvidia.ampere": {"mma_v2": _mma},
         f"{path}.language.nvidia.ampere.async_copy": copies,
+        f"{path}.language.nvidia.hopper": {},
     }
     for name, members in modules.items():
         module = ModuleType(name)
@@ -255,8 +262,4 @@ def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.setitem(sys.modules, name, module)
         if "." in name:
             setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], module)
-    for name in _MODULES:  # as they were, afterwards
-        monkeypatch.setitem(sys.modules, f"{sparse_attention.__name__}.{name}", ModuleType(name))
-        del sys.modules[f"{sparse_attention.__name__}.{name}"]
-        monkeypatch.setattr(sparse_attention, name, None, raising=False)
-    return importlib.import_module(f"{sparse_attention.__name__}.{_MODULES[-1]}")
+    return import_afresh(monkeypatch, *_MODULES)[-1]

@@ -24,25 +24,20 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from streamindex_service.ops import gluon_names
+from streamindex_service.ops.gluon_names import barrier, load_tile, missing
 from streamindex_service.ops.sparse_attention import hopper_gather
 from streamindex_service.ops.sparse_attention.hopper_gather import span
 from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
-# What this module takes from Gluon and this Triton's does not have.
-MISSING = [
-    name
-    for module, names in (
-        (gl, ("warp_specialize", "allocate_shared_memory", "NVMMADistributedLayout")),
-        (hopper, ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared")),
-        (async_copy, ("async_copy_global_to_shared", "commit_group", "mbarrier_arrive", "wait_group")),
-    )
-    for name in names
-    if not hasattr(module, name)
-]
-# named so in Triton 3.6, and later
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-_copy = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+# What this module and hopper_gather.py take from Gluon and this Triton's does not have.
+MISSING = missing(
+    (gl, ("warp_specialize", "allocate_shared_memory", "NVMMADistributedLayout", "inline_asm_elementwise")),
+    (hopper, ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared")),
+    (async_copy, ("commit_group", "mbarrier_arrive", "wait_group")),
+    (gluon_names, ("barrier", "load_tile", "load_async", "view")),
+)
 _LOG2E = 1.4426950408889634
 _LN2 = gl.constexpr(0.6931471805599453)
 _HEADS = 64
@@ -126,9 +121,9 @@ def _ask(
     if item < items:
         row = item // HEAD_BLOCKS // splits * HEADS + item % HEAD_BLOCKS * 64
         hopper.mbarrier.expect(q_full, 128 * (DIM + TAIL))
-        _copy(q_desc, [row, 0], q_full, q_smem)
+        load_tile(q_desc, [row, 0], q_full, q_smem)
         if TAIL > 0:
-            _copy(q_tail_desc, [row, DIM], q_full, q_tail_smem)
+            load_tile(q_tail_desc, [row, DIM], q_full, q_tail_smem)
 
 
 @gluon.jit
@@ -182,7 +177,7 @@ def _weigh(
                 weight_full, weight_empty, done, MESSAGES,
             )  # fmt: skip
             done += 1
-        _barrier()  # every warp is done with the queries
+        barrier()  # every warp is done with the queries
         following = item + gl.num_programs(0)
         _ask(q_desc, q_tail_desc, following, items, splits, q_smem, q_tail_smem, q_full, HEADS, DIM, TAIL)
         nothing = total == 0.0
@@ -301,7 +296,7 @@ def attend_kernel(
         hopper.mbarrier.init(weight_full.index(message), count=1)
         hopper.mbarrier.init(weight_empty.index(message), count=2)
     hopper.fence_async_shared()
-    _barrier()
+    barrier()
     # the tuples stand here in full: put into a variable, a constexpr becomes a tensor
     if NARROW == 0:
         gl.warp_specialize(

@@ -38,6 +38,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from streamindex_service.ops import gluon_names
+from streamindex_service.ops.gluon_names import barrier, missing, view
 from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
     ROTARY_WORDS,
     SHARE_HEAD,
@@ -48,7 +50,6 @@ from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
     power,
     share_scales,
     start_copies,
-    view,
     word_layout,
 )
 from streamindex_service.ops.sparse_attention.hopper_few_heads_products import (
@@ -62,20 +63,14 @@ from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
 # What this module takes from Gluon and this Triton's does not have.
-MISSING = [
-    name
-    for module, names in (
-        (gl, ("allocate_shared_memory", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout")),
-        (gl, ("SharedLinearLayout", "inline_asm_elementwise")),
-        (gluon, ("constexpr_function",)),
-        (ampere, ("mma_v2",)),
-        (async_copy, ("commit_group", "wait_group")),
-    )
-    for name in names
-    if not hasattr(module, name)
-]
-# named so in Triton 3.6, and later
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+MISSING = missing(
+    (gl, ("allocate_shared_memory", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout")),
+    (gl, ("SharedLinearLayout", "inline_asm_elementwise")),
+    (gluon, ("constexpr_function",)),
+    (ampere, ("mma_v2",)),
+    (async_copy, ("commit_group", "wait_group")),
+    (gluon_names, ("barrier", "load_async", "view")),
+)
 _LOG2E = 1.4426950408889634
 _LN2 = gl.constexpr(0.6931471805599453)
 HEADS_A_PROGRAM = gl.constexpr(16)  # M of mma.sync
@@ -217,7 +212,7 @@ def attend_kernel(
 
     down = load_queries(q, query_smem, token, first_head, HEADS, VALUES + TAIL, NARROW, WARPS)
     scale_head = gl.convert_layout(down, mma) * scale_log2
-    _barrier()
+    barrier()
     queries = hold_queries(query_smem, GROUPS, USED if HELD_QUERIES else 0, left)
     head = first_head + gl.arange(0, 16, layout=gl.SliceLayout(1, left))
     element = gl.expand_dims(NARROW + gl.arange(0, 2 * ROTARY_WORDS, layout=gl.SliceLayout(0, left)), 0)
@@ -235,7 +230,7 @@ def attend_kernel(
     for start in range(begin, end, BLOCK):
         slot, ahead = done % STAGES, (done + STAGES - 1) % STAGES
         async_copy.wait_group(STAGES - 2)
-        _barrier()
+        barrier()
         start_copies(
             data, scales, found, rows, value_smem.index(ahead), rotary_smem.index(ahead), scale_smem.index(ahead),
             bias_smem.index(ahead), ROW, NARROW, ROTARY, WARPS,

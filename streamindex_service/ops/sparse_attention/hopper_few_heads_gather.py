@@ -10,9 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-# named so in later Tritons, and in 3.6
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+from streamindex_service.ops.gluon_names import load_async
+
 WORDS = gl.constexpr(128)  # of four e4m3 of a row
 ROTARY_WORDS = gl.constexpr(32)  # of two bf16
 SHARE_HEAD = gl.constexpr(2.0**5)  # what shares in f16 are multiplied by: the range of f16 lies below
@@ -58,12 +57,6 @@ def exponent_of(x):
 
 
 @gluon.jit
-def view(smem, kind: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    """The same shared memory as elements of another type."""
-    return smem.reinterpret(kind, shape, layout) if _REINTERPRET else smem._reinterpret(kind, shape, layout)
-
-
-@gluon.jit
 def load_entries(entries, start, end, BLOCK: gl.constexpr, WARPS: gl.constexpr):
     """A block of entries, −1 behind the end, three times: for each way of copying as its threads need them."""
     layouts: gl.constexpr = _copy_layouts(WARPS)
@@ -88,19 +81,19 @@ def start_copies(
     valid = (found[0] >= 0) & (found[0] < rows)
     row = data + gl.expand_dims(gl.where(valid, found[0], 0).to(gl.int64) * (ROW // 4), 1)
     word = gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, layouts[0])), 0)
-    _copy(value_smem, row + word, mask=gl.expand_dims(valid, 1) & (word < NARROW // 4))
+    load_async(value_smem, row + word, mask=gl.expand_dims(valid, 1) & (word < NARROW // 4))
     valid = (found[1] >= 0) & (found[1] < rows)
     row = data + gl.expand_dims(gl.where(valid, found[1], 0).to(gl.int64) * (ROW // 4), 1)
     word = gl.expand_dims(gl.arange(0, ROTARY_WORDS, layout=gl.SliceLayout(0, layouts[1])), 0)
-    _copy(rotary_smem, row + (ROTARY // 4 + word), mask=gl.expand_dims(valid, 1) & (word >= 0))
+    load_async(rotary_smem, row + (ROTARY // 4 + word), mask=gl.expand_dims(valid, 1) & (word >= 0))
     valid = (found[2] >= 0) & (found[2] < rows)
     index = gl.where(valid, found[2], 0).to(gl.int64)
     if NARROW == 448:  # eight exponent bytes beside the row
-        _copy(scale_smem, scales + index, mask=valid)
+        load_async(scale_smem, scales + index, mask=valid)
     else:  # four float32 behind its values
         group = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, layouts[2])), 1)
         place = data + (gl.expand_dims(index * (ROW // 4) + NARROW // 4, 0) + group)
-        _copy(scale_smem, place, mask=gl.expand_dims(valid, 0) & (group >= 0))
+        load_async(scale_smem, place, mask=gl.expand_dims(valid, 0) & (group >= 0))
     async_copy.commit_group()
     bias_smem.store(gl.where(valid, 0.0, float("-inf")))
 

@@ -9,13 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
-    SHARE_HEAD,
-    WORDS,
-    exponent_of,
-    power,
-    view,
-)
+from streamindex_service.ops.gluon_names import view
+from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import SHARE_HEAD, WORDS, exponent_of, power
 
 # Of a head's queries in f16 the largest element has this exponent; exponents as float32 has them may be between these.
 _QUERY_HEAD, _LEAST_QUERY, _LARGEST_QUERY = gl.constexpr(14), gl.constexpr(20), gl.constexpr(254)

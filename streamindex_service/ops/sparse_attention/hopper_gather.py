@@ -16,6 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from streamindex_service.ops.gluon_names import load_async, view
+
 _WORDS = gl.constexpr(16)  # of four e4m3 values, or 32 of two bf16: 64 elements, a column of the swizzled stage
 _TOGETHER = gl.constexpr(2)  # pieces of 64 elements that are widened between two barriers
 # Four e4m3 values to bf16: their bits, moved to where bf16 has them, are the value times 2^-120. Exact, subnormals too.
@@ -51,6 +53,7 @@ _TIMES_SUM = gl.constexpr(
 """
     + _DONE
 )
+_FOUR_BF16 = gl.constexpr((gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16))
 
 
 @gluon.jit
@@ -90,12 +93,10 @@ def copy_rows(
             row = data + gl.expand_dims(place, 1)
             mask = gl.expand_dims(valid, 1)
             hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(
-                key_smem.index(slot), row + gl.expand_dims(dim, 0), mask=mask & (gl.expand_dims(dim, 0) >= 0)
-            )
+            load_async(key_smem.index(slot), row + gl.expand_dims(dim, 0), mask=mask & (gl.expand_dims(dim, 0) >= 0))
             if TAIL > 0:
                 tail = gl.expand_dims(gl.arange(0, TAIL, layout=gl.SliceLayout(0, wide)), 0)
-                async_copy.async_copy_global_to_shared(tail_smem.index(slot), row + DIM + tail, mask=mask & (tail >= 0))
+                load_async(tail_smem.index(slot), row + DIM + tail, mask=mask & (tail >= 0))
             async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
             bias_smem.index(slot).store(gl.where(valid, 0.0, float("-inf")))
             hopper.mbarrier.arrive(full.index(slot), count=1)
@@ -122,7 +123,7 @@ def _load_scales(data, scales, index, valid, NARROW: gl.constexpr, ROW: gl.const
 def _packed_pieces(keys, BLOCK: gl.constexpr, DIM: gl.constexpr):
     """A stage as pieces of packed words, one behind the other: [DIM / 32, BLOCK, 16] int32, 4 KiB each for 64 rows."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    return keys._reinterpret(gl.int32, [DIM // 32, BLOCK, _WORDS], flat)
+    return view(keys, gl.int32, [DIM // 32, BLOCK, _WORDS], flat)
 
 
 @gluon.jit
@@ -140,15 +141,13 @@ def _start_copies(
     mask = gl.expand_dims(valid, 1)
     pieces = _packed_pieces(keys, BLOCK, DIM)
     for piece in gl.static_range(PIECES):
-        async_copy.async_copy_global_to_shared(
-            pieces.index(PIECES + piece), row + (piece * _WORDS + column), mask=mask & (column >= 0)
-        )
+        load_async(pieces.index(PIECES + piece), row + (piece * _WORDS + column), mask=mask & (column >= 0))
     if NARROW < DIM:
-        rotary = keys._reinterpret(gl.int32, [BLOCK, DIM // 2], as_words).slice(NARROW // 2, 2 * _WORDS, dim=1)
+        rotary = view(keys, gl.int32, [BLOCK, DIM // 2], as_words).slice(NARROW // 2, 2 * _WORDS, dim=1)
     else:
-        rotary = tail._reinterpret(gl.int32, [BLOCK, 2 * _WORDS], as_words)
+        rotary = view(tail, gl.int32, [BLOCK, 2 * _WORDS], as_words)
     column = gl.expand_dims(gl.arange(0, 2 * _WORDS, layout=gl.SliceLayout(0, layout)), 0)
-    async_copy.async_copy_global_to_shared(rotary, row + (ROTARY // 4 + column), mask=mask & (column >= 0))
+    load_async(rotary, row + (ROTARY // 4 + column), mask=mask & (column >= 0))
     async_copy.commit_group()
 
 
@@ -161,12 +160,11 @@ def _twice(x):
 @gluon.jit
 def _widen(words, scales, piece: gl.constexpr, BLOCK: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr):
     """64 elements of a block of rows in bf16: [BLOCK, 64]."""
-    kind: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16)
     if NARROW == 448:
         # an exponent byte is the exponent field of a bf16
         scale = _twice((((scales[0] >> (8 * piece)) & 0xFF) << 7).to(gl.int32))
         a, b, c, d = gl.inline_asm_elementwise(
-            _TIMES_POWER, "=h,=h,=h,=h,r,r", [words, gl.expand_dims(scale, 1)], dtype=kind, is_pure=True, pack=1
+            _TIMES_POWER, "=h,=h,=h,=h,r,r", [words, gl.expand_dims(scale, 1)], dtype=_FOUR_BF16, is_pure=True, pack=1
         )
     else:
         scale = scales[piece * 64 // GROUP].to(gl.float32, bitcast=True)
@@ -175,7 +173,7 @@ def _widen(words, scales, piece: gl.constexpr, BLOCK: gl.constexpr, NARROW: gl.c
         high_bits = gl.expand_dims(_twice(high.to(gl.uint16, bitcast=True).to(gl.int32)), 1)
         low_bits = gl.expand_dims(_twice(low.to(gl.uint16, bitcast=True).to(gl.int32)), 1)
         a, b, c, d = gl.inline_asm_elementwise(
-            _TIMES_SUM, "=h,=h,=h,=h,r,r,r", [words, high_bits, low_bits], dtype=kind, is_pure=True, pack=1
+            _TIMES_SUM, "=h,=h,=h,=h,r,r,r", [words, high_bits, low_bits], dtype=_FOUR_BF16, is_pure=True, pack=1
         )
     return gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), (BLOCK, 64))
 

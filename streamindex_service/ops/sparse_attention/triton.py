@@ -1,6 +1,7 @@
 """Fused kernels: attention of each query token over the rows that its indices name, and the sum of split parts.
 
-Triton is imported here and in hopper*.py only. With TRITON_INTERPRET=1 the same code runs on CPU tensors, for tests.
+Triton is imported here, in hopper*.py and gluon_names.py only. With TRITON_INTERPRET=1 the same code runs on CPU
+tensors, for tests.
 
 One program takes a block of heads of one token: heads are the M operand of both products, the gathered rows the N
 operand of the first and the K operand of the second. Keys and values are the same rows, so a row is gathered once. The

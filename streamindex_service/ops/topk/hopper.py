@@ -17,6 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from streamindex_service.ops import gluon_names
+from streamindex_service.ops.gluon_names import barrier, load_tile, missing
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.topk.hopper_sums import score_layout, scores_of
 from streamindex_service.ops.topk.hopper_work import group_work, part_at, segment, share, trim
@@ -24,21 +26,11 @@ from streamindex_service.ops.topk.parts import PartTable
 from streamindex_service.ops.topk.plan import KernelTiles, shared_queries
 
 # What this module takes from Gluon and this Triton's does not have.
-MISSING = [
-    name
-    for module, names in (
-        (
-            gl,
-            ("warp_specialize", "allocate_shared_memory", "NVMMADistributedLayout", "abs", "fma", "split", "broadcast"),
-        ),
-        (hopper, ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared")),
-    )
-    for name in names
-    if not hasattr(module, name)
-]
-# named so in Triton 3.6, and later
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-_copy = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+MISSING = missing(
+    (gl, ("warp_specialize", "allocate_shared_memory", "NVMMADistributedLayout", "abs", "fma", "split", "broadcast")),
+    (hopper, ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared")),
+    (gluon_names, ("barrier", "load_tile")),
+)
 _ELEMENTS = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _WORKER_REGISTERS = 112
 _FEEDER_REGISTERS = 24
@@ -147,7 +139,7 @@ def _feed_rows(
                     gate *= 0.5  # see scores_of
                 hopper.mbarrier.wait(empty.index(slot), ((turn // STAGES) & 1) ^ 1)
                 hopper.mbarrier.expect(full.index(slot), BYTES)
-                _copy(q_desc, [(row_start + row) * HEADS, 0], full.index(slot), q_smem.index(slot))
+                load_tile(q_desc, [(row_start + row) * HEADS, 0], full.index(slot), q_smem.index(slot))
                 w_smem.index(slot).store(gate)
                 hopper.mbarrier.arrive(full.index(slot), count=1)
                 row += QUERIES
@@ -329,7 +321,7 @@ def score_kernel(
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_KEYS, HEAD_DIM], element)
     k_smem = gl.allocate_shared_memory(element, [BLOCK_KEYS, HEAD_DIM], k_layout)
     hopper.fence_async_shared()
-    _barrier()
+    barrier()
     # the tuples stand here in full: put into a variable, a constexpr becomes a tensor
     gl.warp_specialize(
         [
