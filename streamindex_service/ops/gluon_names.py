@@ -32,8 +32,11 @@ def missing(*needed: tuple[object, tuple[str, ...]]) -> list[str]:
 def _is_stub(found: object) -> bool:
     if not inspect.isfunction(found):
         return False
-    kinds = {parameter.kind for parameter in inspect.signature(found).parameters.values()}
-    return {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
+    parameters = inspect.signature(found).parameters.values()
+    variable = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    # what Triton's interpreter puts in place of a function takes anything too, and has a parameter of its own
+    named = {parameter.name for parameter in parameters if parameter.kind not in variable}
+    return variable <= {parameter.kind for parameter in parameters} and named <= {"_semantic"}
 
 
 # the first is Triton 3.9's name, the other 3.6's

@@ -95,3 +95,12 @@ def test_either_name_will_do(
             names_now, *_ = import_afresh(patch, *MODULES)
             assert getattr(names_now, shared_name) is works
             assert chosen(patch) == (BOTH, True)
+
+
+def test_what_the_interpreter_puts_in_place_is_no_stub() -> None:
+    """Once anything was interpreted in this process, functions of Triton's language take any arguments too."""
+    from streamindex_service.ops.gluon_names import missing
+
+    here = type("Here", (), {"patched": staticmethod(lambda *args, member=None, **kwargs: None), "stub": stub})
+    assert missing((here, ("patched",))) == []
+    assert missing((here, ("stub", "gone"))) == ["stub", "gone"]
