@@ -18,7 +18,7 @@ Pure decisions: what they mean for the device is told through callbacks, in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from streamindex_service.core.estimates import DeviceSpeed
@@ -32,6 +32,7 @@ from streamindex_service.core.working_set import Needed, WorkingSet, WorkingSetL
 from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError
 
 _FED = 2  # turns that keep the device busy, however long they are: one runs, one is ready
+_AMPLE_PART = 16  # of the budget: what a turn's workspace comes to before layers that are not needed now
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,11 @@ class Governor:
         self.scheduler.refuse_hopeless(caller, band, self._in_flight_s, run_s, deadline_s)
         search = OpenSearch(caller, band, snapshot)
         self._open.add(search)
+        # Its rows are yet to come, and may be long in coming where many bring theirs: that it has come counts.
+        page_set = self.working_set.taking_part(least.pages)
+        if page_set is not None:
+            search.page_sets[least.speed] = page_set
+            self.working_set.come(page_set)
         return search
 
     def refuse_what_never_fits(self, need: Need) -> None:
@@ -181,15 +187,23 @@ class Governor:
         others: it is brought for as many rows as there can be, or few rows at a time would have it brought again and
         again.
         """
-        longest_s, now = 0.0, self._clock()
+        return self.working_set.pays_for_s(max(map(self._copy_s, self._displacing(search, needs)), default=0.0))
+
+    def lacks_room(self, search: OpenSearch, needs: Iterable[Need]) -> bool:
+        """Whether others would have to make room for what it needs: its rows are of no use to the device yet."""
+        return next(self._displacing(search, needs), None) is not None
+
+    def _displacing(self, search: OpenSearch, needs: Iterable[Need]) -> Iterator[Need]:
+        now = self._clock()
         for need in needs:
             own = search.page_sets.get(need.speed)  # perhaps a window of the layer, and it is under way
             if own is not None and own.admitted:
                 continue
-            if self.working_set.would_displace(need.pages, search.band, _FED * need.floor_bytes, now):
-                copy_s = self.speed.promotion_s(need.pages[0].page_bytes * len(need.pages))
-                longest_s = max(longest_s, self.working_set.pays_for_s(copy_s))
-        return longest_s
+            if self.working_set.would_displace(need.pages, search.band, self._workspaces_bytes(need), now):
+                yield need
+
+    def _copy_s(self, need: Need) -> float:
+        return self.speed.promotion_s(need.pages[0].page_bytes * len(need.pages)) if need.pages else 0.0
 
     def close(self, search: OpenSearch) -> None:
         """A search is over. Its turns have been finished or cancelled."""
@@ -226,6 +240,7 @@ class Governor:
             granted=granted,
             refused=refused,
             page_set=page_set,
+            workspaces_bytes=self._workspaces_bytes(need),
         )
         search.turns += 1
         self._last_turn[search.band] = turn.arrived_at
@@ -236,7 +251,7 @@ class Governor:
     def grow(self, turn: SearchTurn, need: Need) -> None:
         """A turn that still waits has become larger."""
         assert turn.waiting
-        turn.need = need
+        turn.need, turn.workspaces_bytes = need, self._workspaces_bytes(need)
         cost_s = self._speed_of(need).seconds(need.flop) + turn.promotion_s
         self.scheduler.reprice(turn, cost_s, need.size_bytes, turn.promotion_s)
 
@@ -280,7 +295,7 @@ class Governor:
             return
         self._pumping = True
         try:
-            while not self._paused:
+            while not self._paused and not self._device_is_full():
                 self._room_bytes.clear()
                 turn = self.scheduler.next_turn(self._clock(), None if self.working_set.complete else self)
                 if turn is None:
@@ -343,26 +358,36 @@ class Governor:
         """
         if not self._grants:
             return True
-        if turn.alone or any(grant.turn.alone for grant in self._grants):
+        return not turn.alone and self._device_goes_on(turn.band, turn.cost_s, cold=turn.promotion_s > 0.0)
+
+    def _device_is_full(self) -> bool:
+        """Whether it takes none of the turns that wait, whichever is next: then nobody looks for that."""
+        band = self.scheduler.highest_band()
+        return band is not None and not self._device_goes_on(band, 0.0, cold=False)
+
+    def _device_goes_on(self, band: Band, cost_s: float, *, cold: bool) -> bool:
+        """Whether it should have another turn of this band and this cost. cold: whose pages have to be brought."""
+        if not self._grants:
+            return True
+        if any(grant.turn.alone for grant in self._grants):
             return False
-        before = [grant.turn for grant in self._grants if grant.turn.band <= turn.band]
+        before = [grant.turn for grant in self._grants if grant.turn.band <= band]
         if len(before) < _FED:
             return True
         if len(before) >= self.limits.max_device_turns:
             return False
         # Turns whose pages are on their way leave the device to others: it goes on with those that have theirs.
-        if not turn.promotion_s and sum(not each.promotion_s for each in before) < _FED:
+        if not cold and sum(not each.promotion_s for each in before) < _FED:
             return True
-        return sum(each.cost_s for each in before) + turn.cost_s <= self.limits.ahead_s
+        return sum(each.cost_s for each in before) + cost_s <= self.limits.ahead_s
 
     def _page_set(self, search: OpenSearch, need: Need) -> Needed | None:
         """What a turn is for; the search has left what the same operation was for before."""
         pages, now, page_set = need.pages, self._clock(), None
         if need.layers:
             page_set = self.working_set.ask_together(need.layers, search.band, self.speed.promotion_s, now)
-        elif pages:
-            copy_s = self.speed.promotion_s(pages[0].page_bytes * len(pages))
-            page_set = self.working_set.ask(pages, search.band, copy_s, now)
+        else:
+            page_set = self.working_set.ask(pages, search.band, self._copy_s(need), now)
         before = search.page_sets.pop(need.speed, None)
         if page_set is not before:
             if before is not None:
@@ -387,7 +412,7 @@ class Governor:
         if room_bytes is None:  # the same for all turns of a band, until one is taken
             room_bytes = self.working_set.room_bytes(turn.band, self._clock())
             self._room_bytes[turn.band] = room_bytes
-        fits = self.working_set.fits(page_set, _workspaces(turn), room_bytes)
+        fits = self.working_set.fits(page_set, turn.workspaces_bytes, room_bytes)
         return 0.0 if fits else self.working_set.interval_s(page_set)
 
     def may_displace(self, turn: Turn, *, for_age: bool) -> bool:
@@ -403,7 +428,7 @@ class Governor:
         if not self.working_set.gate_is_open(turn.band, now) and now < self._stands_still_at(page_set):
             return False
         room_bytes = self.working_set.room_bytes(turn.band, now, displacing=page_set)
-        return for_age or self.working_set.fits(page_set, _workspaces(turn), room_bytes)
+        return for_age or self.working_set.fits(page_set, turn.workspaces_bytes, room_bytes)
 
     def _stands_still_at(self, page_set: Needed) -> float:
         """When the device will have had nothing to do for as long as a copy takes; infinite while it has."""
@@ -429,7 +454,7 @@ class Governor:
         page_set = turn.page_set
         if page_set is not None and not page_set.admitted:
             through_gate = self.scheduler.is_offered(turn)
-            self.working_set.admit(page_set, _workspaces(turn), self._clock(), through_gate=through_gate)
+            self.working_set.admit(page_set, turn.workspaces_bytes, self._clock(), through_gate=through_gate)
 
     def _place(self, turn: SearchTurn) -> bool:
         need = turn.need
@@ -466,16 +491,38 @@ class Governor:
         turn.open_search.turns -= 1
         turn.open_search.grants += 1
         turn.open_search.used[id(need.pages)] = need.pages
-        # Elastic: what is free anyway makes the tiles larger. Nothing is evicted for it, and the next is left its
-        # floor, so that its keys come while this one runs.
-        free_bytes = self.hbm.free_bytes - (need.floor_bytes if len(self.scheduler) else 0)
-        more = max(0, min(need.want_bytes - need.floor_bytes, free_bytes))
+        more = self._more_bytes(need)
         reserved = self.hbm.try_reserve(more)
         assert reserved
         grant = Grant(turn, need.floor_bytes + more, self._clock() - turn.arrived_at, self._epoch)
         self._grants.add(grant)
         self._in_flight_s += turn.cost_s
         return grant
+
+    def _more_bytes(self, need: Need) -> int:
+        """What a turn that has its floor takes beside that.
+
+        Elastic: what is free anyway makes the tiles larger. The next is left its floor, so that its keys come while
+        this one runs; and of the memory that there is for workspaces no turn takes more than its share while there are
+        others, or one would have all of it and the next its floor: two that are even are done before those. What nobody
+        has use for at present is evicted for as much as makes a turn fast, and not for more.
+        """
+        others = bool(self._grants) or len(self.scheduler) > 0
+        left_bytes = need.floor_bytes if len(self.scheduler) else 0
+        ample_bytes = self._ample_bytes(need) - need.floor_bytes + left_bytes
+        if self.hbm.free_bytes < ample_bytes and self.residency.resident_bytes > self.working_set.admitted_bytes:
+            self.residency.make_room(ample_bytes)
+        all_bytes = self.hbm.free_bytes + need.floor_bytes + sum(grant.workspace_bytes for grant in self._grants)
+        most = min(need.want_bytes, all_bytes // _FED if others else all_bytes)
+        return max(0, min(most - need.floor_bytes, self.hbm.free_bytes - left_bytes))
+
+    def _ample_bytes(self, need: Need) -> int:
+        """Workspace with which a turn is fast: with its floor alone, the host's launches may be what takes the time."""
+        return max(need.floor_bytes, min(need.want_bytes, self.hbm.limit_bytes // _AMPLE_PART))
+
+    def _workspaces_bytes(self, need: Need) -> int:
+        """Of turns like this one that keep the device busy: layers take part beside these."""
+        return _FED * self._ample_bytes(need)
 
     def _speed_of(self, need: Need) -> DeviceSpeed:
         return need.speed or self.speed
@@ -500,8 +547,3 @@ class Governor:
         self._epoch += 1
         self.working_set.clear()
         self.residency.forget()
-
-
-def _workspaces(turn: SearchTurn) -> int:
-    """Bytes of the workspaces that keep the device busy, of turns like this one."""
-    return _FED * turn.need.floor_bytes

@@ -72,6 +72,8 @@ class PagePool:
         free = self._extents[extent_id].free
         taken = free[: -most - 1 : -1]
         del free[-len(taken) :]
+        # Pages that were freed one after another come back in the opposite order; in their own, they are one copy.
+        taken.sort()
         if not free:
             heapq.heappop(self._with_room[page_bytes])  # the extent itself: pages come from the first of the heap
         self.pages_in_use += len(taken)

@@ -83,6 +83,14 @@ class Residency:
         self._unpin(pages)
         return False
 
+    def make_room(self, size_bytes: int) -> None:
+        """Evict until so much is free, or all that is left is kept or pinned."""
+        victims: Iterator[Page] | None = None
+        while self.hbm.free_bytes < size_bytes:
+            victims = self._victims() if victims is None else victims
+            if not self._evict_some(victims):
+                return
+
     def unpin(self, pages: Sequence[Page]) -> None:
         """A tile is done with them; they stay until their place is needed."""
         pinned = self._pinned[id(pages)]

@@ -204,16 +204,19 @@ class _BandQueue:
     def _choices(self, admission: Admission, *, for_age: bool) -> _Choices:
         """Of each caller the turn that is held back, if one is, and the oldest that is not."""
         found: _Choices = {}
+        waits: dict[Turn, float] = {}
         for caller in self._round:
             found[caller] = []
             for turn in caller.turns:
-                if not admission.held_s(turn):
+                held_s = admission.held_s(turn)
+                if not held_s:
                     found[caller].append(_Choice(turn))
                     break
+                waits[turn] = held_s
                 self._held.setdefault(caller, turn)
         self.offered = None
         for caller, turn in self._held.items():
-            held_s = admission.held_s(turn)
+            held_s = waits[turn] if turn in waits else admission.held_s(turn)
             if not held_s:  # it was held back, and there is room by now
                 continue
             if self.offered is None and admission.may_displace(turn, for_age=for_age):
@@ -256,6 +259,10 @@ class Scheduler:
     def backlog_s(self) -> float:
         """Estimated device seconds of everything queued."""
         return sum(queue.backlog_s for queue in self._bands.values())
+
+    def highest_band(self) -> Band | None:
+        """Of those that have turns queued."""
+        return next((band for band, queue in self._bands.items() if queue.turns), None)
 
     def queued_by_band(self) -> dict[Band, int]:
         """Turns of each band."""

@@ -16,8 +16,9 @@ from streamindex_service.errors import ServiceError
 class Need:
     """What a turn takes: pages of the layer, device memory beside them, operations, and rows waiting in memory.
 
-    estimate_bytes: of device memory, what it would use if it had all that it can use. speed: what its operation has
-    shown; None: what searches have. layers: the pages apart, where they are of several layers.
+    floor_bytes: device memory without which it cannot run; want_bytes: what it could use, and may have. estimate_bytes:
+    what it would use if it had all that it can use. speed: what its operation has shown; None: what searches have.
+    layers: the pages apart, where they are of several layers.
     """
 
     pages: Sequence[Page]
@@ -62,4 +63,5 @@ class SearchTurn(Turn):
     granted: Callable[[Grant], None] = field(kw_only=True)
     refused: Callable[[ServiceError], None] = field(kw_only=True)
     page_set: Needed | None = field(kw_only=True)  # None: it needs no pages
+    workspaces_bytes: int = field(kw_only=True)  # beside which its pages take part
     waiting: bool = True

@@ -29,10 +29,12 @@ from streamindex_service.core.scheduler import Band
 
 @dataclass(frozen=True, slots=True)
 class WorkingSetLimits:
-    """promotion_factor: times the seconds of a copy that a gate is closed for; promotion_wait_s: the most of that."""
+    """promotion_factor: times the seconds of a copy that a gate is closed for; promotion_wait_s: the most of that.
+    linger_s: what a layer that nobody is there for stays at least."""
 
     promotion_factor: float = 16.0
     promotion_wait_s: float = 5.0
+    linger_s: float = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +141,11 @@ class WorkingSet:
         return len(self._admitted)
 
     @property
+    def admitted_bytes(self) -> int:
+        """Device memory of all that are admitted."""
+        return self._admitted_bytes
+
+    @property
     def complete(self) -> bool:
         """Whether all that are known are admitted: nobody has to wait for room."""
         return len(self._known) == len(self._admitted)
@@ -168,6 +175,11 @@ class WorkingSet:
         asked = (self.ask(pages, band, copy_s(pages[0].page_bytes * len(pages)), now) for pages in apart.values())
         parts = tuple(part for part in asked if part is not None)
         return PageSets(parts) if len(parts) > 1 else next(iter(parts), None)
+
+    def taking_part(self, pages: Sequence[Page]) -> PageSet | None:
+        """What these pages are of, if it takes part."""
+        found = self._known.get(pages[0]) if pages else None
+        return found if found is not None and found.admitted else None
 
     def turn_over(self, needed: Needed, band: Band, now: float) -> None:
         """One of its tiles, of this band, is done, or waits no longer."""
@@ -218,6 +230,8 @@ class WorkingSet:
 
     def fits(self, needed: Needed, workspace_bytes: int, room_bytes: int) -> bool:
         """Whether so much room is enough beside what takes part. Nobody needs more than all that there is."""
+        if isinstance(needed, PageSet) and not needed.admitted:  # asked of all that wait, before each tile
+            return min(needed.size_bytes + workspace_bytes, self._hbm.limit_bytes) <= room_bytes
         sizes = {True: 0, False: 0}  # bytes of what is admitted, and of what is not
         for page_set in needed.parts:
             sizes[page_set.admitted] += page_set.size_bytes
@@ -229,6 +243,8 @@ class WorkingSet:
         if not pages or (known is not None and known.admitted):
             return False
         needed_bytes = min(pages[0].page_bytes * len(pages) + workspace_bytes, self._hbm.limit_bytes)
+        if needed_bytes <= self._hbm.limit_bytes - self._admitted_bytes:
+            return False  # without a look at each of those that take part
         return needed_bytes > self.room_bytes(band, now)
 
     def pays_for_s(self, copy_s: float) -> float:
@@ -278,8 +294,9 @@ class WorkingSet:
         return min((at for at in changes if at > now), default=math.inf)
 
     def _in_order(self, band: Band, now: float) -> list[PageSet]:
-        """Who makes room for a page set of this band: those that lapsed, those below, its own; the first that came."""
-        return sorted(self._admitted, key=lambda other: (self._lapses_at(other, band) > now, -other.band))
+        """Who makes room for a page set of this band: those that lapsed, those below, its own, of these first those
+        that nobody is there for; the first that came."""
+        return sorted(self._admitted, key=lambda other: (self._lapses_at(other, band) > now, -other.band, other.in_use))
 
     def _lapses_at(self, page_set: PageSet, band: Band) -> float:
         """When it makes room for this band unasked, unless it is needed before; infinite while it is in use."""
@@ -287,7 +304,7 @@ class WorkingSet:
             return math.inf
         if page_set.band < band:
             return page_set.idle_since + max(self._active_s, page_set.copy_s)
-        return math.inf if page_set.searches else page_set.idle_since + page_set.copy_s
+        return math.inf if page_set.searches else page_set.idle_since + max(self.limits.linger_s, page_set.copy_s)
 
     def _leave(self, page_set: PageSet) -> None:
         page_set.admitted = False

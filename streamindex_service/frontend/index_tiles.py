@@ -62,10 +62,12 @@ class IndexTiles:
         # parts are merged by their scores, whether the caller wants them or not
         self._keeps_scores = parameters.want_scores or self.in_parts
         self.layout = layout_of(self._keeps_scores)
+        # of the smallest tile, and what the largest would take
+        rows = min(parameters.row_count or self.layout.rows, self.layout.rows)
         self.least = Need(
             self.windows[0].pages,
             beside + merge_bytes * self.in_parts,
-            0,
+            self._want_bytes(rows, self.windows[0].keys) + self._staging_bytes(rows),
             self.work.flop(1, self.windows[0].keys),
         )
 
@@ -138,6 +140,11 @@ class IndexTiles:
     def _merge_bytes(self, rows: int) -> int:
         return rows * self.work.top_k * MERGE_BYTES_PER_ENTRY
 
+    def _want_bytes(self, rows: int, keys: int) -> int:
+        """Workspace that a tile can use, as much as any may have."""
+        most_bytes = int(self._service.settings.memory.workspace_bytes)
+        return min(most_bytes, max(self.workspace_bytes, self.work.workspace_bytes(rows, keys)))
+
     def _staging_bytes(self, rows: int) -> int:
         return self.work.staging_bytes(rows) + (self._merge_bytes(rows) if self.in_parts else 0)
 
@@ -182,7 +189,7 @@ class IndexTiles:
         return parts[0][0]._submit(parts, TilePart(), grant, due, request_key)
 
     def _need_of(self, parts: Sequence[tuple[IndexTiles, TilePiece]], step: int, *, smallest: bool) -> Need:
-        window, memory, floor = self.windows[step], self._service.settings.memory, self.workspace_bytes
+        window, floor = self.windows[step], self.workspace_bytes
         pages: Sequence[Page] = window.pages
         layers: Sequence[Sequence[Page]] = ()
         if len(parts) > 1:  # each once, for forks share them
@@ -194,7 +201,7 @@ class IndexTiles:
             min(each.windows[step].keys, max(0, piece.keys - each.windows[step].first_key)) for each, piece in parts
         ]
         most = self.work.workspace_bytes(rows, max(seen))
-        want = floor if smallest else min(int(memory.workspace_bytes), max(floor, most))
+        want = floor if smallest else self._want_bytes(rows, max(seen))
         flop = sum(each.work.flop(piece.rows, keys) for (each, piece), keys in zip(parts, seen, strict=True))
         return Need(pages, floor + staging, want + staging, flop, staging, most + staging, layers=layers)
 

@@ -4,21 +4,23 @@ Three things go on at once. The reader takes chunks from the socket and copies t
 that are there go to the device as tiles, one after another in the order that the scheduler finds among all searches;
 the writer sends answers in order. The first rows go at once. A tile costs the event loop about as much as half a chunk
 does, so after that rows gather: a tile goes when it is as large as it may be, or when nothing of the search is on its
-way and the last one went some milliseconds ago. With a device that is faster than the caller, tiles are what arrives in
-such a time; with a slower one they are full, and two of a search are on their way, so that the device has the next one
-when it finishes the first. A tile for which other layers would have to make room gathers for longer, the first one too
-(`Governor.gathering_s`). A search holds at most a few blocks, whatever the number of its queries: a caller who does not
-read stops its own search and nothing else.
+way and the last one went some milliseconds ago, more of them the more streams bring rows. With a device that is faster
+than the caller, tiles are what arrives in such a time; with a slower one they are full, and two of a search are on
+their way, so that the device has the next one when it finishes the first. A tile for which other layers would have to
+make room gathers for longer, the first one too (`Governor.gathering_s`). A search holds at most a few blocks, whatever
+the number of its queries: a caller who does not read stops its own search and nothing else.
 
 Rows are checked and copied on the event loop, while they are still in the processor's cache: a tenth of a millisecond
 for 1 MiB, less than it costs to hand them to a thread and to hear of it. What one stream does there in one turn of the
 loop is bounded, and so is what all streams do (`LoopTurns`), so that a decode step does not wait for many of them; and
-while decode steps are on their way, streams of a lower priority hold back (`Pacing`).
+while decode steps are on their way, streams of a lower priority hold back (`Pacing`). Rows for which others would have
+to make room on the device come behind those that it can go on with, the oldest stream first.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections import deque
@@ -38,9 +40,11 @@ from streamindex_service.frontend.service import Service
 
 _TILES_AHEAD = 2  # tiles of one search that wait for the device or are there: one runs, one is ready
 _ANSWER_BYTES = 1 << 20  # payload of one answer message
-_GATHER_S = 0.002  # between tiles of a search that could be larger
+_GATHER_S = 0.002  # between tiles of a search that could be larger, where nobody else brings rows
+_GATHER_MOST_S = 0.1
 _LOOK_AGAIN_S = 0.01  # while rows gather for a layer without room
 _TURN_BYTES = 1 << 20  # of rows that are copied in one turn of the loop
+_ages = itertools.count()  # a number for each stream
 
 
 class Run(Protocol):
@@ -133,9 +137,10 @@ class RowStream(ABC):
         self._turn_rows = max(1, _TURN_BYTES // part_bytes[0])
         self._announced_rows = announced_rows
         self._holds_back = band > Band.INTERACTIVE
+        self._rank = (int(band), next(_ages))
         self._at = _Progress()
         self._changed = asyncio.Event()
-        self._gather_until = 0.0  # on the loop's clock
+        self._gather_until = self._gathered_at(0)  # on the loop's clock
         self._gathers_since: float | None = None  # since when rows wait for more
         self._gather_most_s = math.inf
         self._time_remaining = context.time_remaining
@@ -253,14 +258,13 @@ class RowStream(ABC):
 
     async def _take(self, chunk: Chunk) -> None:
         self._check(chunk)
-        turns = self._service.loop_turns
-        await turns.next()
+        await self._turn()
         tensors.verify_checksum(chunk)
         self._service.counters.queries += chunk.row_count
         done = 0
         while done < chunk.row_count:
             if done:
-                await turns.next()
+                await self._turn()
             filling = await self._room()
             count = min(chunk.row_count - done, self._block_rows - filling.rows, self._turn_rows)
             self._fill(chunk, done, count, filling.block, filling.rows, self._at.received)
@@ -268,6 +272,11 @@ class RowStream(ABC):
             self._at.received += count
             done += count
             self._pump()
+
+    async def _turn(self) -> None:
+        """Wait for a turn of the loop in which rows may be copied."""
+        lacks_room = self._service.governor.lacks_room(self._search(), self._needs())
+        await self._service.loop_turns.next(self._rank if lacks_room else None)
 
     def _check(self, chunk: Chunk) -> None:
         limit = int(self._service.settings.limits.max_chunk_bytes)
@@ -339,6 +348,15 @@ class RowStream(ABC):
         self._gathered = asyncio.get_running_loop().call_at(min(until, now + _LOOK_AGAIN_S), self._end_gathering)
         return False
 
+    def _gathered_at(self, turns: int) -> float:
+        """Until when rows gather that could be more: for so many turns of this stream and each other that waits.
+
+        A tile costs the device and the loop about as much for few rows as for many. Where many streams bring rows, a
+        tile of what each of them has brought in 2 ms is next to nothing, and the loop has less time to bring the rest.
+        """
+        others = self._service.loop_turns.waiting if self._holds_back else 0
+        return asyncio.get_running_loop().time() + min(_GATHER_S * (turns + others), _GATHER_MOST_S)
+
     def _end_gathering(self) -> None:
         self._gathered = None
         if not self._over:
@@ -350,7 +368,7 @@ class RowStream(ABC):
         self._at.tiles.append(_Tile(filling, run, self._at.submitted))
         self._submitted(filling, rows)
         self._outstanding.add(run)
-        self._gather_until = asyncio.get_running_loop().time() + _GATHER_S
+        self._gather_until = self._gathered_at(1)
         self._gathers_since = None
         run.start()
 

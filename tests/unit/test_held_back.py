@@ -141,7 +141,11 @@ def test_rows_gather_for_a_layer_that_has_to_displace_another_and_for_no_other()
     governor = world.governor
 
     def gathers_s(pages: tuple[Page, ...], band: Band = Band.BATCH) -> float:
-        return governor.gathering_s(world.search(pages, band), [world.need(pages)])
+        search = world.search(pages, band)
+        seconds = governor.gathering_s(search, [world.need(pages)])
+        assert governor.lacks_room(search, [world.need(pages)]) == (seconds > 0.0)
+        assert world.finished(search)
+        return seconds
 
     assert gathers_s(there) == gathers_s(waits) == 0.0  # all is free
     runs = world.search(there)
@@ -157,6 +161,23 @@ def test_rows_gather_for_a_layer_that_has_to_displace_another_and_for_no_other()
     assert world.finished(runs)
     world.now = 1.0
     assert gathers_s(waits) == 0.0  # nobody is there for the other any more
+
+
+def test_a_layer_stays_for_a_search_that_has_come_for_it_and_has_no_rows_yet():
+    """The next search of a layer may begin long before its rows get through."""
+    world, (there, waits) = World(), (layer(), layer())
+    first, other = world.search(there), world.search(waits)
+    assert world.turn(first, there)
+    second = world.search(there)
+    assert world.finished(first)
+    world.now = 1.0  # nobody would be there for it any more
+    assert not world.turn(other, waits)
+    assert world.governor.lacks_room(world.search(waits), [world.need(waits)])
+    assert world.turn(second, there)
+    assert world.finished(second)
+    world.now = 2.0
+    world.governor.pump()
+    assert len(world.granted[other]) == 1
 
 
 def test_a_layer_that_passes_in_windows_gathers_no_more_once_it_is_under_way():
