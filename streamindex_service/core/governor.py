@@ -438,13 +438,15 @@ class Governor:
         """Come back when a turn that is held back may go, though nothing else happens."""
         if self._wake is None:
             return
-        now, at = self._clock(), math.inf
+        now, at, bands = self._clock(), math.inf, set()
         for turn in self.scheduler.held_back():
             assert isinstance(turn, SearchTurn)
             assert turn.page_set is not None
+            bands.add(turn.band)
             stands_still_at = self._stands_still_at(turn.page_set)
-            at = min(at, self.working_set.next_change(turn.band, now))
             at = min(at, stands_still_at if stands_still_at > now else math.inf)
+        for band in bands:  # the same for all turns of a band
+            at = min(at, self.working_set.next_change(band, now))
         if at < self._wake_at:
             self._wake_at = at
             self._wake(at - now)

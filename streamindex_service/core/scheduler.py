@@ -223,8 +223,9 @@ class _BandQueue:
                 self.offered, held_s = turn, 0.0
             # Who is alone is behind nobody: it would only make its own searches displace each other.
             behind_s = len(self._round) * held_s if len(self._round) > 1 or not held_s else math.inf
-            choices = [_Choice(turn, behind_s), *found[caller]]
-            found[caller] = sorted(choices, key=lambda choice: choice.turn.arrived_at)
+            choices = found[caller]  # the older goes first
+            at = 0 if not choices or turn.arrived_at <= choices[0].turn.arrived_at else 1
+            choices.insert(at, _Choice(turn, behind_s))
         return found
 
     def _skip_rounds(self, choices: _Choices | None) -> None:

@@ -263,7 +263,7 @@ def _governor_limits(settings: Settings) -> GovernorLimits:
         short_turn_s=scheduler.short_tile_s,
         active_s=scheduler.active_s,
         queue=queue,
-        working_set=WorkingSetLimits(scheduler.promotion_factor, scheduler.promotion_wait_s),
+        working_set=WorkingSetLimits(scheduler.promotion_factor, scheduler.promotion_wait_s, scheduler.linger_s),
     )
 
 

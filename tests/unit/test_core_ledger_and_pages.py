@@ -123,6 +123,16 @@ def test_pages_come_from_the_oldest_extent_so_that_younger_ones_empty_out():
     assert set(world.extents) == {1, 2}
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_pages_that_are_taken_together_lie_one_after_another(backwards):
+    """In whatever order they were freed: so that they are one copy."""
+    pool = PagePool(Ledger("hbm", 100), 100, lambda *_: None, lambda *_: None)
+    pages = pool.try_allocate_some(10, 10)
+    for page in pages[8:1:-1] if backwards else pages[2:9]:
+        pool.free(page)
+    assert pool.try_allocate_some(10, 7) == pages[2:9]
+
+
 def test_pages_of_one_size_never_fragment_and_an_extent_is_of_one_size_until_its_pages_go_or_move():
     world = Pool(limit=4096, extent=1024)
     slots = [world.pool.try_allocate(512) for _ in range(8)]

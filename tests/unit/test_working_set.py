@@ -9,7 +9,7 @@ from streamindex_service.core.scheduler import Band
 from streamindex_service.core.working_set import WorkingSet, WorkingSetLimits
 
 FACTOR, MOST_S, ACTIVE_S, COPY_S = 10.0, 5.0, 1.0, 0.1
-LIMITS = WorkingSetLimits(FACTOR, MOST_S)
+LIMITS = WorkingSetLimits(FACTOR, MOST_S, linger_s=0.0)
 BUDGET = 4  # page sets of one byte
 
 
@@ -19,8 +19,8 @@ class OneByte:
     page_bytes = 1
 
 
-def working_set() -> WorkingSet:
-    return WorkingSet(LIMITS, Ledger("hbm", BUDGET), ACTIVE_S)
+def working_set(limits: WorkingSetLimits = LIMITS) -> WorkingSet:
+    return WorkingSet(limits, Ledger("hbm", BUDGET), ACTIVE_S)
 
 
 def asked(working, band=Band.STANDARD, size=1, copy_s=COPY_S, now=0.0):
@@ -105,6 +105,37 @@ def test_who_has_left_makes_room_after_the_seconds_of_its_copy():
         if grace_s:
             assert working.room_bytes(band, 1.0 + grace_s - 0.01) == BUDGET - 1
             assert working.next_change(band, 1.0) == pytest.approx(1.0 + grace_s)
+
+
+@pytest.mark.parametrize("linger_s", [0.0, COPY_S / 2, 3 * COPY_S])
+def test_who_has_left_stays_for_the_next_search_of_the_same_for_a_while(linger_s):
+    """At least: as long as its copy takes, as before."""
+    working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s))
+    page_set = admitted(working)
+    left(working, page_set, 1.0)
+    stays_s = max(linger_s, COPY_S)
+    assert working.room_bytes(Band.STANDARD, 1.0 + 0.99 * stays_s) == BUDGET - 1
+    assert working.room_bytes(Band.STANDARD, 1.0 + 1.01 * stays_s) == BUDGET
+
+
+def test_who_is_there_for_nobody_makes_room_before_who_is_in_use():
+    working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=10.0))
+    first, second, *_ = [admitted(working) for _ in range(BUDGET)]
+    left(working, second, 0.0)  # it lingers
+    admitted(working)
+    assert (first.admitted, second.admitted) == (True, False)
+    admitted(working)
+    assert not first.admitted
+
+
+def test_a_search_that_has_come_and_needs_nothing_yet_finds_what_takes_part():
+    working = working_set()
+    page_set = admitted(working)
+    assert working.taking_part(page_set.pages) is page_set
+    assert working.taking_part([page_set.pages[0], OneByte()]) is page_set  # the layer has grown
+    assert working.taking_part(()) is None
+    assert working.taking_part([OneByte()]) is None
+    assert working.taking_part(asked(working).pages) is None  # it waits for room itself
 
 
 def test_a_silent_search_keeps_its_place_from_its_own_band_only():
