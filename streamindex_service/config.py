@@ -219,7 +219,7 @@ class SchedulerSettings(_Section):
     )
     promotion_wait_s: Seconds = Field(5.0, description="and in any case after so long")
     linger_s: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="a layer that no search is open for stays so long at least, for the next search of it"
+        0.3, description="a layer that no search is open for stays so long for the next one, while the device is busy"
     )
 
 

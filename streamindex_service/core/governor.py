@@ -87,7 +87,7 @@ class Governor:
         self._pumping = False
         self._wake = wake
         self._wake_at = math.inf
-        self._idle_since = -math.inf  # the device had nothing to do
+        self.working_set.idle_since = -math.inf
         self._room_bytes: dict[Band, int] = {}
 
     @property
@@ -280,7 +280,7 @@ class Governor:
             self.residency.unpin(turn.need.pages)
         self.hbm.release(grant.workspace_bytes)
         if not self._grants:
-            self._idle_since = self._clock()
+            self.working_set.idle_since = self._clock()
         if device_s is not None:
             self._speed_of(turn.need).observe(turn.need.flop, device_s)
             self.meter.tile_done(grant.waited_s, device_s, turn.band)
@@ -432,7 +432,7 @@ class Governor:
 
     def _stands_still_at(self, page_set: Needed) -> float:
         """When the device will have had nothing to do for as long as a copy takes; infinite while it has."""
-        return math.inf if self._grants else self._idle_since + page_set.copy_s
+        return self.working_set.idle_since + page_set.copy_s
 
     def _wake_for_room(self) -> None:
         """Come back when a turn that is held back may go, though nothing else happens."""
@@ -498,6 +498,7 @@ class Governor:
         assert reserved
         grant = Grant(turn, need.floor_bytes + more, self._clock() - turn.arrived_at, self._epoch)
         self._grants.add(grant)
+        self.working_set.idle_since = math.inf
         self._in_flight_s += turn.cost_s
         return grant
 

@@ -10,9 +10,9 @@ for longer than a tile, and the order is decided anew before each.
   arrival.
 - Turns may be held back: those whose keys would displace others' before the last copy has paid for itself
   (`working_set.py`). Others go meanwhile, of their caller, their band, or a band below; the caller's allowance of each
-  round is kept for it. When others may make room, the caller goes that was held back first. A caller that has saved up
-  the cost of its turn and an interval between two copies for each caller of its band waits for nothing any more, unless
-  it is the only one.
+  round is kept for it, as far as another caller has used as much. When others may make room, the caller goes that was
+  held back first. A caller that has saved up the cost of its turn and an interval between two copies for each caller of
+  its band waits for nothing any more, unless it is the only one.
 - The queue is bounded in turns, bytes and seconds. The bounds are asked when a search comes (`refuse_hopeless`), never
   in the middle of one.
 
@@ -115,6 +115,7 @@ class _Caller:
     turns: deque[Turn] = field(default_factory=deque)
     deficit_s: float = 0.0
     visited: bool = False  # has had the allowance of its present visit
+    given_s: float = 0.0  # in this visit
     backlog_s: float = 0.0
 
     def choices(self, choices: _Choices | None) -> list[_Choice]:
@@ -136,6 +137,7 @@ class _BandQueue:
         self._allowance_s = allowance_s
         self._round: deque[_Caller] = deque()
         self._held: dict[_Caller, Turn] = {}  # the turn for which others have to make room; who waits longest is first
+        self._visits: deque[float] = deque()  # device seconds given in each of the last visits
 
     @property
     def oldest_at(self) -> float:
@@ -157,7 +159,9 @@ class _BandQueue:
 
     def take(self, turn: Turn) -> None:
         """It goes to the device: its caller pays."""
-        self.callers[turn.caller].deficit_s -= turn.cost_s
+        caller = self.callers[turn.caller]
+        caller.deficit_s -= turn.cost_s
+        caller.given_s += turn.cost_s
         self.remove(turn)
 
     def remove(self, turn: Turn) -> None:
@@ -170,6 +174,7 @@ class _BandQueue:
         if not caller.turns:  # what it has not used is not kept for later (Shreedhar and Varghese, section 3)
             del self.callers[turn.caller]
             self._round.remove(caller)
+            self._end_visit(caller)
         if not self.turns:
             self.backlog_s = 0.0  # rounding does not add up over a day
 
@@ -184,18 +189,36 @@ class _BandQueue:
         passed = 0
         while True:
             caller = self._round[0]
+            some = caller.choices(choices)
             if not caller.visited:
-                caller.deficit_s += self._allowance_s
+                caller.deficit_s += self._allowance_of(some)
                 caller.visited = True
-            for choice in caller.choices(choices):
+            for choice in some:
                 if choice.cost_s <= caller.deficit_s:
                     return choice.turn
-            caller.visited = False
+            self._end_visit(caller)
             self._round.rotate(-1)
             passed += 1
             if passed == len(self._round):
                 self._skip_rounds(choices)
                 passed = 0
+
+    def _end_visit(self, caller: _Caller) -> None:
+        if caller.given_s:
+            self._visits.append(caller.given_s)
+            while len(self._visits) > len(self._round) + 1:
+                self._visits.popleft()
+        caller.visited, caller.given_s = False, 0.0
+
+    def _allowance_of(self, choices: list[_Choice]) -> float:
+        """For a visit. Who is held back saves up what it falls behind: no more than another caller was given since its
+        last visit, and a turn for the error of that. Callers who come with one short turn at a time do not use their
+        allowances, and rounds of those pass many times faster than the device.
+        """
+        if not all(choice.behind_s for choice in choices):
+            return self._allowance_s
+        dearest_s = max(choice.turn.cost_s for choice in choices)
+        return min(max(self._visits, default=0.0) + dearest_s, self._allowance_s)
 
     def held_back(self) -> Iterable[Turn]:
         """Of each caller the turn for which others have to make room."""

@@ -7,9 +7,10 @@ others displaces those that came first, and the copy has to pay for itself befor
 is closed for `promotion_factor` times the copy's seconds, by the device seconds given since or on the clock, whichever
 passes first. A layer also makes room, and no gate is asked,
 
-- once its searches have ended and no tile has needed it for the seconds of its copy: waiting for the next search of it
-  any longer would cost more than to bring it again. It stays for `active_s` where only a lower band has use for its
-  place, and no longer than that even if a search is open;
+- once its searches have ended and no tile has needed it for `linger_s`, in which its caller may come back with the next
+  search; or only for the seconds of its copy, if the device has had nothing to do for as long: waiting any longer would
+  cost more than to bring it again. It stays for `active_s` where only a lower band has use for its place, and no longer
+  than that even if a search is open;
 - for a layer of a higher band;
 - at once, when the only search of it goes on with another window.
 
@@ -30,11 +31,11 @@ from streamindex_service.core.scheduler import Band
 @dataclass(frozen=True, slots=True)
 class WorkingSetLimits:
     """promotion_factor: times the seconds of a copy that a gate is closed for; promotion_wait_s: the most of that.
-    linger_s: what a layer that nobody is there for stays at least."""
+    linger_s: what a layer that nobody is there for stays at least, while the device has something else to do."""
 
     promotion_factor: float = 16.0
     promotion_wait_s: float = 5.0
-    linger_s: float = 0.1
+    linger_s: float = 0.3
 
 
 @dataclass(slots=True, eq=False)
@@ -124,12 +125,13 @@ class WorkingSet:
     """The page sets that are in use, and which of them are admitted. Pure: it is told the time.
 
     hbm: device memory, whose limit a worker may change when it starts. given_s: estimated device seconds of all turns
-    that went to the device.
+    that went to the device. idle_since: the device has nothing to do; infinite while it has.
     """
 
     def __init__(self, limits: WorkingSetLimits, hbm: Ledger, active_s: float) -> None:
         self.limits = limits
         self.given_s = 0.0
+        self.idle_since = math.inf
         self._hbm = hbm
         self._active_s = active_s
         self._known: dict[Page, PageSet] = {}  # by the first page
@@ -304,7 +306,10 @@ class WorkingSet:
             return math.inf
         if page_set.band < band:
             return page_set.idle_since + max(self._active_s, page_set.copy_s)
-        return math.inf if page_set.searches else page_set.idle_since + max(self.limits.linger_s, page_set.copy_s)
+        if page_set.searches:
+            return math.inf
+        copied_at, stands_still_at = page_set.idle_since + page_set.copy_s, self.idle_since + page_set.copy_s
+        return max(copied_at, min(page_set.idle_since + self.limits.linger_s, stands_still_at))
 
     def _leave(self, page_set: PageSet) -> None:
         page_set.admitted = False

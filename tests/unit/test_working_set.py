@@ -118,6 +118,18 @@ def test_who_has_left_stays_for_the_next_search_of_the_same_for_a_while(linger_s
     assert working.room_bytes(Band.STANDARD, 1.0 + 1.01 * stays_s) == BUDGET
 
 
+def test_nobody_lingers_while_the_device_stands_still():
+    """It has had nothing to do for as long as a copy takes: to wait any longer would cost more."""
+    working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=5.0))
+    page_set = admitted(working)
+    left(working, page_set, 1.0)
+    for idle_since, lapses_at in ((0.0, 1.0 + COPY_S), (2.0, 2.0 + COPY_S), (9.0, 6.0)):
+        working.idle_since = idle_since
+        assert working.next_change(Band.STANDARD, 1.0) == pytest.approx(lapses_at)
+        assert working.room_bytes(Band.STANDARD, lapses_at - 0.01) == BUDGET - 1
+        assert working.room_bytes(Band.STANDARD, lapses_at + 0.01) == BUDGET
+
+
 def test_who_is_there_for_nobody_makes_room_before_who_is_in_use():
     working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=10.0))
     first, second, *_ = [admitted(working) for _ in range(BUDGET)]
