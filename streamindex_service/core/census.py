@@ -58,16 +58,16 @@ class CachePages:
         self.census.spilled += (self.spilled > 0) - was_spilled
         self._sort()
 
-    def placed(self) -> None:
-        """One of its pages is on the device now."""
-        self.resident += 1
-        if self.resident == 1 or self.resident == self.pages:  # thousands of pages come at a time
+    def placed(self, pages: int = 1) -> None:
+        """So many of its pages are on the device now."""
+        self.resident += pages
+        if self.resident == pages or self.resident == self.pages:  # thousands of pages come at a time
             self._sort()
 
-    def displaced(self) -> None:
-        """One is not any more."""
-        self.resident -= 1
-        if not self.resident or self.resident + 1 == self.pages:
+    def displaced(self, pages: int = 1) -> None:
+        """So many are not any more."""
+        self.resident -= pages
+        if not self.resident or self.resident + pages == self.pages:
             self._sort()
 
     def _sort(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from streamindex_service.core.accounts import Account
@@ -86,27 +86,6 @@ class Page:
         self._count_spilled(-1)
         return freed
 
-    def place(self, slot: PageSlot) -> None:
-        """It is on the device now."""
-        assert self.device is None, "a page has two places"
-        self.device = slot
-        if self.layer is not None:
-            self.layer.resident_pages += 1
-            self.layer.of_cache.placed()
-        for layer in self.forks or ():
-            layer.resident_pages += 1
-            layer.of_cache.placed()
-
-    def displace(self) -> None:
-        """It is not any more."""
-        self.device = None
-        if self.layer is not None:
-            self.layer.resident_pages -= 1
-            self.layer.of_cache.displaced()
-        for layer in self.forks or ():
-            layer.resident_pages -= 1
-            layer.of_cache.displaced()
-
     def move(self, slot: PageSlot) -> PageSlot:
         """It has another place on the device from now on; gives the one that it had, to be freed."""
         assert self.device is not None, "a page moves that has no place"
@@ -131,11 +110,11 @@ class Page:
             del self.forks[layer]
         self._count_in(layer, -1)
 
-    def layers(self) -> Iterator[Layer]:
+    def layers(self) -> Sequence[Layer]:
         """The layers that show it."""
-        if self.layer is not None:
-            yield self.layer
-        yield from self.forks or ()
+        if self.forks:
+            return [*((self.layer,) if self.layer is not None else ()), *self.forks]
+        return (self.layer,) if self.layer is not None else ()
 
     def _count_in(self, layer: Layer, pages: int) -> None:
         resident = pages if self.device is not None else 0
@@ -148,6 +127,35 @@ class Page:
         for layer in self.layers():
             layer.spilled_pages += pages
             layer.of_cache.add(0, 0, pages)
+
+
+def place_all(pages: Sequence[Page], slots: Sequence[PageSlot]) -> None:
+    """They are on the device now, each in its place. Layers come by thousands of pages: each is counted once."""
+    moved: dict[Layer, int] = {}
+    for page, slot in zip(pages, slots, strict=True):
+        assert page.device is None, "a page has two places"
+        page.device = slot
+        for layer in page.layers():
+            moved[layer] = moved.get(layer, 0) + 1
+    for layer, count in moved.items():
+        layer.resident_pages += count
+        layer.of_cache.placed(count)
+
+
+def displace_all(pages: Iterable[Page]) -> list[PageSlot]:
+    """They are not any more; the places that they had, to be freed."""
+    moved: dict[Layer, int] = {}
+    freed: list[PageSlot] = []
+    for page in pages:
+        assert page.device is not None, "a page leaves that has no place"
+        freed.append(page.device)
+        page.device = None
+        for layer in page.layers():
+            moved[layer] = moved.get(layer, 0) + 1
+    for layer, count in moved.items():
+        layer.resident_pages -= count
+        layer.of_cache.displaced(count)
+    return freed
 
 
 @dataclass(slots=True, eq=False)

@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from streamindex_service.core.layers import Page
+from streamindex_service.core.layers import Page, displace_all, place_all
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 
@@ -109,26 +109,27 @@ class Residency:
         """Drop every page that no tile uses, kept or not."""
         for pinned in list(self._idle.values()):
             self._let_go(pinned)
-        for page in list(self._unpinned):
-            self._evict(page)
+        self._evict(list(self._unpinned))
 
     def drop(self, page: Page) -> None:
         """A page is gone, or must go: free its copy."""
-        assert page.device is not None
-        self.device.free(page.device)
-        page.displace()
-        self.resident_bytes -= page.page_bytes
-        self._pages -= 1
+        self._drop_all((page,))
+
+    def _drop_all(self, pages: Sequence[Page]) -> None:
+        self.device.free_some(displace_all(pages))
+        self.resident_bytes -= sum(page.page_bytes for page in pages)
+        self._pages -= len(pages)
         self.moves += 1
-        del self._unpinned[page]
+        for page in pages:
+            del self._unpinned[page]
 
     def forget(self) -> None:
         """What was on the device is lost, pins and all."""
         pinned = (page for each in self._pinned.values() for page in each.pages)
-        for page in (*self._unpinned, *pinned):
+        pages = dict.fromkeys((*self._unpinned, *pinned))  # several sequences may have one
+        for page in pages:
             page.pins = 0
-            if page.device is not None:  # several sequences may have it
-                page.displace()
+        displace_all(page for page in pages if page.device is not None)
         self.moves += 1
         self.resident_bytes = self._pages = 0
         self._unpinned.clear()
@@ -156,7 +157,7 @@ class Residency:
             victims = self._victims() if victims is None else victims
             page = next(victims, None)
             if page is not None:
-                self._evict(page)
+                self._evict((page,))
             elif not self._move_together(size_bytes):
                 return False
         return True
@@ -181,8 +182,8 @@ class Residency:
                 for slot in slots:
                     self.device.free(slot)
                 return False
-        for page, slot in zip(missing, slots, strict=True):
-            page.place(slot)
+        place_all(missing, slots)
+        for page in missing:
             self._load(page)
         self.resident_bytes += sum(page.page_bytes for page in missing)
         self.promoted_pages += len(missing)
@@ -191,17 +192,19 @@ class Residency:
 
     def _evict_some(self, victims: Iterator[Page]) -> bool:
         """An extent's worth of them. False: all that are left are pinned or kept."""
-        freed_bytes = 0
+        pages: list[Page] = []
+        evicted_bytes = 0
         for page in victims:
-            self._evict(page)
-            freed_bytes += page.page_bytes
-            if freed_bytes >= self.device.extent_bytes:
+            pages.append(page)
+            evicted_bytes += page.page_bytes
+            if evicted_bytes >= self.device.extent_bytes:
                 break
-        return freed_bytes > 0
+        self._evict(pages)
+        return bool(pages)
 
-    def _evict(self, page: Page) -> None:
-        self.drop(page)
-        self.evicted_pages += 1
+    def _evict(self, pages: Sequence[Page]) -> None:
+        self._drop_all(pages)
+        self.evicted_pages += len(pages)
 
     def _victims(self) -> Iterator[Page]:
         """What may be evicted, used longest ago first. To be used up before anything else changes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -294,37 +295,36 @@ class DeviceWorker:
 
     def _send_loads(self, worker: WorkerLink) -> None:
         # A page may have lost its place since: its search was cancelled, and then the page was evicted or freed.
-        _copied([page for page in self._loads if page.device is None])
-        loads = deque(page for page in self._loads if page.device is not None)
+        pages = [page for page in self._loads if page.device is not None]
+        if len(pages) < len(self._loads):
+            _copied(page for page in self._loads if page.device is None)
         self._loads.clear()
-        while loads:
-            page_bytes = loads[0].page_bytes
-            pages: list[Page] = []
-            segment_ids, segment_offsets, extent_ids, extent_offsets = [], [], [], []
-            shared, host_extent = None, -1
-            while loads and loads[0].page_bytes == page_bytes and len(pages) < PAGES_PER_MESSAGE:
-                page = loads.popleft()
-                source, target = page.in_host, page.device
-                assert target is not None
-                if shared is None or source.extent_id != host_extent:
-                    shared, host_extent = self.extents.segment(source), source.extent_id
-                    self._map(worker, shared)
-                segment_ids.append(shared.segment_id)
-                segment_offsets.append(source.offset_bytes)
-                extent_ids.append(target.extent_id)
-                extent_offsets.append(target.offset_bytes)
-                pages.append(page)
-            message = pb.LoadPages(
-                operation_id=worker.next_id(),
-                page_bytes=page_bytes,
-                segment_ids=segment_ids,
-                segment_offsets=segment_offsets,
-                extent_ids=extent_ids,
-                extent_offsets=extent_offsets,
-            )
-            loaded = worker.request(pb.ToWorker(load_pages=message), message.operation_id)
-            self._watch(loaded)
-            loaded.add_done_callback(partial(_copied, pages))
+        for page_bytes, group in itertools.groupby(pages, key=lambda page: page.page_bytes):
+            same = list(group)
+            for first in range(0, len(same), PAGES_PER_MESSAGE):
+                self._send_some(worker, page_bytes, same[first : first + PAGES_PER_MESSAGE])
+
+    def _send_some(self, worker: WorkerLink, page_bytes: int, pages: Sequence[Page]) -> None:
+        sources = [page.in_host for page in pages]
+        targets = [page.device for page in pages if page.device is not None]
+        segments = {extent_id: self._source(worker, slot) for extent_id, slot in {s[0]: s for s in sources}.items()}
+        message = pb.LoadPages(
+            operation_id=worker.next_id(),
+            page_bytes=page_bytes,
+            segment_ids=[segments[extent_id] for extent_id, _ in sources],
+            segment_offsets=[offset for _, offset in sources],
+            extent_ids=[extent_id for extent_id, _ in targets],
+            extent_offsets=[offset for _, offset in targets],
+        )
+        loaded = worker.request(pb.ToWorker(load_pages=message), message.operation_id)
+        self._watch(loaded)
+        loaded.add_done_callback(partial(_copied, pages))
+
+    def _source(self, worker: WorkerLink, slot: PageSlot) -> int:
+        """The number under which the worker knows the segment of a page."""
+        shared = self.extents.segment(slot)
+        self._map(worker, shared)
+        return shared.segment_id
 
     def _tile_done(self, tile_id: int, views: Sequence[View], future: asyncio.Future[pb.FromWorker]) -> None:
         for view in views:

@@ -17,7 +17,7 @@ from streamindex_service.core.spill import Spill
 from streamindex_service.core.working_set import WorkingSet
 from streamindex_service.testing.simulation import History
 
-SEEDS_TO_FAIL = 400  # of a broken core, so many histories must show it
+SEEDS_TO_FAIL = 1000  # of a broken core, so many histories must show it
 
 
 def test_the_histories_reach_what_they_are_about():
