@@ -17,8 +17,7 @@ Pure decisions: what they mean for the device is told through callbacks, in the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from streamindex_service.core.estimates import DeviceSpeed
@@ -26,13 +25,11 @@ from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.meter import Meter
 from streamindex_service.core.residency import Residency
+from streamindex_service.core.room import FED, Room
 from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
-from streamindex_service.core.working_set import Needed, WorkingSet, WorkingSetLimits
+from streamindex_service.core.working_set import WorkingSet, WorkingSetLimits
 from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError
-
-_FED = 2  # turns that keep the device busy, however long they are: one runs, one is ready
-_AMPLE_PART = 16  # of the budget: what a turn's workspace comes to before layers that are not needed now
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +71,7 @@ class Governor:
         self.speed = speed or DeviceSpeed()
         self.scheduler = Scheduler(limits.queue)
         self.working_set = WorkingSet(limits.working_set, residency.hbm, limits.active_s)
+        self.room = Room(self.working_set, residency.hbm, clock, lambda size: self.speed.promotion_s(size), wake)
         residency.kept = self.working_set.kept_pages
         self.meter = Meter()
         self._clock = clock
@@ -85,10 +83,6 @@ class Governor:
         self._paused = True  # until the first worker is ready
         self._resume_when_idle = False
         self._pumping = False
-        self._wake = wake
-        self._wake_at = math.inf
-        self.working_set.idle_since = -math.inf
-        self._room_bytes: dict[Band, int] = {}
 
     @property
     def hbm(self) -> Ledger:
@@ -158,11 +152,7 @@ class Governor:
         self.scheduler.refuse_hopeless(caller, band, self._in_flight_s, run_s, deadline_s)
         search = OpenSearch(caller, band, snapshot)
         self._open.add(search)
-        # Its rows are yet to come, and may be long in coming where many bring theirs: that it has come counts.
-        page_set = self.working_set.taking_part(least.pages)
-        if page_set is not None:
-            search.page_sets[least.speed] = page_set
-            self.working_set.come(page_set)
+        self.room.come(search, least)
         return search
 
     def refuse_what_never_fits(self, need: Need) -> None:
@@ -174,45 +164,13 @@ class Governor:
                 metadata={"needed_bytes": needed, "budget_bytes": self.hbm.limit_bytes},
             )
 
-    def is_held_back(self, search: OpenSearch) -> bool:
-        """Whether it has turns in the queue for which others have to make room on the device first."""
-        if self.working_set.complete or not search.turns:
-            return False
-        return any(page_set.turns and not page_set.admitted for page_set in search.page_sets.values())
-
-    def gathering_s(self, search: OpenSearch, needs: Iterable[Need]) -> float:
-        """For how long rows of a search are gathered at most before a tile of them is asked for.
-
-        needs: the least of each operation that it consists of. 0.0 unless a layer of one of these has to displace
-        others: it is brought for as many rows as there can be, or few rows at a time would have it brought again and
-        again.
-        """
-        return self.working_set.pays_for_s(max(map(self._copy_s, self._displacing(search, needs)), default=0.0))
-
-    def lacks_room(self, search: OpenSearch, needs: Iterable[Need]) -> bool:
-        """Whether others would have to make room for what it needs: its rows are of no use to the device yet."""
-        return next(self._displacing(search, needs), None) is not None
-
-    def _displacing(self, search: OpenSearch, needs: Iterable[Need]) -> Iterator[Need]:
-        now = self._clock()
-        for need in needs:
-            own = search.page_sets.get(need.speed)  # perhaps a window of the layer, and it is under way
-            if own is not None and own.admitted:
-                continue
-            if self.working_set.would_displace(need.pages, search.band, self._workspaces_bytes(need), now):
-                yield need
-
-    def _copy_s(self, need: Need) -> float:
-        return self.speed.promotion_s(need.pages[0].page_bytes * len(need.pages)) if need.pages else 0.0
-
     def close(self, search: OpenSearch) -> None:
         """A search is over. Its turns have been finished or cancelled."""
         assert not search.turns, "a search ends and its turns still wait"
         assert not search.grants, "a search ends and the device still works for it"
         for pages in search.used.values():
             self.residency.let_go(pages)
-        for page_set in search.page_sets.values():
-            self.working_set.go(page_set, to_another=False)
+        self.room.go(search)
         self._open.remove(search)
 
     def request(
@@ -226,7 +184,7 @@ class Governor:
     ) -> SearchTurn:
         """Queue a turn. Exactly one of `granted` and `refused` is called, perhaps at once, unless it is cancelled."""
         promotion_s = self.speed.promotion_s(self.residency.missing_bytes(need.pages))
-        page_set = self._page_set(search, need)
+        page_set = self.room.ask(search, need)
         turn = SearchTurn(
             search.caller,
             search.band,
@@ -240,7 +198,7 @@ class Governor:
             granted=granted,
             refused=refused,
             page_set=page_set,
-            workspaces_bytes=self._workspaces_bytes(need),
+            workspaces_bytes=self.room.workspaces_bytes(need),
         )
         search.turns += 1
         self._last_turn[search.band] = turn.arrived_at
@@ -251,7 +209,7 @@ class Governor:
     def grow(self, turn: SearchTurn, need: Need) -> None:
         """A turn that still waits has become larger."""
         assert turn.waiting
-        turn.need, turn.workspaces_bytes = need, self._workspaces_bytes(need)
+        turn.need, turn.workspaces_bytes = need, self.room.workspaces_bytes(need)
         cost_s = self._speed_of(need).seconds(need.flop) + turn.promotion_s
         self.scheduler.reprice(turn, cost_s, need.size_bytes, turn.promotion_s)
 
@@ -274,13 +232,13 @@ class Governor:
         self._grants.remove(grant)
         turn = grant.turn
         turn.open_search.grants -= 1
-        self._page_set_is_done(turn)
+        self.room.turn_over(turn)
         self._in_flight_s = self._in_flight_s - turn.cost_s if self._grants else 0.0
         if grant.epoch == self._epoch:  # else the device memory, and with it the pins, went with its worker
             self.residency.unpin(turn.need.pages)
         self.hbm.release(grant.workspace_bytes)
         if not self._grants:
-            self.working_set.idle_since = self._clock()
+            self.room.device_idles()
         if device_s is not None:
             self._speed_of(turn.need).observe(turn.need.flop, device_s)
             self.meter.tile_done(grant.waited_s, device_s, turn.band)
@@ -296,10 +254,10 @@ class Governor:
         self._pumping = True
         try:
             while not self._paused and not self._device_is_full():
-                self._room_bytes.clear()
-                turn = self.scheduler.next_turn(self._clock(), None if self.working_set.complete else self)
+                self.room.look_anew()
+                turn = self.scheduler.next_turn(self._clock(), None if self.working_set.complete else self.room)
                 if turn is None:
-                    self._wake_for_room()
+                    self.room.wake_for(self.scheduler.held_back())
                     return
                 if not self._device_takes(turn):
                     return
@@ -313,7 +271,7 @@ class Governor:
 
     def woken(self) -> None:
         """The time for which `wake` was asked has passed."""
-        self._wake_at = math.inf
+        self.room.woken()
         self.pump()
 
     def expire(self) -> int:
@@ -372,97 +330,20 @@ class Governor:
         if any(grant.turn.alone for grant in self._grants):
             return False
         before = [grant.turn for grant in self._grants if grant.turn.band <= band]
-        if len(before) < _FED:
+        if len(before) < FED:
             return True
         if len(before) >= self.limits.max_device_turns:
             return False
         # Turns whose pages are on their way leave the device to others: it goes on with those that have theirs.
-        if not cold and sum(not each.promotion_s for each in before) < _FED:
+        if not cold and sum(not each.promotion_s for each in before) < FED:
             return True
         return sum(each.cost_s for each in before) + cost_s <= self.limits.ahead_s
-
-    def _page_set(self, search: OpenSearch, need: Need) -> Needed | None:
-        """What a turn is for; the search has left what the same operation was for before."""
-        pages, now, page_set = need.pages, self._clock(), None
-        if need.layers:
-            page_set = self.working_set.ask_together(need.layers, search.band, self.speed.promotion_s, now)
-        else:
-            page_set = self.working_set.ask(pages, search.band, self._copy_s(need), now)
-        before = search.page_sets.pop(need.speed, None)
-        if page_set is not before:
-            if before is not None:
-                self.working_set.go(before, to_another=True)
-            if page_set is not None:
-                self.working_set.come(page_set)
-        if page_set is not None:
-            search.page_sets[need.speed] = page_set
-        return page_set
-
-    def _page_set_is_done(self, turn: SearchTurn) -> None:
-        if turn.page_set is not None:
-            self.working_set.turn_over(turn.page_set, turn.open_search.band, self._clock())
-
-    def held_s(self, turn: Turn) -> float:
-        """0.0 when a turn's pages take part, or there is room for them; else for how long copies close a gate."""
-        assert isinstance(turn, SearchTurn)
-        page_set = turn.page_set
-        if page_set is None or page_set.admitted or turn.alone:
-            return 0.0
-        room_bytes = self._room_bytes.get(turn.band)
-        if room_bytes is None:  # the same for all turns of a band, until one is taken
-            room_bytes = self.working_set.room_bytes(turn.band, self._clock())
-            self._room_bytes[turn.band] = room_bytes
-        fits = self.working_set.fits(page_set, turn.workspaces_bytes, room_bytes)
-        return 0.0 if fits else self.working_set.interval_s(page_set)
-
-    def may_displace(self, turn: Turn, *, for_age: bool) -> bool:
-        """Whether the gate is open for a turn, or the device stands still for as long as its copy takes.
-
-        Layers of a higher band make room for a band that is old, and for no other.
-        """
-        assert isinstance(turn, SearchTurn)
-        page_set, now = turn.page_set, self._clock()
-        assert page_set is not None
-        if self._wake is None and not self._grants:
-            return True
-        if not self.working_set.gate_is_open(turn.band, now) and now < self._stands_still_at(page_set):
-            return False
-        room_bytes = self.working_set.room_bytes(turn.band, now, displacing=page_set)
-        return for_age or self.working_set.fits(page_set, turn.workspaces_bytes, room_bytes)
-
-    def _stands_still_at(self, page_set: Needed) -> float:
-        """When the device will have had nothing to do for as long as a copy takes; infinite while it has."""
-        return self.working_set.idle_since + page_set.copy_s
-
-    def _wake_for_room(self) -> None:
-        """Come back when a turn that is held back may go, though nothing else happens."""
-        if self._wake is None:
-            return
-        now, at, bands = self._clock(), math.inf, set()
-        for turn in self.scheduler.held_back():
-            assert isinstance(turn, SearchTurn)
-            assert turn.page_set is not None
-            bands.add(turn.band)
-            stands_still_at = self._stands_still_at(turn.page_set)
-            at = min(at, stands_still_at if stands_still_at > now else math.inf)
-        for band in bands:  # the same for all turns of a band
-            at = min(at, self.working_set.next_change(band, now))
-        if at < self._wake_at:
-            self._wake_at = at
-            self._wake(at - now)
-
-    def _admit(self, turn: SearchTurn) -> None:
-        """The turn is the next: its pages take part from now on."""
-        page_set = turn.page_set
-        if page_set is not None and not page_set.admitted:
-            through_gate = self.scheduler.is_offered(turn)
-            self.working_set.admit(page_set, turn.workspaces_bytes, self._clock(), through_gate=through_gate)
 
     def _place(self, turn: SearchTurn) -> bool:
         need = turn.need
         if turn.alone:  # the device has less than was thought: what is not needed now goes
             self._evict_all()
-        self._admit(turn)
+        self.room.admit(turn, through_gate=self.scheduler.is_offered(turn))
         if self.residency.try_place(need.pages, need.floor_bytes):
             return True
         while not self._grants and turn.page_set is not None:
@@ -476,7 +357,7 @@ class Governor:
         # All of it fits an empty device. What is in the way is an extent of the search's own pages that is empty
         # otherwise, or has more of them than can move, or pages that a turn without any needs the place of.
         self._evict_all()
-        self._admit(turn)
+        self.room.admit(turn, through_gate=self.scheduler.is_offered(turn))
         return self.residency.try_place(need.pages, need.floor_bytes)
 
     def _evict_all(self) -> None:
@@ -498,7 +379,7 @@ class Governor:
         assert reserved
         grant = Grant(turn, need.floor_bytes + more, self._clock() - turn.arrived_at, self._epoch)
         self._grants.add(grant)
-        self.working_set.idle_since = math.inf
+        self.room.device_works()
         self._in_flight_s += turn.cost_s
         return grant
 
@@ -512,27 +393,19 @@ class Governor:
         """
         others = bool(self._grants) or len(self.scheduler) > 0
         left_bytes = need.floor_bytes if len(self.scheduler) else 0
-        ample_bytes = self._ample_bytes(need) - need.floor_bytes + left_bytes
+        ample_bytes = self.room.ample_bytes(need) - need.floor_bytes + left_bytes
         if self.hbm.free_bytes < ample_bytes and self.residency.resident_bytes > self.working_set.admitted_bytes:
             self.residency.make_room(ample_bytes)
         all_bytes = self.hbm.free_bytes + need.floor_bytes + sum(grant.workspace_bytes for grant in self._grants)
-        most = min(need.want_bytes, all_bytes // _FED if others else all_bytes)
+        most = min(need.want_bytes, all_bytes // FED if others else all_bytes)
         return max(0, min(most - need.floor_bytes, self.hbm.free_bytes - left_bytes))
-
-    def _ample_bytes(self, need: Need) -> int:
-        """Workspace with which a turn is fast: with its floor alone, the host's launches may be what takes the time."""
-        return max(need.floor_bytes, min(need.want_bytes, self.hbm.limit_bytes // _AMPLE_PART))
-
-    def _workspaces_bytes(self, need: Need) -> int:
-        """Of turns like this one that keep the device busy: layers take part beside these."""
-        return _FED * self._ample_bytes(need)
 
     def _speed_of(self, need: Need) -> DeviceSpeed:
         return need.speed or self.speed
 
     def _leave_queue(self, turn: SearchTurn) -> None:
         self.scheduler.remove(turn)
-        self._page_set_is_done(turn)
+        self.room.turn_over(turn)
         turn.waiting = False
         turn.open_search.turns -= 1
 

@@ -89,7 +89,7 @@ class Watch:
         self._count_pages()
         require(governor.in_flight == len(service.device.tiles), "a turn is with the device for which it does nothing")
         waiting = len(governor.scheduler)
-        woken = service.time.now_s <= governor._wake_at < math.inf
+        woken = service.time.now_s <= governor.room.wake_at < math.inf
         require(not waiting or governor.paused or governor.in_flight > 0 or woken, "a waiter is forgotten")
         self._check_working_set()
         require(waiting == sum(search.turns for search in governor._open), "a turn is in no queue")

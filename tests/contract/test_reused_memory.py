@@ -151,7 +151,7 @@ def descriptors() -> int:
 
 
 def test_an_idle_service_has_its_descriptors_back():
-    memory = {**ROOMY["memory"], "extent_bytes": 65_536, "spare_segments": 5, "spare_s": 1.0}
+    memory = {**ROOMY["memory"], "extent_bytes": 65_536, "spare_segments": 5, "spare_s": 4.0}
     settings = {**ROOMY, "memory": memory, "server": {**ROOMY.get("server", {}), "sweep_s": 0.1}}
     before = descriptors() + 2  # those of the table that it shares with its worker
     with InProcessServer(settings) as running, streamindex_client.connect(running.target) as client:

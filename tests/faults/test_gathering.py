@@ -112,7 +112,7 @@ def test_who_has_to_wait_for_room_holds_one_block_of_rows(server, calls, monkeyp
     queries = draw.queries(KIND, rows, start_position=PAGES * 256)
     few = draw.queries(KIND, FIRST, start_position=PAGES * 256)
     governor, blocks = server.server.service.governor, server.server.service.blocks
-    monkeypatch.setattr(governor, "may_displace", lambda turn, *, for_age: False)
+    monkeypatch.setattr(governor.room, "may_displace", lambda turn, *, for_age: False)
     with calls.cache(KIND, keys[0]) as there, calls.cache(KIND, keys[1]) as other:
         runs = started(calls, there.id, queries, FIRST)
         runs.receive_until("chunk")

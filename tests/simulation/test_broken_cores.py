@@ -12,6 +12,7 @@ from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.residency import Residency
+from streamindex_service.core.room import Room
 from streamindex_service.core.scheduler import Scheduler, _BandQueue, _Choice
 from streamindex_service.core.spill import Spill
 from streamindex_service.core.working_set import WorkingSet
@@ -239,16 +240,16 @@ def places_on_disk_that_are_never_freed(patch):
 
 
 def nobody_is_displaced(patch):
-    patch.setattr(Governor, "may_displace", lambda self, turn, *, for_age: False)
+    patch.setattr(Room, "may_displace", lambda self, turn, *, for_age: False)
     patch.setattr(_Choice, "cost_s", property(lambda choice: choice.turn.cost_s + 1e9 * choice.behind_s))
 
 
 def a_wake_that_is_forgotten(patch):
-    patch.setattr(Governor, "_wake_for_room", lambda self: None)
+    patch.setattr(Room, "wake_for", lambda self, held_back: None)
 
 
 def tiles_of_a_page_set_that_never_end(patch):
-    patch.setattr(Governor, "_page_set_is_done", lambda self, turn: None)
+    patch.setattr(Room, "turn_over", lambda self, turn: None)
 
 
 def page_sets_that_leave_uncounted(patch):

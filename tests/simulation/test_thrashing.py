@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from streamindex_service.core.caches import CacheSpec
-from streamindex_service.core.governor import Governor, GovernorLimits
+from streamindex_service.core.governor import GovernorLimits
+from streamindex_service.core.room import Room
 from streamindex_service.core.scheduler import Band, QueueLimits, _Choice
 from streamindex_service.core.sizes import PAGE_KEYS, KeyFormat
 from streamindex_service.core.working_set import WorkingSet
@@ -172,7 +173,7 @@ def test_four_times_what_fits_is_no_slower(options, name):
 
 
 def nothing_is_held_back(patch):
-    patch.setattr(Governor, "held_s", lambda self, turn: 0.0)
+    patch.setattr(Room, "held_s", lambda self, turn: 0.0)
     patch.setattr(WorkingSet, "kept_pages", lambda self: ())
 
 

@@ -12,19 +12,12 @@ from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.residency import Residency
-from streamindex_service.core.scheduler import Band, Turn
+from streamindex_service.core.scheduler import Band
 from streamindex_service.core.turns import Grant, Need, OpenSearch
 from streamindex_service.frontend.host_memory import IngressBudget
 
 PAGE_BYTES = 100
 LAYER_PAGES = 8  # of ten that fit
-
-
-class Shut(Governor):
-    """Its gates are closed: nobody makes room for others."""
-
-    def may_displace(self, turn: Turn, *, for_age: bool) -> bool:
-        return False
 
 
 class World:
@@ -34,7 +27,9 @@ class World:
         pool = PagePool(Ledger("hbm", pages * PAGE_BYTES), PAGE_BYTES, lambda *_: None, lambda *_: None)
         residency = Residency(pool.ledger, pool, lambda page: None)
         self.now = 0.0
-        self.governor = Shut(residency, lambda: self.now, GovernorLimits(), wake=lambda delay_s: None)
+        self.governor = Governor(residency, lambda: self.now, GovernorLimits(), wake=lambda delay_s: None)
+        # its gates are closed: nobody makes room for others
+        self.governor.room.may_displace = lambda turn, *, for_age: False  # type: ignore[method-assign]
         self.governor.device_ready()
         self.granted: dict[OpenSearch, list[Grant]] = {}
 
@@ -72,12 +67,12 @@ def test_only_who_has_turns_that_wait_for_room_is_held_back():
     runs, held = world.search(there), world.search(waits)
     assert world.turn(runs, there)
     assert not world.turn(held, waits)
-    assert world.governor.is_held_back(held)
-    assert not world.governor.is_held_back(runs)
+    assert world.governor.room.is_held_back(held)
+    assert not world.governor.room.is_held_back(runs)
     new, same, empty = world.search(layer(1), Band.INTERACTIVE), world.search(there), world.search(())
-    assert not any(map(world.governor.is_held_back, (new, same, empty)))
+    assert not any(map(world.governor.room.is_held_back, (new, same, empty)))
     assert world.turn(same, there)
-    assert not world.governor.is_held_back(same)
+    assert not world.governor.room.is_held_back(same)
 
 
 def test_a_call_is_held_back_that_has_room_for_half_of_what_it_does():
@@ -86,7 +81,7 @@ def test_a_call_is_held_back_that_has_room_for_half_of_what_it_does():
     attend = world.search(keys)
     assert world.turn(attend, keys)
     assert not world.turn(attend, rows, DeviceSpeed())
-    assert world.governor.is_held_back(attend)
+    assert world.governor.room.is_held_back(attend)
 
 
 async def test_a_new_search_does_not_wait_behind_those_that_come_again_and_again():
@@ -101,14 +96,14 @@ async def test_a_new_search_does_not_wait_behind_those_that_come_again_and_again
     async def busy() -> None:
         nonlocal given
         while not got and given < 1000:
-            await budget.reserve(1, lambda: world.governor.is_held_back(runs))
+            await budget.reserve(1, lambda: world.governor.room.is_held_back(runs))
             given += 1
             await asyncio.sleep(0)
             budget.release(1)
 
     others = [asyncio.create_task(busy()) for _ in range(3)]
     await asyncio.sleep(0)
-    await budget.reserve(1, lambda: world.governor.is_held_back(new))
+    await budget.reserve(1, lambda: world.governor.room.is_held_back(new))
     got = True
     budget.release(1)
     await asyncio.gather(*others)
@@ -132,7 +127,7 @@ def test_a_decode_step_waits_for_no_room_while_its_layers_are_there():
         before = grant
     new = world.search(layers[4], Band.INTERACTIVE)
     assert not world.turn(new, layers[4])  # this one has to be brought, and its gate is shut
-    assert world.governor.is_held_back(new)
+    assert world.governor.room.is_held_back(new)
 
 
 def test_rows_gather_for_a_layer_that_has_to_displace_another_and_for_no_other():
@@ -142,8 +137,8 @@ def test_rows_gather_for_a_layer_that_has_to_displace_another_and_for_no_other()
 
     def gathers_s(pages: tuple[Page, ...], band: Band = Band.BATCH) -> float:
         search = world.search(pages, band)
-        seconds = governor.gathering_s(search, [world.need(pages)])
-        assert governor.lacks_room(search, [world.need(pages)]) == (seconds > 0.0)
+        seconds = governor.room.gathering_s(search, [world.need(pages)])
+        assert governor.room.lacks_room(search, [world.need(pages)]) == (seconds > 0.0)
         assert world.finished(search)
         return seconds
 
@@ -153,7 +148,7 @@ def test_rows_gather_for_a_layer_that_has_to_displace_another_and_for_no_other()
     limits, copy_s = governor.working_set.limits, governor.speed.promotion_s(LAYER_PAGES * PAGE_BYTES)
     assert 0.0 < limits.promotion_factor * copy_s < limits.promotion_wait_s
     assert gathers_s(waits) == limits.promotion_factor * copy_s
-    assert governor.gathering_s(runs, [world.need(there)]) == 0.0
+    assert governor.room.gathering_s(runs, [world.need(there)]) == 0.0
     assert [gathers_s(pages) for pages in (there, layer(1), ())] == [0.0] * 3
     assert gathers_s(waits, Band.INTERACTIVE) == 0.0  # for a higher band the other makes room at once
     governor.speed.copy_bytes_per_s = 1.0
@@ -172,7 +167,7 @@ def test_a_layer_stays_for_a_search_that_has_come_for_it_and_has_no_rows_yet():
     assert world.finished(first)
     world.now = 1.0  # nobody would be there for it any more
     assert not world.turn(other, waits)
-    assert world.governor.lacks_room(world.search(waits), [world.need(waits)])
+    assert world.governor.room.lacks_room(world.search(waits), [world.need(waits)])
     assert world.turn(second, there)
     assert world.finished(second)
     world.now = 2.0
@@ -184,8 +179,8 @@ def test_a_layer_that_passes_in_windows_gathers_no_more_once_it_is_under_way():
     world, whole = World(), layer(40)
     search = world.search(whole)
     assert world.turn(search, whole[8:16])
-    assert world.governor.gathering_s(search, [world.need(whole[:8])]) == 0.0
-    assert world.governor.gathering_s(world.search(whole), [world.need(whole[:8])]) > 0.0
+    assert world.governor.room.gathering_s(search, [world.need(whole[:8])]) == 0.0
+    assert world.governor.room.gathering_s(world.search(whole), [world.need(whole[:8])]) > 0.0
 
 
 def test_attention_gathers_for_the_rows_that_it_reads():
@@ -195,15 +190,15 @@ def test_attention_gathers_for_the_rows_that_it_reads():
     first = world.search(keys)
     assert world.turn(first, rows, speed)
     given, both = world.need(rows, speed), [world.need(keys), world.need(rows, speed)]
-    assert governor.gathering_s(world.search(keys), [given]) == 0.0
-    assert governor.gathering_s(world.search(keys), both) == 0.0
+    assert governor.room.gathering_s(world.search(keys), [given]) == 0.0
+    assert governor.room.gathering_s(world.search(keys), both) == 0.0
     assert world.finished(first)
     world.now = 1.0
     call, busy = world.search(keys), world.search(other)
     assert world.turn(call, keys)
     assert world.turn(busy, other)
-    assert governor.gathering_s(call, both) > 0.0
-    assert governor.gathering_s(call, both[:1]) == 0.0
+    assert governor.room.gathering_s(call, both) > 0.0
+    assert governor.room.gathering_s(call, both[:1]) == 0.0
 
 
 @pytest.mark.parametrize("cold", [1, 2, 3])
