@@ -114,6 +114,11 @@ class PagePool:
                     return found
         return []
 
+    def pages_in(self, extent_id: int) -> int:
+        """How many pages of an extent are allocated."""
+        extent = self._extents[extent_id]
+        return extent.slots - len(extent.free)
+
     def close(self, extent_ids: Collection[int]) -> None:
         """Take no more pages from extents that `sparse` has found. Whoever asks moves their pages at once:
         `try_allocate` gives a place for each, and the last that is freed gives the extent back."""

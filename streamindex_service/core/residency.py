@@ -53,6 +53,7 @@ class Residency:
         self._pages = 0  # on the device, pinned or not
         self._pinned: dict[int, _Pinned] = {}  # by the identity of the sequence
         self._idle: dict[int, _Pinned] = {}  # of them, those that no tile uses; idle for longest first
+        self._no_room: tuple[int, ...] = ()  # as things stood when there was no more to be had
 
     def __len__(self) -> int:
         return self._pages
@@ -84,12 +85,21 @@ class Residency:
         return False
 
     def make_room(self, size_bytes: int) -> None:
-        """Evict until so much is free, or all that is left is kept or pinned."""
-        victims: Iterator[Page] | None = None
-        while self.hbm.free_bytes < size_bytes:
-            victims = self._victims() if victims is None else victims
-            if not self._evict_some(victims):
+        """Evict until so much is free, as far as that makes whole extents free: other pages would go for nothing."""
+        state = (self.moves, self.promoted_pages, len(self._unpinned), len(self.kept()))
+        if state == self._no_room:  # nothing has changed since it was looked for
+            return
+        in_extent: dict[int, list[Page]] = {}
+        for page in self._victims():
+            if self.hbm.free_bytes >= size_bytes:
                 return
+            assert page.device is not None
+            extent_id = page.device.extent_id
+            pages = in_extent.setdefault(extent_id, [])
+            pages.append(page)
+            if len(pages) == self.device.pages_in(extent_id):
+                self._evict(pages)
+        self._no_room = (self.moves, self.promoted_pages, len(self._unpinned), len(self.kept()))
 
     def unpin(self, pages: Sequence[Page]) -> None:
         """A tile is done with them; they stay until their place is needed."""
@@ -199,7 +209,8 @@ class Residency:
             evicted_bytes += page.page_bytes
             if evicted_bytes >= self.device.extent_bytes:
                 break
-        self._evict(pages)
+        if pages:
+            self._evict(pages)
         return bool(pages)
 
     def _evict(self, pages: Sequence[Page]) -> None:

@@ -13,9 +13,8 @@ the number of its queries: a caller who does not read stops its own search and n
 Rows are checked and copied on the event loop, while they are still in the processor's cache: a tenth of a millisecond
 for 1 MiB, less than it costs to hand them to a thread and to hear of it. What one stream does there in one turn of the
 loop is bounded, and so is what all streams do (`LoopTurns`), so that a decode step does not wait for many of them; and
-while decode steps are on their way, streams of a lower priority hold back (`Pacing`). Few streams read at a time, and
-rows for which others would have to make room on the device come behind those that it can go on with, the oldest stream
-first (`Reading`).
+while decode steps are on their way, streams of a lower priority hold back (`Pacing`). Rows for which others would have
+to make room on the device come behind those that it can go on with, the oldest stream first.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from streamindex_service.errors import InvalidArgumentError, MalformedMessageErr
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.messages import MessageReader, MessageWriter
-from streamindex_service.frontend.reading import Place
 from streamindex_service.frontend.service import Service
 
 _TILES_AHEAD = 2  # tiles of one search that wait for the device or are there: one runs, one is ready
@@ -229,19 +227,14 @@ class RowStream(ABC):
         while True:
             if self._holds_back:
                 await pacing.before_reading()
-            place = await self._place()
-            try:
-                self._heard_at = self._service.clock()  # silence begins when there is somebody to listen
-                message = await self._reader.next()
-                if message is None:
-                    break
-                if not isinstance(message, Chunk):
-                    raise MalformedMessageError("a header comes first and once, then chunks")
-                pacing.read(message.payload_bytes)
-                await self._take(message)
-            finally:
-                if place is not None:
-                    place.give_back()
+            self._heard_at = self._service.clock()  # silence begins when there is somebody to listen
+            message = await self._reader.next()
+            if message is None:
+                break
+            if not isinstance(message, Chunk):
+                raise MalformedMessageError("a header comes first and once, then chunks")
+            pacing.read(message.payload_bytes)
+            await self._take(message)
         announced = self._announced_rows
         if announced and announced != self._at.received:
             raise InvalidArgumentError(
@@ -265,14 +258,13 @@ class RowStream(ABC):
 
     async def _take(self, chunk: Chunk) -> None:
         self._check(chunk)
-        turns = self._service.loop_turns
-        await turns.next()
+        await self._turn()
         tensors.verify_checksum(chunk)
         self._service.counters.queries += chunk.row_count
         done = 0
         while done < chunk.row_count:
             if done:
-                await turns.next()
+                await self._turn()
             filling = await self._room()
             count = min(chunk.row_count - done, self._block_rows - filling.rows, self._turn_rows)
             self._fill(chunk, done, count, filling.block, filling.rows, self._at.received)
@@ -281,13 +273,10 @@ class RowStream(ABC):
             done += count
             self._pump()
 
-    async def _place(self) -> Place | None:
-        """Wait until the next message may be read; None for a stream that waits for no others."""
-        if not self._holds_back:
-            return None
-        await self._may_hold_more()  # what nobody has memory for would only lie about
+    async def _turn(self) -> None:
+        """Wait for a turn of the loop in which rows may be copied."""
         lacks_room = self._service.governor.room.lacks_room(self._search(), self._needs())
-        return await self._service.reading.begin(self._rank if lacks_room else None)
+        await self._service.loop_turns.next(self._rank if lacks_room else None)
 
     def _check(self, chunk: Chunk) -> None:
         limit = int(self._service.settings.limits.max_chunk_bytes)
@@ -309,29 +298,19 @@ class RowStream(ABC):
 
     async def _room(self) -> _Filling:
         """The block that the next row goes to."""
-        if self._has_place:
+        if self._at.fillings and self._at.fillings[-1].rows < self._block_rows:
             return self._at.fillings[-1]
-        await self._may_hold_more()
         governor, search = self._service.governor, self._search()
+        # Rows of a search that waits for others to make room are of use to nobody yet: one block of them, and what the
+        # stream could bring meanwhile goes to those who have their layers.
+        most = self._service.settings.memory.search_blocks
+        while self._blocks_held >= (1 if governor.room.is_held_back(search) else most):
+            self._block_freed.clear()
+            await self._block_freed.wait()
         self._blocks_held += 1
         filling = _Filling(await self._service.blocks.acquire(lambda: governor.room.is_held_back(search)))
         self._at.fillings.append(filling)
         return filling
-
-    @property
-    def _has_place(self) -> bool:
-        """Whether there is place for a row in the last block."""
-        return bool(self._at.fillings) and self._at.fillings[-1].rows < self._block_rows
-
-    async def _may_hold_more(self) -> None:
-        """Wait until the search may have the memory for another row."""
-        # Rows of a search that waits for others to make room are of use to nobody yet: one block of them, and what the
-        # stream could bring meanwhile goes to those who have their layers.
-        governor, search = self._service.governor, self._search()
-        most = self._service.settings.memory.search_blocks
-        while not self._has_place and self._blocks_held >= (1 if governor.room.is_held_back(search) else most):
-            self._block_freed.clear()
-            await self._block_freed.wait()
 
     def _pump(self) -> None:
         """Make tiles of the rows that are there, up to _TILES_AHEAD; one that still waits takes more rows first."""
@@ -370,12 +349,12 @@ class RowStream(ABC):
         return False
 
     def _gathered_at(self, turns: int) -> float:
-        """Until when rows gather that could be more: for so many turns of this stream and of each that waits to read.
+        """Until when rows gather that could be more: for so many turns of this stream and each other that waits.
 
         A tile costs the device and the loop about as much for few rows as for many. Where many streams bring rows, a
         tile of what each of them has brought in 2 ms is next to nothing, and the loop has less time to bring the rest.
         """
-        others = self._service.reading.waiting if self._holds_back else 0
+        others = self._service.loop_turns.waiting if self._holds_back else 0
         return asyncio.get_running_loop().time() + min(_GATHER_S * (turns + others), _GATHER_MOST_S)
 
     def _end_gathering(self) -> None:

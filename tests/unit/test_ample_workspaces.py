@@ -19,8 +19,8 @@ AMPLE = BUDGET // 16
 class World:
     """A governor, and layers of pages of 100 bytes."""
 
-    def __init__(self) -> None:
-        pool = PagePool(Ledger("hbm", BUDGET), 100, lambda *_: None, lambda *_: None)
+    def __init__(self, extent_bytes: int = 100) -> None:
+        pool = PagePool(Ledger("hbm", BUDGET), extent_bytes, lambda *_: None, lambda *_: None)
         self.hbm = pool.ledger
         self.now = 0.0
         self.residency = Residency(pool.ledger, pool, lambda page: None)
@@ -104,3 +104,29 @@ def test_layers_in_use_leave_room_for_two_turns_that_are_fast():
                 world.governor.finish(grant, 1e-9)
             running.clear()
         assert len(world.governor.working_set) == fitting
+
+
+def test_no_page_goes_where_its_extent_stays():
+    """Eviction frees memory by the extent: of one that a layer in use is in, nothing is to be had."""
+    world = World(extent_bytes=400)
+    layers = [layer(1) for _ in range(15)]
+    kept = [world.open(pages, FLOOR) for pages in layers[::4]]  # in each extent
+    for number, pages in enumerate(layers):
+        if number % 4:
+            world.used(pages)
+        else:
+            (grant,) = world.turn(kept[number // 4], pages, FLOOR)
+            world.governor.finish(grant, 1e-9)
+    world.now = 10.0
+    world.governor.expire()
+    residency = world.residency
+    assert (residency.resident_bytes, world.hbm.free_bytes) == (1500, 100)
+    for _ in range(2):
+        moves = residency.moves
+        residency.make_room(500)
+        assert (residency.evicted_pages, residency.moves) == (0, moves)
+    world.governor.close(kept[1])
+    world.now = 20.0
+    world.governor.expire()
+    residency.make_room(500)
+    assert (residency.evicted_pages, world.hbm.free_bytes) == (4, 500)

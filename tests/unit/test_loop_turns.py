@@ -44,3 +44,26 @@ async def test_a_stream_that_ended_while_it_waited_holds_up_nobody():
     await turns.next()
     await asyncio.wait_for(waits, 10)
     assert gone.cancelled()
+
+
+async def test_what_can_wait_gets_one_turn_in_four_by_its_rank_and_for_its_wait_in_turn():
+    turns, log = LoopTurns(asyncio.get_running_loop()), []
+
+    async def work(name, pieces, behind=None):
+        for _ in range(pieces):
+            await turns.next(behind)
+            log.append(name)
+
+    works = [work("z", 2, (2, 9)), work("a", 2, (2, 3)), work("u", 1, (1, 10)), work("1", 6), work("2", 3)]
+    tasks = [asyncio.create_task(each) for each in works]
+    await turns.next()  # before any of them: all have to wait
+    await asyncio.gather(*tasks)
+    assert "".join(log) == "121u212z111aza"
+    assert turns.waiting == 0
+
+
+async def test_what_can_wait_does_not_when_nobody_else_is_there():
+    turns, number = LoopTurns(asyncio.get_running_loop()), 0
+    for number in range(3):
+        await asyncio.wait_for(turns.next((1, number)), 10)
+    assert number == 2
