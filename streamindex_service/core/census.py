@@ -58,13 +58,13 @@ class CachePages:
         self.census.spilled += (self.spilled > 0) - was_spilled
         self._sort()
 
-    def placed(self, pages: int = 1) -> None:
+    def placed(self, pages: int) -> None:
         """So many of its pages are on the device now."""
         self.resident += pages
         if self.resident == pages or self.resident == self.pages:  # thousands of pages come at a time
             self._sort()
 
-    def displaced(self, pages: int = 1) -> None:
+    def displaced(self, pages: int) -> None:
         """So many are not any more."""
         self.resident -= pages
         if not self.resident or self.resident + pages == self.pages:

@@ -2,9 +2,9 @@
 
 A search is open from its header to its end, and holds nothing on the device for that. What runs there is a turn, one
 tile of a search: its layer's pages, pinned, and a workspace of at least `floor_bytes`, given as much more, up to
-`want_bytes`, as is free. The scheduler says whose turn is next; the governor sees that it fits. A turn that does not
-fit at this moment waits until the turns before it have given back what they hold, which takes as long as they run and
-no longer: nothing overtakes it. What can never fit is refused at once, with figures.
+`want_bytes`, as is free and its share. The scheduler says whose turn is next; the governor sees that it fits. A turn
+that does not fit at this moment waits until the turns before it have given back what they hold, which takes as long as
+they run and no longer: nothing overtakes it. What can never fit is refused at once, with figures.
 
 When the layers in use do not all fit, those of the working set take part, and turns of the others are held back until
 there is room for them (`working_set.py`) or their caller is too far behind (`scheduler.py`).

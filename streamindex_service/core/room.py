@@ -39,8 +39,7 @@ class Room:
         self._wake = wake
         self._room_bytes: dict[Band, int] = {}
         self.wake_at = math.inf
-        self.device_idles()
-        working_set.idle_since = -math.inf
+        working_set.idle_since = -math.inf  # it has not had anything to do yet
 
     def device_idles(self) -> None:
         """It has nothing to do from now on."""

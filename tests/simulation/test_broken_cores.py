@@ -18,7 +18,7 @@ from streamindex_service.core.spill import Spill
 from streamindex_service.core.working_set import WorkingSet
 from streamindex_service.testing.simulation import History
 
-SEEDS_TO_FAIL = 1000  # of a broken core, so many histories must show it
+SEEDS_TO_FAIL = 400  # of a broken core, so many histories must show it
 
 
 def test_the_histories_reach_what_they_are_about():
@@ -273,11 +273,15 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+# It takes a search whose pages move between two of its tiles, which one history in five hundred has.
+SELDOM_SEEN = {moves_that_nobody_hears_of: 1000}
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_a_broken_core_is_seen(mutation, monkeypatch):
     mutation(monkeypatch)
     seen = 0
-    for seed in range(SEEDS_TO_FAIL):
+    for seed in range(SELDOM_SEEN.get(mutation, SEEDS_TO_FAIL)):
         try:
             History(seed).run()
         except Exception:
