@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from streamindex_service.core.band_queue import Band, Turn
 from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.meter import Meter
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.room import FED, Room
-from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
+from streamindex_service.core.scheduler import QueueLimits, Scheduler
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.working_set import WorkingSet, WorkingSetLimits
 from streamindex_service.errors import ExceedsBudgetError, NotReadyError, QueueFullError, ServiceError

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+from streamindex_service.core.band_queue import Band, Turn
 from streamindex_service.core.ledger import Ledger
-from streamindex_service.core.scheduler import Band, Turn
 from streamindex_service.core.turns import Need, OpenSearch, SearchTurn
 from streamindex_service.core.working_set import Needed, WorkingSet
 
@@ -37,7 +37,7 @@ class Room:
         self._clock = clock
         self._promotion_s = promotion_s
         self._wake = wake
-        self._room_bytes: dict[Band, int] = {}
+        self._room_bytes: dict[Band, int] = {}  # for layers of a band and their turns, as of this look
         self.wake_at = math.inf
         working_set.idle_since = -math.inf  # it has not had anything to do yet
 
@@ -123,17 +123,17 @@ class Room:
         """Whether others would have to make room for what it needs: its rows are of no use to the device yet."""
         return next(self._displacing(search, needs), None) is not None
 
+    def as_of(self, band: Band) -> tuple[int, int]:
+        """What `held_s` depends on, beside the turn itself."""
+        return self._working_set.changes, self._room_for(band)
+
     def held_s(self, turn: Turn) -> float:
         """0.0 when a turn's pages take part, or there is room for them; else for how long copies close a gate."""
         assert isinstance(turn, SearchTurn)
         page_set = turn.page_set
         if page_set is None or page_set.admitted or turn.alone:
             return 0.0
-        room_bytes = self._room_bytes.get(turn.band)
-        if room_bytes is None:  # the same for all turns of a band, until one is taken
-            room_bytes = self._working_set.room_bytes(turn.band, self._clock())
-            self._room_bytes[turn.band] = room_bytes
-        fits = self._working_set.fits(page_set, turn.workspaces_bytes, room_bytes)
+        fits = self._working_set.fits(page_set, turn.workspaces_bytes, self._room_for(turn.band))
         return 0.0 if fits else self._working_set.interval_s(page_set)
 
     def look_anew(self) -> None:
@@ -164,8 +164,8 @@ class Room:
             assert isinstance(turn, SearchTurn)
             assert turn.page_set is not None
             bands.add(turn.band)
-            stands_still_at = self._stands_still_at(turn.page_set)
-            at = min(at, stands_still_at if stands_still_at > now else math.inf)
+            if now < (stands_still_at := self._stands_still_at(turn.page_set)) < at:
+                at = stands_still_at
         for band in bands:  # the same for all turns of a band
             at = min(at, self._working_set.next_change(band, now))
         if at < self.wake_at:
@@ -184,6 +184,12 @@ class Room:
                 continue
             if self._working_set.would_displace(need.pages, search.band, self.workspaces_bytes(need), now):
                 yield need
+
+    def _room_for(self, band: Band) -> int:
+        room_bytes = self._room_bytes.get(band)
+        if room_bytes is None:
+            room_bytes = self._room_bytes[band] = self._working_set.room_bytes(band, self._clock())
+        return room_bytes
 
     def _copy_s(self, need: Need) -> float:
         return self._promotion_s(need.pages[0].page_bytes * len(need.pages)) if need.pages else 0.0

@@ -32,25 +32,15 @@ are busy, and h the longest interval between two copies for which a turn is held
 
 from __future__ import annotations
 
-import enum
-import math
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+from streamindex_service.core.band_queue import Admission, Band, BandQueue, Turn
 from streamindex_service.errors import DeadlineUnreachableError, QueueFullError
 
 _LEAST_RETRY_S, _MOST_RETRY_S = 0.1, 10.0
 _LEAST_COST_S = 1e-6  # a turn that is thought to cost nothing would never use up an allowance
-
-
-class Band(enum.IntEnum):
-    """Priorities, with the numbers of `streamindex.v1.Priority`; the smaller goes first."""
-
-    INTERACTIVE = 1
-    STANDARD = 2
-    BATCH = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,203 +61,13 @@ class QueueLimits:
         return max(self.quantum_s - 2 * self.max_turn_s, self.max_turn_s)
 
 
-@dataclass(slots=True, eq=False)
-class Turn:
-    """One tile of a search, waiting for the device.
-
-    cost_s: estimated device seconds, of which promotion_s bring keys there; size_bytes: rows that wait in memory.
-    """
-
-    caller: str
-    band: Band
-    cost_s: float
-    size_bytes: int
-    arrived_at: float
-    promotion_s: float = 0.0
-    alone: bool = False  # runs while nothing else does
-
-
-class Admission(Protocol):
-    """Says which turns have to wait for others to make room for their keys."""
-
-    def held_s(self, turn: Turn) -> float:
-        """0.0 when it may go; else the device seconds for which keys like its own are left where they are."""
-
-    def may_displace(self, turn: Turn, *, for_age: bool) -> bool:
-        """Whether others may be made to make room for it now. for_age: it would go because its band is old."""
-
-
-@dataclass(slots=True, eq=False)
-class _Choice:
-    """A turn that its caller may have once its deficit is the turn's cost and `behind_s` more."""
-
-    turn: Turn
-    behind_s: float = 0.0
-
-    @property
-    def cost_s(self) -> float:
-        return self.turn.cost_s + self.behind_s
-
-
-@dataclass(slots=True, eq=False)
-class _Caller:
-    name: str
-    turns: deque[Turn] = field(default_factory=deque)
-    deficit_s: float = 0.0
-    visited: bool = False  # has had the allowance of its present visit
-    given_s: float = 0.0  # in this visit
-    backlog_s: float = 0.0
-
-    def choices(self, choices: _Choices | None) -> list[_Choice]:
-        """What it may have; its oldest turn where nothing is held back."""
-        return [_Choice(self.turns[0])] if choices is None else choices[self]
-
-
-_Choices = dict[_Caller, list[_Choice]]
-
-
-class _BandQueue:
-    """The callers of a band, in the order of the round."""
-
-    def __init__(self, allowance_s: float) -> None:
-        self.turns: dict[Turn, None] = {}  # oldest first
-        self.callers: dict[str, _Caller] = {}
-        self.backlog_s = 0.0
-        self.offered: Turn | None = None  # of those that are held back the one that others may make room for
-        self._allowance_s = allowance_s
-        self._round: deque[_Caller] = deque()
-        self._held: dict[_Caller, Turn] = {}  # the turn for which others have to make room; who waits longest is first
-        self._visits: deque[float] = deque()  # device seconds given in each of the last visits
-
-    @property
-    def oldest_at(self) -> float:
-        return next(iter(self.turns)).arrived_at
-
-    def add(self, turn: Turn) -> None:
-        caller = self.callers.get(turn.caller)
-        if caller is None:
-            caller = self.callers[turn.caller] = _Caller(turn.caller)
-            self._round.append(caller)
-        caller.turns.append(turn)
-        self.turns[turn] = None
-        self.price(turn, turn.cost_s)
-
-    def price(self, turn: Turn, more_s: float) -> None:
-        """The turn costs so much more, or less, than it was counted with."""
-        self.backlog_s += more_s
-        self.callers[turn.caller].backlog_s += more_s
-
-    def take(self, turn: Turn) -> None:
-        """It goes to the device: its caller pays."""
-        caller = self.callers[turn.caller]
-        caller.deficit_s -= turn.cost_s
-        caller.given_s += turn.cost_s
-        self.remove(turn)
-
-    def remove(self, turn: Turn) -> None:
-        caller = self.callers[turn.caller]
-        del self.turns[turn]
-        caller.turns.remove(turn)
-        if self._held.get(caller) is turn:
-            del self._held[caller]
-        self.price(turn, -turn.cost_s)
-        if not caller.turns:  # what it has not used is not kept for later (Shreedhar and Varghese, section 3)
-            del self.callers[turn.caller]
-            self._round.remove(caller)
-            self._end_visit(caller)
-        if not self.turns:
-            self.backlog_s = 0.0  # rounding does not add up over a day
-
-    def next_turn(self, admission: Admission | None, *, for_age: bool = False) -> Turn | None:
-        """Whose turn it is in the round; None when all are held back. Asked again before a change, it says the same.
-
-        Without `admission` nothing is held back.
-        """
-        choices = None if admission is None else self._choices(admission, for_age=for_age)
-        if choices is not None and all(choice.behind_s for each in choices.values() for choice in each):
-            return None
-        passed = 0
-        while True:
-            caller = self._round[0]
-            some = caller.choices(choices)
-            if not caller.visited:
-                caller.deficit_s += self._allowance_of(some)
-                caller.visited = True
-            for choice in some:
-                if choice.cost_s <= caller.deficit_s:
-                    return choice.turn
-            self._end_visit(caller)
-            self._round.rotate(-1)
-            passed += 1
-            if passed == len(self._round):
-                self._skip_rounds(choices)
-                passed = 0
-
-    def _end_visit(self, caller: _Caller) -> None:
-        if caller.given_s:
-            self._visits.append(caller.given_s)
-            while len(self._visits) > len(self._round) + 1:
-                self._visits.popleft()
-        caller.visited, caller.given_s = False, 0.0
-
-    def _allowance_of(self, choices: list[_Choice]) -> float:
-        """For a visit. Who is held back saves up what it falls behind: no more than another caller was given since its
-        last visit, and a turn for the error of that. Callers who come with one short turn at a time do not use their
-        allowances, and rounds of those pass many times faster than the device.
-        """
-        if not all(choice.behind_s for choice in choices):
-            return self._allowance_s
-        dearest_s = max(choice.turn.cost_s for choice in choices)
-        return min(max(self._visits, default=0.0) + dearest_s, self._allowance_s)
-
-    def held_back(self) -> Iterable[Turn]:
-        """Of each caller the turn for which others have to make room."""
-        return self._held.values()
-
-    def _choices(self, admission: Admission, *, for_age: bool) -> _Choices:
-        """Of each caller the turn that is held back, if one is, and the oldest that is not."""
-        found: _Choices = {}
-        waits: dict[Turn, float] = {}
-        for caller in self._round:
-            found[caller] = []
-            for turn in caller.turns:
-                held_s = admission.held_s(turn)
-                if not held_s:
-                    found[caller].append(_Choice(turn))
-                    break
-                waits[turn] = held_s
-                self._held.setdefault(caller, turn)
-        self.offered = None
-        for caller, turn in self._held.items():
-            held_s = waits[turn] if turn in waits else admission.held_s(turn)
-            if not held_s:  # it was held back, and there is room by now
-                continue
-            if self.offered is None and admission.may_displace(turn, for_age=for_age):
-                self.offered, held_s = turn, 0.0
-            # Who is alone is behind nobody: it would only make its own searches displace each other.
-            behind_s = len(self._round) * held_s if len(self._round) > 1 or not held_s else math.inf
-            choices = found[caller]  # the older goes first
-            at = 0 if not choices or turn.arrived_at <= choices[0].turn.arrived_at else 1
-            choices.insert(at, _Choice(turn, behind_s))
-        return found
-
-    def _skip_rounds(self, choices: _Choices | None) -> None:
-        """Rounds in which nobody could afford its turn, all at once: a single row may cost many allowances."""
-        missing_s = min(
-            choice.cost_s - caller.deficit_s for caller in self._round for choice in caller.choices(choices)
-        )
-        rounds = math.ceil(missing_s / self._allowance_s) - 1
-        for caller in self._round:
-            caller.deficit_s += max(0, rounds) * self._allowance_s
-
-
 class Scheduler:
     """The queue of turns. Pure: it is told the time."""
 
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
         self.queued_bytes = 0
-        self._bands = {band: _BandQueue(limits.allowance_s) for band in Band}
+        self._bands = {band: BandQueue(band, limits.allowance_s) for band in Band}
         self._since_aged = 0  # turns taken since one went to a band for its age
         self._aged = deque(Band)  # which of the bands that are old goes: the one that went longest ago
         self._for_age: Turn | None = None  # was named for the age of its band

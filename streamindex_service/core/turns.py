@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from streamindex_service.core.band_queue import Band, Turn
 from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.layers import Page, Snapshot
-from streamindex_service.core.scheduler import Band, Turn
 from streamindex_service.core.working_set import Needed
 from streamindex_service.errors import ServiceError
 

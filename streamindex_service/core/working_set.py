@@ -23,9 +23,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
-from streamindex_service.core.scheduler import Band
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,7 @@ class WorkingSet:
         self.limits = limits
         self.given_s = 0.0
         self.idle_since = math.inf
+        self.changes = 0  # of what takes part, and of how much memory a page set needs
         self._hbm = hbm
         self._active_s = active_s
         self._known: dict[Page, PageSet] = {}  # by the first page
@@ -162,6 +163,8 @@ class WorkingSet:
             found = self._known[pages[0]] = PageSet(pages, band, copy_s, size_bytes, now)
         if found.admitted:
             self._admitted_bytes += size_bytes - found.size_bytes
+        if found.size_bytes != size_bytes:
+            self.changes += 1
         found.pages, found.copy_s, found.size_bytes = pages, copy_s, size_bytes
         found.add_turn(band)
         return found
@@ -268,6 +271,7 @@ class WorkingSet:
                 page_set.admitted = True
                 self._admitted[page_set] = None
                 self._admitted_bytes += page_set.size_bytes
+                self.changes += 1
         if displaced and through_gate:
             self._gates[band] = _Gate(now + interval_s, self.given_s + interval_s)
 
@@ -315,6 +319,7 @@ class WorkingSet:
         page_set.admitted = False
         del self._admitted[page_set]
         self._admitted_bytes -= page_set.size_bytes
+        self.changes += 1
         self._forget_unused(page_set)
 
     def _forget_unused(self, page_set: PageSet) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.layers import KeyCache, Snapshot
-from streamindex_service.core.scheduler import Band
 from streamindex_service.core.specs import RowKind
 from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.errors import CacheNotFoundError

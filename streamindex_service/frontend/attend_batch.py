@@ -11,7 +11,7 @@ from collections.abc import Callable
 from streamindex.v1 import attention_pb2 as pb
 from streamindex.v1 import types_pb2
 
-from streamindex_service.core.scheduler import Band
+from streamindex_service.core.band_queue import Band
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import batch
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, PARTS, attend_layout, part_bytes

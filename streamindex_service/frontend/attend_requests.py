@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from streamindex.v1 import attention_pb2, types_pb2
 
 from streamindex_service.config import Settings
-from streamindex_service.core.scheduler import Band
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.specs import CacheSpec, KvSpec
 from streamindex_service.errors import InvalidArgumentError, NoKvRowsError
 from streamindex_service.frontend import requests

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from streamindex.v1 import types_pb2
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.layers import KeyCache
-from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import MAX_POSITION
 from streamindex_service.errors import CacheNotFoundError, InvalidArgumentError, ServiceError
 from streamindex_service.frontend.host_memory import Block

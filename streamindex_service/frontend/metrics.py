@@ -14,8 +14,8 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from streamindex_service import __version__, errors
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.meter import RATIO_BOUNDS
-from streamindex_service.core.scheduler import Band
 from streamindex_service.frontend.service import Service
 from streamindex_service.ipc.v1 import worker_pb2
 

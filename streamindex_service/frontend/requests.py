@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from streamindex.v1 import attention_pb2, key_cache_pb2, search_pb2, types_pb2
 
 from streamindex_service.config import Settings
-from streamindex_service.core.scheduler import Band
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.sizes import MAX_POSITION, KeyFormat, KvFormat, pages_of, product
 from streamindex_service.core.specs import CacheSpec, KvSpec, RowKind
 from streamindex_service.errors import (

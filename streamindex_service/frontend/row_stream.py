@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 from streamindex.framing import Chunk
 
-from streamindex_service.core.scheduler import Band
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors

@@ -6,9 +6,9 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from streamindex_service.core.band_queue import Band, Turn
 from streamindex_service.core.census import Residence
 from streamindex_service.core.layers import Page
-from streamindex_service.core.scheduler import Band, Turn
 from streamindex_service.core.turns import SearchTurn
 from streamindex_service.testing.simulated_service import SimulatedSearch, SimulatedService
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.governor import Governor, GovernorLimits
@@ -13,7 +14,6 @@ from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency
-from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import PAGE_KEYS, pages_of
 from streamindex_service.core.specs import RowKind
 from streamindex_service.core.tile_pieces import TilePieces

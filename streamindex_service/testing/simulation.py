@@ -18,9 +18,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.governor import GovernorLimits
 from streamindex_service.core.layers import KeyCache
-from streamindex_service.core.scheduler import Band, QueueLimits
+from streamindex_service.core.scheduler import QueueLimits
 from streamindex_service.core.sizes import PAGE_KEYS, KeyFormat, KvFormat
 from streamindex_service.core.specs import CacheSpec, KvSpec, RowKind
 from streamindex_service.errors import ServiceError

@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from streamindex.v1 import attention_pb2, key_cache_pb2, server_pb2, types_pb2
 
-from streamindex_service.core.scheduler import Band, Scheduler, Turn
+from streamindex_service.core.band_queue import Band, Turn
+from streamindex_service.core.scheduler import Scheduler
 from tests.support.calls import Calls, StreamCall, refused, search_header
 from tests.support.services import wait_for
 from tests.support.tensors import Draw, Kind, expected

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from streamindex_service.core.band_queue import BandQueue
 from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.governor import Governor
 from streamindex_service.core.layers import Page
@@ -13,10 +14,11 @@ from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.room import Room
-from streamindex_service.core.scheduler import Scheduler, _BandQueue, _Choice
+from streamindex_service.core.scheduler import Scheduler
 from streamindex_service.core.spill import Spill
 from streamindex_service.core.working_set import WorkingSet
 from streamindex_service.testing.simulation import History
+from tests.support.broken import nobody_is_too_far_behind
 
 SEEDS_TO_FAIL = 400  # of a broken core, so many histories must show it
 
@@ -82,18 +84,18 @@ def a_ledger_without_a_limit(patch):
 
 
 def first_come_first_served(patch):
-    patch.setattr(_BandQueue, "next_turn", lambda self, admission, *, for_age=False: next(iter(self.turns)))
+    patch.setattr(BandQueue, "next_turn", lambda self, admission, *, for_age=False: next(iter(self.turns)))
 
 
 def turns_that_cost_nothing(patch):
-    take = _BandQueue.take
+    take = BandQueue.take
 
     def free(self, turn):
         caller = self.callers[turn.caller]
         take(self, turn)
         caller.deficit_s += turn.cost_s
 
-    patch.setattr(_BandQueue, "take", free)
+    patch.setattr(BandQueue, "take", free)
 
 
 def bands_that_never_age(patch):
@@ -241,7 +243,11 @@ def places_on_disk_that_are_never_freed(patch):
 
 def nobody_is_displaced(patch):
     patch.setattr(Room, "may_displace", lambda self, turn, *, for_age: False)
-    patch.setattr(_Choice, "cost_s", property(lambda choice: choice.turn.cost_s + 1e9 * choice.behind_s))
+    nobody_is_too_far_behind(patch)
+
+
+def room_that_is_noted_for_ever(patch):
+    patch.setattr(Room, "as_of", lambda self, band: 0)
 
 
 def a_wake_that_is_forgotten(patch):
@@ -263,7 +269,8 @@ def page_sets_that_leave_uncounted(patch):
 
 
 MUTATIONS = [
-    nobody_is_displaced, a_wake_that_is_forgotten, tiles_of_a_page_set_that_never_end, page_sets_that_leave_uncounted,
+    nobody_is_displaced, room_that_is_noted_for_ever, a_wake_that_is_forgotten,
+    tiles_of_a_page_set_that_never_end, page_sets_that_leave_uncounted,
     forgotten_workspace, forgotten_pins, forgotten_pump, pins_that_are_not_looked_at, a_ledger_without_a_limit,
     first_come_first_served, turns_that_cost_nothing, bands_that_never_age, waits_that_never_end,
     a_device_that_is_not_forgotten, forks_that_are_not_counted, alone_in_name_only, a_copy_that_is_left_out,

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.caches import CacheSpec
 from streamindex_service.core.governor import GovernorLimits
 from streamindex_service.core.room import Room
-from streamindex_service.core.scheduler import Band, QueueLimits, _Choice
+from streamindex_service.core.scheduler import QueueLimits
 from streamindex_service.core.sizes import PAGE_KEYS, KeyFormat
 from streamindex_service.core.working_set import WorkingSet
 from streamindex_service.testing.invariants import InvariantError, Watch
@@ -23,6 +24,7 @@ from streamindex_service.testing.simulated_service import (
     SimulatedService,
     Sizes,
 )
+from tests.support.broken import nobody_is_too_far_behind
 
 FITTING, TIMES, PAGES = 4, 4, 4
 FLOOR_BYTES = 4096
@@ -227,7 +229,7 @@ def test_who_needs_another_layer_for_every_tile_falls_behind_only_so_far():
 
 
 def test_the_watch_sees_who_falls_behind_for_ever(monkeypatch):
-    monkeypatch.setattr(_Choice, "cost_s", property(lambda choice: choice.turn.cost_s + 1e9 * choice.behind_s))
+    nobody_is_too_far_behind(monkeypatch)
     with pytest.raises(InvariantError, match="behind"):
         Roamers().run(30.0)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.caches import CacheStore
 from streamindex_service.core.census import Residence
 from streamindex_service.core.governor import Governor, GovernorLimits
@@ -14,7 +15,7 @@ from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency
-from streamindex_service.core.scheduler import Band, QueueLimits
+from streamindex_service.core.scheduler import QueueLimits
 from streamindex_service.core.sizes import KeyFormat
 from streamindex_service.core.specs import CacheSpec
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn

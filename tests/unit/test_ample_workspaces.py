@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.governor import Governor, GovernorLimits
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.residency import Residency
-from streamindex_service.core.scheduler import Band
 from streamindex_service.core.turns import Grant, Need, OpenSearch
 
 BUDGET, FLOOR = 1600, 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streamindex_service.core.scheduler import Band
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.sizes import KeyFormat
 from streamindex_service.core.turns import Need
 from streamindex_service.errors import ServiceError

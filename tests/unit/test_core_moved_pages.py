@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from streamindex_service.core.accounts import NO_QUOTA, Account
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.layers import Page
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency
-from streamindex_service.core.scheduler import Band
 from streamindex_service.core.sizes import KeyFormat
 from streamindex_service.core.turns import Need
 from streamindex_service.testing.invariants import least_given_back

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.meter import LARGE_BYTES, RATIO_BOUNDS, MemoryRatios, Meter
-from streamindex_service.core.scheduler import Band
 
 
 def test_ratios_of_large_tiles_are_counted_by_bounds():

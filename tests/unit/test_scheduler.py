@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from streamindex_service.core.scheduler import Band, QueueLimits, Scheduler, Turn
+from streamindex_service.core.band_queue import Band, Turn
+from streamindex_service.core.scheduler import QueueLimits, Scheduler
 from streamindex_service.errors import DeadlineUnreachableError, QueueFullError
 
 LIMITS = QueueLimits(max_turns=64, ageing_s=10.0, ageing_turns=4, quantum_s=0.5, max_turn_s=0.1)
@@ -110,6 +111,9 @@ class Holding:
 
     def __init__(self, turns, seconds=1.0):
         self.turns, self.seconds, self.open = turns, seconds, False
+
+    def as_of(self, band):
+        return 0
 
     def held_s(self, each):
         return self.seconds if each in self.turns else 0.0

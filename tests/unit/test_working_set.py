@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from streamindex_service.core.band_queue import Band
 from streamindex_service.core.ledger import Ledger
-from streamindex_service.core.scheduler import Band
 from streamindex_service.core.working_set import WorkingSet, WorkingSetLimits
 
 FACTOR, MOST_S, ACTIVE_S, COPY_S = 10.0, 5.0, 1.0, 0.1
