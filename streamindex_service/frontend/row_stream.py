@@ -4,11 +4,11 @@ Three things go on at once. The reader takes chunks from the socket and copies t
 that are there go to the device as tiles, one after another in the order that the scheduler finds among all searches;
 the writer sends answers in order. The first rows go at once. A tile costs the event loop about as much as half a chunk
 does, so after that rows gather: a tile goes when it is as large as it may be, or when nothing of the search is on its
-way and the last one went some milliseconds ago, more of them the more streams bring rows. With a device that is faster
-than the caller, tiles are what arrives in such a time; with a slower one they are full, and two of a search are on
-their way, so that the device has the next one when it finishes the first. A tile for which other layers would have to
-make room gathers for longer, the first one too (`Room.gathering_s`). A search holds at most a few blocks, whatever
-the number of its queries: a caller who does not read stops its own search and nothing else.
+way and the rows have gathered (`gathering.py`). With a device that is faster than the caller, tiles are what arrives in
+such a time; with a slower one they are full, and two of a search are on their way, so that the device has the next one
+when it finishes the first. A tile for which other layers would have to make room gathers for longer, the first one too
+(`Room.gathering_s`). A search holds at most a few blocks, whatever the number of its queries: a caller who does not
+read stops its own search and nothing else.
 
 Rows are checked and copied on the event loop, while they are still in the processor's cache: a tenth of a millisecond
 for 1 MiB, less than it costs to hand them to a thread and to hear of it. What one stream does there in one turn of the
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
@@ -34,14 +33,13 @@ from streamindex_service.core.band_queue import Band
 from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.errors import InvalidArgumentError, MalformedMessageError, SlowConsumerError
 from streamindex_service.frontend import tensors
+from streamindex_service.frontend.gathering import Gathering
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.messages import MessageReader, MessageWriter
 from streamindex_service.frontend.service import Service
 
 _TILES_AHEAD = 2  # tiles of one search that wait for the device or are there: one runs, one is ready
 _ANSWER_BYTES = 1 << 20  # payload of one answer message
-_GATHER_S = 0.002  # between tiles of a search that could be larger, where nobody else brings rows
-_GATHER_MOST_S = 0.1
 _LOOK_AGAIN_S = 0.01  # while rows gather for a layer without room
 _TURN_BYTES = 1 << 20  # of rows that are copied in one turn of the loop
 _ages = itertools.count()  # a number for each stream
@@ -140,10 +138,7 @@ class RowStream(ABC):
         self._rank = (int(band), next(_ages))
         self._at = _Progress()
         self._changed = asyncio.Event()
-        self._gather_until = self._gathered_at(0)  # on the loop's clock
-        self._gathers_since: float | None = None  # since when rows wait for more
-        self._gather_most_s = math.inf
-        self._time_remaining = context.time_remaining
+        self._gathering = Gathering(service.loop_turns, context.time_remaining, with_others=self._holds_back)
         self._gathered: asyncio.TimerHandle | None = None
         self._blocks_held = 0
         self._block_freed = asyncio.Event()
@@ -269,6 +264,7 @@ class RowStream(ABC):
             count = min(chunk.row_count - done, self._block_rows - filling.rows, self._turn_rows)
             self._fill(chunk, done, count, filling.block, filling.rows, self._at.received)
             filling.rows += count
+            self._gathering.rows_came(unasked=self._at.answered < self._at.received)
             self._at.received += count
             done += count
             self._pump()
@@ -333,29 +329,16 @@ class RowStream(ABC):
             return True
         if self._outstanding:
             return full
-        now = asyncio.get_running_loop().time()
-        if self._gathers_since is None:
-            self._gathers_since, left_s = now, self._time_remaining()
-            self._gather_most_s = math.inf if left_s is None else left_s / 2
-        gathering_s = self._service.governor.room.gathering_s(self._search(), self._needs())
-        until = self._gathers_since + min(gathering_s, self._gather_most_s)
-        until = until if full else max(until, self._gather_until)
+        for_copy_s = self._service.governor.room.gathering_s(self._search(), self._needs())
+        loop = asyncio.get_running_loop()
+        now, until = loop.time(), self._gathering.ends_at(for_copy_s=for_copy_s, full=full)
         if now >= until:
             return True
         if self._gathered is not None:
             self._gathered.cancel()
         # There may be room before, of which nobody tells: it is looked again.
-        self._gathered = asyncio.get_running_loop().call_at(min(until, now + _LOOK_AGAIN_S), self._end_gathering)
+        self._gathered = loop.call_at(min(until, now + _LOOK_AGAIN_S), self._end_gathering)
         return False
-
-    def _gathered_at(self, turns: int) -> float:
-        """Until when rows gather that could be more: for so many turns of this stream and each other that waits.
-
-        A tile costs the device and the loop about as much for few rows as for many. Where many streams bring rows, a
-        tile of what each of them has brought in 2 ms is next to nothing, and the loop has less time to bring the rest.
-        """
-        others = self._service.loop_turns.waiting if self._holds_back else 0
-        return asyncio.get_running_loop().time() + min(_GATHER_S * (turns + others), _GATHER_MOST_S)
 
     def _end_gathering(self) -> None:
         self._gathered = None
@@ -368,8 +351,7 @@ class RowStream(ABC):
         self._at.tiles.append(_Tile(filling, run, self._at.submitted))
         self._submitted(filling, rows)
         self._outstanding.add(run)
-        self._gather_until = self._gathered_at(1)
-        self._gathers_since = None
+        self._gathering.tile_went()
         run.start()
 
     def _submitted(self, filling: _Filling, rows: int) -> None:

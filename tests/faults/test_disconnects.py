@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from streamindex.v1 import search_pb2
 
-from streamindex_service.frontend import row_stream, search_stream
+from streamindex_service.frontend import gathering, search_stream
 from streamindex_service.testing.service import RunningService
 from tests.support.calls import (
     Calls,
@@ -156,7 +156,7 @@ def test_a_search_that_waits_in_the_queue_is_cancelled(calls, frozen):
 
 def test_rows_that_gather_when_their_search_is_cancelled_are_forgotten(inside, monkeypatch):
     """The first tile went just now, and the next waits for more rows: it must not go when its block is another's."""
-    monkeypatch.setattr(row_stream, "_GATHER_S", 3600.0)
+    monkeypatch.setattr(gathering, "_GATHER_S", 3600.0)
     streams = []
     run = search_stream.SearchStream.run
     monkeypatch.setattr(search_stream.SearchStream, "run", lambda self: streams.append(self) or run(self))
