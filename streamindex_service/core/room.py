@@ -125,7 +125,7 @@ class Room:
 
     def as_of(self, band: Band) -> tuple[int, int]:
         """What `held_s` depends on, beside the turn itself."""
-        return self._working_set.changes, self._room_for(band)
+        return self._working_set.changes, self._room_of(band)
 
     def held_s(self, turn: Turn) -> float:
         """0.0 when a turn's pages take part, or there is room for them; else for how long copies close a gate."""
@@ -133,8 +133,13 @@ class Room:
         page_set = turn.page_set
         if page_set is None or page_set.admitted or turn.alone:
             return 0.0
-        fits = self._working_set.fits(page_set, turn.workspaces_bytes, self._room_for(turn.band))
+        fits = self._working_set.fits(page_set, turn.workspaces_bytes, self._room_of(turn.band))
         return 0.0 if fits else self._working_set.interval_s(page_set)
+
+    def room_now(self, band: Band) -> tuple[int, int]:
+        """Changes whenever layers of a band may have found room, or lost it."""
+        self.look_anew()
+        return self.as_of(band)
 
     def look_anew(self) -> None:
         """There may be other room than when `held_s` was asked before."""
@@ -185,7 +190,7 @@ class Room:
             if self._working_set.would_displace(need.pages, search.band, self.workspaces_bytes(need), now):
                 yield need
 
-    def _room_for(self, band: Band) -> int:
+    def _room_of(self, band: Band) -> int:
         room_bytes = self._room_bytes.get(band)
         if room_bytes is None:
             room_bytes = self._room_bytes[band] = self._working_set.room_bytes(band, self._clock())

@@ -42,6 +42,7 @@ _TILES_AHEAD = 2  # tiles of one search that wait for the device or are there: o
 _ANSWER_BYTES = 1 << 20  # payload of one answer message
 _LOOK_AGAIN_S = 0.01  # while rows gather for a layer without room
 _TURN_BYTES = 1 << 20  # of rows that are copied in one turn of the loop
+_SILENT_S = 0.1  # without rows, their caller thinks
 _ages = itertools.count()  # a number for each stream
 
 
@@ -135,7 +136,9 @@ class RowStream(ABC):
         self._turn_rows = max(1, _TURN_BYTES // part_bytes[0])
         self._announced_rows = announced_rows
         self._holds_back = band > Band.INTERACTIVE
-        self._rank = (int(band), next(_ages))
+        self._time_remaining = context.time_remaining
+        self.band = band
+        self.age = next(_ages)
         self._at = _Progress()
         self._changed = asyncio.Event()
         self._gathering = Gathering(service.loop_turns, context.time_remaining, with_others=self._holds_back)
@@ -211,6 +214,7 @@ class RowStream(ABC):
     def give_back(self) -> None:
         """Give the blocks back. Nothing touches them any more."""
         self._over = True
+        self._service.read_ahead.leave(self)
         if self._gathered is not None:
             self._gathered.cancel()
         for filling in self._at.fillings:
@@ -271,8 +275,28 @@ class RowStream(ABC):
 
     async def _turn(self) -> None:
         """Wait for a turn of the loop in which rows may be copied."""
-        lacks_room = self._service.governor.room.lacks_room(self._search(), self._needs())
-        await self._service.loop_turns.next(self._rank if lacks_room else None)
+        if not self.lacks_room():
+            await self._service.loop_turns.next()
+            return
+        left_s = self._time_remaining()
+        most_s = float(self._service.settings.scheduler.promotion_wait_s)
+        await self._service.read_ahead.next(self, most_s if left_s is None else min(most_s, left_s / 2))
+        await self._service.loop_turns.next((int(self.band), self.age) if self.lacks_room() else None)
+
+    @property
+    def caller(self) -> str:
+        """Whose it is."""
+        return self._search().caller
+
+    def lacks_room(self) -> bool:
+        """Whether others would have to make room on the device for what its rows need."""
+        return self._service.governor.room.lacks_room(self._search(), self._needs())
+
+    def brings_rows(self) -> bool:
+        """Whether all that it can bring now is there, or it was still coming a moment ago."""
+        at = self._at
+        all_there = at.ended or at.received == self._announced_rows or not self._reader.waits
+        return all_there or asyncio.get_running_loop().time() - self._gathering.came_at < _SILENT_S
 
     def _check(self, chunk: Chunk) -> None:
         limit = int(self._service.settings.limits.max_chunk_bytes)

@@ -29,6 +29,7 @@ from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import BlockPool, HostExtents, IngressBudget
 from streamindex_service.frontend.loop_turns import LoopTurns
 from streamindex_service.frontend.pacing import Pacing
+from streamindex_service.frontend.read_ahead import ReadAhead
 from streamindex_service.frontend.segment_closer import SegmentCloser
 from streamindex_service.frontend.spill import HostRoom, SpillingRoom, SpillLimits
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
@@ -86,6 +87,7 @@ class Service:
         )
         self.room = self._make_room()
         self.loop_turns = LoopTurns(asyncio.get_running_loop())
+        self.read_ahead = ReadAhead(asyncio.get_running_loop(), self.governor.room.room_now)
         self.pacing = Pacing(asyncio.get_running_loop(), int(settings.scheduler.paced_bytes_per_s))
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
