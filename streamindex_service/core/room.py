@@ -43,11 +43,11 @@ class Room:
 
     def device_idles(self) -> None:
         """It has nothing to do from now on."""
-        self._working_set.idle_since = self._clock()
+        self._working_set.device_idles(self._clock())
 
     def device_works(self) -> None:
         """It has something to do."""
-        self._working_set.idle_since = math.inf
+        self._working_set.device_works(self._clock())
 
     # What searches come for.
 

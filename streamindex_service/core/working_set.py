@@ -8,9 +8,9 @@ is closed for `promotion_factor` times the copy's seconds, by the device seconds
 passes first. A layer also makes room, and no gate is asked,
 
 - once its searches have ended and no tile has needed it for `linger_s`, in which its caller may come back with the next
-  search; or only for the seconds of its copy, if the device has had nothing to do for as long: waiting any longer would
-  cost more than to bring it again. It stays for `active_s` where only a lower band has use for its place, and no longer
-  than that even if a search is open;
+  search; or once the device has had nothing to do for the seconds of its copy since, taken together: waiting any longer
+  would cost more than to bring it again. It stays for `active_s` where only a lower band has use for its place, and no
+  longer than that even if a search is open;
 - for a layer of a higher band;
 - at once, when the only search of it goes on with another window.
 
@@ -51,6 +51,7 @@ class PageSet:
     copy_s: float
     size_bytes: int
     idle_since: float
+    idled_s: float = 0.0  # of the device, until then
     turns: int = 0
     searches: int = 0
     admitted: bool = False
@@ -125,13 +126,15 @@ class WorkingSet:
     """The page sets that are in use, and which of them are admitted. Pure: it is told the time.
 
     hbm: device memory, whose limit a worker may change when it starts. given_s: estimated device seconds of all turns
-    that went to the device. idle_since: the device has nothing to do; infinite while it has.
+    that went to the device. idle_since: the device has nothing to do; infinite while it has. idled_s: how long it had
+    nothing before that, in all.
     """
 
     def __init__(self, limits: WorkingSetLimits, hbm: Ledger, active_s: float) -> None:
         self.limits = limits
         self.given_s = 0.0
         self.idle_since = math.inf
+        self.idled_s = 0.0
         self.changes = 0  # of what takes part, and of how much memory a page set needs
         self._hbm = hbm
         self._active_s = active_s
@@ -152,6 +155,14 @@ class WorkingSet:
     def complete(self) -> bool:
         """Whether all that are known are admitted: nobody has to wait for room."""
         return len(self._known) == len(self._admitted)
+
+    def device_idles(self, now: float) -> None:
+        """It has nothing to do from now on."""
+        self.idle_since = now
+
+    def device_works(self, now: float) -> None:
+        """It has something to do."""
+        self.idled_s, self.idle_since = self._idled_s(now), math.inf
 
     def ask(self, pages: Sequence[Page], band: Band, copy_s: float, now: float) -> PageSet | None:
         """A tile comes for these pages; None when it needs none."""
@@ -190,7 +201,7 @@ class WorkingSet:
         """One of its tiles, of this band, is done, or waits no longer."""
         for page_set in needed.parts:
             page_set.remove_turn(band)
-            page_set.idle_since = now
+            page_set.idle_since, page_set.idled_s = now, self._idled_s(now)
             self._forget_unused(page_set)
 
     def come(self, needed: Needed) -> None:
@@ -299,6 +310,10 @@ class WorkingSet:
         changes = [self._gates[band].opens_at, *(self._lapses_at(other, band) for other in self._admitted)]
         return min((at for at in changes if at > now), default=math.inf)
 
+    def _idled_s(self, now: float) -> float:
+        """How long the device has had nothing to do, in all."""
+        return self.idled_s + (now - self.idle_since if -math.inf < self.idle_since < now else 0.0)
+
     def _in_order(self, band: Band, now: float) -> list[PageSet]:
         """Who makes room for a page set of this band: those that lapsed, those below, its own, of these first those
         that nobody is there for; the first that came."""
@@ -312,8 +327,10 @@ class WorkingSet:
             return page_set.idle_since + max(self._active_s, page_set.copy_s)
         if page_set.searches:
             return math.inf
-        copied_at, stands_still_at = page_set.idle_since + page_set.copy_s, self.idle_since + page_set.copy_s
-        return max(copied_at, min(page_set.idle_since + self.limits.linger_s, stands_still_at))
+        copied_at = page_set.idle_since + page_set.copy_s
+        left_s = page_set.copy_s - (self.idled_s - page_set.idled_s)  # that it has to stand still for
+        stood_still_at = self.idle_since + left_s if left_s > 0.0 else copied_at
+        return max(copied_at, min(page_set.idle_since + self.limits.linger_s, stood_still_at))
 
     def _leave(self, page_set: PageSet) -> None:
         page_set.admitted = False

@@ -5,11 +5,41 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections import deque
-from collections.abc import Iterator
 
 # Turns of which those behind get one while others wait: so that they are not forgotten under a load that never ends.
 _ONE_IN = 4
+_GONE = 64  # entries that a heap may have too many
+
+
+class _Line:
+    """Those who wait, by their rank and by how long they do."""
+
+    def __init__(self) -> None:
+        self._there: dict[int, asyncio.Future[None]] = {}  # by arrival
+        self._ranks: list[tuple[tuple[int, ...], int]] = []  # a heap of ranks and arrivals; may hold some that are gone
+        self._arrivals = itertools.count()
+        self._by_rank = False  # the last one went by its rank, not for having waited longest
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    def push(self, rank: tuple[int, ...], turn: asyncio.Future[None]) -> None:
+        """One more."""
+        arrival = next(self._arrivals)
+        self._there[arrival] = turn
+        heapq.heappush(self._ranks, (rank, arrival))
+        if len(self._ranks) > 2 * len(self._there) + _GONE:
+            self._ranks = [each for each in self._ranks if each[1] in self._there]
+            heapq.heapify(self._ranks)
+
+    def pop(self) -> asyncio.Future[None]:
+        """The lowest rank and who waits longest, in turn: by rank alone, those who bring a little again and again would
+        keep the others from it for ever."""
+        self._by_rank = not self._by_rank
+        arrival = next(iter(self._there))
+        if self._by_rank:
+            arrival = next(each for _, each in iter(lambda: heapq.heappop(self._ranks), None) if each in self._there)
+        return self._there.pop(arrival)
 
 
 class LoopTurns:
@@ -18,64 +48,48 @@ class LoopTurns:
     A call goes through several turns of the loop, and in each of them waits for everything else that is ready. Were all
     streams that have a chunk to work on it at once, a decode step would wait for all of them several times over.
 
-    What a stream brings that the device has no use for yet comes behind what it could go on with, and is brought stream
-    by stream: were all of them to share what the loop can bring, all would be complete at the same time, which is late,
-    and the device would have nothing until then and everything at once.
+    Half of the turns go to whoever is first by its rank. Were all streams to share what the loop can bring, those that
+    began together would be complete at the same time, which is late: the layers of all of them would make room for the
+    next ones at once, and the device would have nothing meanwhile. What a stream brings that the device has no use for
+    yet comes behind what it could go on with.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._taken = False  # this turn of the loop, or the next, is somebody's
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._behind: list[tuple[tuple[int, ...], int, asyncio.Future[None]]] = []  # a heap
-        self._arrivals = itertools.count()
-        self._ahead = 0  # turns since the last of those behind
-        self._by_rank = False  # the last of those behind went by its rank, not for having waited longest
+        self._ahead, self._behind = _Line(), _Line()
+        self._since_behind = 0  # turns since the last of those behind
 
     @property
     def waiting(self) -> int:
         """Streams that wait for a turn, without those behind."""
-        return len(self._waiting)
+        return len(self._ahead)
 
-    async def next(self, behind: tuple[int, ...] | None = None) -> None:
-        """Wait for the next turn of the loop that nobody has, first come first served; at once if it is this one.
+    async def next(self, rank: tuple[int, ...], *, behind: bool = False) -> None:
+        """Wait for a turn of the loop that nobody has; at once if it is this one.
 
-        behind: for work that can wait; what has none goes first, then in turn the lowest, and who waits longest.
+        rank: the lowest and who waits longest go in turn. behind: for work that can wait.
         """
         if not self._taken:
             self._taken = True
             self._loop.call_soon(self._hand_on)
             return
         turn: asyncio.Future[None] = self._loop.create_future()
-        if behind is None:
-            self._waiting.append(turn)
-        else:
-            heapq.heappush(self._behind, (behind, next(self._arrivals), turn))
+        (self._behind if behind else self._ahead).push(rank, turn)
         await turn
 
     def _hand_on(self) -> None:
-        for turn in self._in_order():
+        while self._ahead or self._behind:
+            turn = self._pop()
             if not turn.done():  # else its stream has ended
                 turn.set_result(None)
                 self._loop.call_soon(self._hand_on)
                 return
         self._taken = False
 
-    def _in_order(self) -> Iterator[asyncio.Future[None]]:
-        while self._waiting or self._behind:
-            if self._behind and (not self._waiting or self._ahead >= _ONE_IN - 1):
-                self._ahead = 0
-                yield self._next_behind()
-            else:
-                self._ahead += 1
-                yield self._waiting.popleft()
-
-    def _next_behind(self) -> asyncio.Future[None]:
-        # By rank alone, those who bring a little again and again would keep the others from it for ever.
-        self._by_rank = not self._by_rank
-        if self._by_rank:
-            return heapq.heappop(self._behind)[-1]
-        longest = min(self._behind, key=lambda entry: entry[1])
-        self._behind.remove(longest)
-        heapq.heapify(self._behind)
-        return longest[-1]
+    def _pop(self) -> asyncio.Future[None]:
+        if self._behind and (not self._ahead or self._since_behind >= _ONE_IN - 1):
+            self._since_behind = 0
+            return self._behind.pop()
+        self._since_behind += 1
+        return self._ahead.pop()

@@ -43,6 +43,7 @@ _ANSWER_BYTES = 1 << 20  # payload of one answer message
 _LOOK_AGAIN_S = 0.01  # while rows gather for a layer without room
 _TURN_BYTES = 1 << 20  # of rows that are copied in one turn of the loop
 _SILENT_S = 0.1  # without rows, their caller thinks
+_FIRST_ROWS = 4096  # the oldest stream goes first with so many rows; then it comes after those that have brought less
 _ages = itertools.count()  # a number for each stream
 
 
@@ -275,13 +276,14 @@ class RowStream(ABC):
 
     async def _turn(self) -> None:
         """Wait for a turn of the loop in which rows may be copied."""
-        if not self.lacks_room():
-            await self._service.loop_turns.next()
-            return
-        left_s = self._time_remaining()
-        most_s = float(self._service.settings.scheduler.promotion_wait_s)
-        await self._service.read_ahead.next(self, most_s if left_s is None else min(most_s, left_s / 2))
-        await self._service.loop_turns.next((int(self.band), self.age) if self.lacks_room() else None)
+        lacks_room = self.lacks_room()
+        if lacks_room:
+            left_s = self._time_remaining()
+            most_s = float(self._service.settings.scheduler.promotion_wait_s)
+            await self._service.read_ahead.next(self, most_s if left_s is None else min(most_s, left_s / 2))
+            lacks_room = self.lacks_room()
+        rank = (int(self.band), self._at.received // _FIRST_ROWS, self.age)
+        await self._service.loop_turns.next(rank, behind=lacks_room)
 
     @property
     def caller(self) -> str:

@@ -21,7 +21,7 @@ async def test_streams_work_one_a_turn_in_order_and_one_alone_does_not_wait():
 
     async def work(name):
         for _ in range(3):
-            await turns.next()
+            await turns.next((0,))
             log.append((name, number))
             await asyncio.sleep(0)
 
@@ -31,7 +31,7 @@ async def test_streams_work_one_a_turn_in_order_and_one_alone_does_not_wait():
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     before = number
-    await turns.next()
+    await turns.next((0,))
     assert number == before
     counting[0].cancel()
 
@@ -39,9 +39,9 @@ async def test_streams_work_one_a_turn_in_order_and_one_alone_does_not_wait():
 async def test_a_stream_that_ended_while_it_waited_holds_up_nobody():
     loop = asyncio.get_running_loop()
     turns = LoopTurns(loop)
-    gone, waits = asyncio.create_task(turns.next()), asyncio.create_task(turns.next())
+    gone, waits = asyncio.create_task(turns.next((0,))), asyncio.create_task(turns.next((0,)))
     loop.call_soon(gone.cancel)  # once both wait, and before anybody is handed the turn
-    await turns.next()
+    await turns.next((0,))
     await asyncio.wait_for(waits, 10)
     assert gone.cancelled()
 
@@ -56,7 +56,7 @@ async def test_what_can_wait_gets_one_turn_in_four_by_its_rank_and_for_its_wait_
 
     works = [work("z", 2, (2, 9)), work("a", 2, (2, 3)), work("u", 1, (1, 10)), work("1", 6), work("2", 3)]
     tasks = [asyncio.create_task(each) for each in works]
-    await turns.next()  # before any of them: all have to wait
+    await turns.next((0,))  # before any of them: all have to wait
     await asyncio.gather(*tasks)
     assert "".join(log) == "121u212z111aza"
     assert turns.waiting == 0
