@@ -278,6 +278,7 @@ class Governor:
     def expire(self) -> int:
         """Refuse every turn that has waited for `max_wait_s`; return how many. To be called now and then."""
         self.working_set.lapse(self._clock())
+        self.residency.tidy()
         oldest = self._clock() - self.limits.max_wait_s
         expired = [turn for turn in self.scheduler if turn.arrived_at <= oldest]
         for turn in expired:

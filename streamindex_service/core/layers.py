@@ -50,6 +50,7 @@ class Page:
     references: int = 1
     device: PageSlot | None = None
     pins: int = 0  # searches that use the device copy now
+    spared: int = 0  # sequences that have it and are not evicted for others
     forks: dict[Layer, None] | None = None
     spilled: PageSlot | None = None
     crc32c: int = 0

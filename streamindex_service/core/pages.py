@@ -66,18 +66,46 @@ class PagePool:
 
         leave_bytes: of the budget, what no new extent may take.
         """
-        extent_id = self._extent_with_room(page_bytes) or self._add_extent(page_bytes, leave_bytes)
+        extent_id = self._extent_with_room(page_bytes)
+        if extent_id is None:
+            return self._take_of_new(page_bytes, most, leave_bytes)
+        taken = self._take(extent_id, most)
+        if not self._extents[extent_id].free:
+            heapq.heappop(self._with_room[page_bytes])  # the extent itself: pages come from the first of the heap
+        return taken
+
+    def try_allocate_extent(self, page_bytes: int, most: int, leave_bytes: int = 0) -> list[PageSlot]:
+        """Take all pages of a new extent, unless that is more than `most` or the budget does not allow it.
+
+        Pages that come together leave together: where they have extents of their own, these go back with them.
+        """
+        slots = self.slots_of(page_bytes)
+        if slots > most or self.ledger.free_bytes - leave_bytes < slots * page_bytes:
+            return []
+        return self._take_of_new(page_bytes, most, leave_bytes)
+
+    def slots_of(self, page_bytes: int) -> int:
+        """Pages of an extent that is as long as any."""
+        return max(1, self.extent_bytes // page_bytes)
+
+    def _take_of_new(self, page_bytes: int, most: int, leave_bytes: int) -> list[PageSlot]:
+        extent_id = self._add_extent(page_bytes, leave_bytes)
         if extent_id is None:
             return []
-        free = self._extents[extent_id].free
+        taken = self._take(extent_id, most)
+        if self._extents[extent_id].free:
+            heapq.heappush(self._with_room.setdefault(page_bytes, []), extent_id)
+        return taken
+
+    def _take(self, extent_id: int, most: int) -> list[PageSlot]:
+        extent = self._extents[extent_id]
+        free = extent.free
         taken = free[: -most - 1 : -1]
         del free[-len(taken) :]
         # Pages that were freed one after another come back in the opposite order; in their own, they are one copy.
         taken.sort()
-        if not free:
-            heapq.heappop(self._with_room[page_bytes])  # the extent itself: pages come from the first of the heap
         self.pages_in_use += len(taken)
-        self._free_pages[page_bytes] -= len(taken)
+        self._free_pages[extent.page_bytes] -= len(taken)
         return taken
 
     @property
@@ -142,7 +170,7 @@ class PagePool:
     def _free_in_extent(self, extent_id: int, pages: Sequence[PageSlot]) -> None:
         extent = self._extents[extent_id]
         if not extent.free and not extent.closed:
-            heapq.heappush(self._with_room[extent.page_bytes], extent_id)
+            heapq.heappush(self._with_room.setdefault(extent.page_bytes, []), extent_id)
         extent.free.extend(pages)
         self._free_pages[extent.page_bytes] += len(pages)
         assert len(extent.free) <= extent.slots, "a page was freed twice"
@@ -185,7 +213,7 @@ class PagePool:
         return None
 
     def _add_extent(self, page_bytes: int, leave_bytes: int) -> int | None:
-        slots = min(max(1, self.extent_bytes // page_bytes), (self.ledger.free_bytes - leave_bytes) // page_bytes)
+        slots = min(self.slots_of(page_bytes), (self.ledger.free_bytes - leave_bytes) // page_bytes)
         if slots <= 0 or not self.ledger.try_reserve(slots * page_bytes):
             return None
         extent_id = self._next_extent_id
@@ -198,5 +226,4 @@ class PagePool:
         places = [PageSlot(extent_id, slot * page_bytes) for slot in range(slots - 1, -1, -1)]
         self._extents[extent_id] = _Extent(page_bytes, slots, places)
         self._free_pages[page_bytes] = self._free_pages.get(page_bytes, 0) + slots
-        heapq.heappush(self._with_room.setdefault(page_bytes, []), extent_id)
         return extent_id

@@ -49,10 +49,11 @@ class Residency:
         self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
         self.kept: Callable[[], Sequence[Sequence[Page]]] = tuple
         self._load = load
-        self._unpinned: dict[Page, None] = {}  # pages on the device without pins, least recently used first
+        self._unpinned: dict[Page, None] = {}  # pages on the device that may go, least recently used first
         self._pages = 0  # on the device, pinned or not
         self._pinned: dict[int, _Pinned] = {}  # by the identity of the sequence
         self._idle: dict[int, _Pinned] = {}  # of them, those that no tile uses; idle for longest first
+        self._spared: dict[int, Sequence[Page]] = {}  # what was `kept` at the last look, by identity
         self._no_room: tuple[int, ...] = ()  # as things stood when there was no more to be had
 
     def __len__(self) -> int:
@@ -86,8 +87,9 @@ class Residency:
 
     def make_room(self, size_bytes: int) -> None:
         """Evict until so much is free, as far as that makes whole extents free: other pages would go for nothing."""
-        state = (self.moves, self.promoted_pages, len(self._unpinned), len(self.kept()))
-        if state == self._no_room:  # nothing has changed since it was looked for
+        if self.hbm.free_bytes >= size_bytes:
+            return
+        if self._state() == self._no_room:  # nothing has changed since it was looked for
             return
         in_extent: dict[int, list[Page]] = {}
         for page in self._victims():
@@ -99,7 +101,7 @@ class Residency:
             pages.append(page)
             if len(pages) == self.device.pages_in(extent_id):
                 self._evict(pages)
-        self._no_room = (self.moves, self.promoted_pages, len(self._unpinned), len(self.kept()))
+        self._no_room = self._state()
 
     def unpin(self, pages: Sequence[Page]) -> None:
         """A tile is done with them; they stay until their place is needed."""
@@ -119,6 +121,7 @@ class Residency:
         """Drop every page that no tile uses, kept or not."""
         for pinned in list(self._idle.values()):
             self._let_go(pinned)
+        self._spare(())
         self._evict(list(self._unpinned))
 
     def drop(self, page: Page) -> None:
@@ -131,21 +134,25 @@ class Residency:
         self._pages -= len(pages)
         self.moves += 1
         for page in pages:
-            del self._unpinned[page]
+            self._unpinned.pop(page, None)  # a page that is gone may still be kept
 
     def forget(self) -> None:
         """What was on the device is lost, pins and all."""
-        pinned = (page for each in self._pinned.values() for page in each.pages)
-        pages = dict.fromkeys((*self._unpinned, *pinned))  # several sequences may have one
+        pages = dict.fromkeys((*self._unpinned, *self._not_to_go()))  # several sequences may have one
         for page in pages:
-            page.pins = 0
+            page.pins = page.spared = 0
         displace_all(page for page in pages if page.device is not None)
         self.moves += 1
         self.resident_bytes = self._pages = 0
         self._unpinned.clear()
         self._pinned.clear()
         self._idle.clear()
+        self._spared.clear()
         self.device.reset()
+
+    def _state(self) -> tuple[int, ...]:
+        """Changes when there may be other pages to evict."""
+        return self.moves, self.promoted_pages, len(self._unpinned), len(self._idle), len(self.kept())
 
     def _place_again(self, pinned: _Pinned, workspace_bytes: int) -> bool:
         # Before the memory is looked for: its pages are not to go for it. They may move, if no other tile uses them.
@@ -163,6 +170,7 @@ class Residency:
 
     def _reserve(self, size_bytes: int) -> bool:
         victims: Iterator[Page] | None = None
+        self.make_room(size_bytes)  # whole extents first, so that those of others stay whole
         while not self.hbm.try_reserve(size_bytes):
             victims = self._victims() if victims is None else victims
             page = next(victims, None)
@@ -176,19 +184,18 @@ class Residency:
         """Bring what is missing. Pages are evicted before new extents take the last `leave_bytes`, which the workspace
         of the next tile will need: an extent comes back only once all its pages have gone, whoever's they are."""
         missing = [page for page in pages if page.device is None]
+        page_bytes = missing[0].page_bytes if missing else 0
         slots: list[PageSlot] = []
-        victims: Iterator[Page] | None = None
         while len(slots) < len(missing):
-            some = self.device.try_allocate_some(missing[0].page_bytes, len(missing) - len(slots), leave_bytes)
+            left = len(missing) - len(slots)
+            some = self._try_allocate_extent(page_bytes, left, leave_bytes)
+            some = some or self.device.try_allocate_some(page_bytes, left, leave_bytes)
             slots += some
-            if some:
-                continue
-            victims = self._victims() if victims is None else victims
-            if self._evict_some(victims):
+            if some or self._evict_some():
                 continue
             if leave_bytes:
                 leave_bytes = 0
-            elif not self._move_together((len(missing) - len(slots)) * missing[0].page_bytes):
+            elif not self._move_together(left * page_bytes):
                 for slot in slots:
                     self.device.free(slot)
                 return False
@@ -200,11 +207,19 @@ class Residency:
         self._pages += len(missing)
         return True
 
-    def _evict_some(self, victims: Iterator[Page]) -> bool:
-        """An extent's worth of them. False: all that are left are pinned or kept."""
+    def _try_allocate_extent(self, page_bytes: int, most: int, leave_bytes: int) -> list[PageSlot]:
+        """A whole extent, if so many pages fill one, for which others are evicted that have one to themselves."""
+        slots = self.device.slots_of(page_bytes)
+        if slots > most:
+            return []
+        self.make_room(leave_bytes + slots * page_bytes)
+        return self.device.try_allocate_extent(page_bytes, most, leave_bytes)
+
+    def _evict_some(self) -> bool:
+        """An extent's worth of pages. False: all that are left are pinned or kept."""
         pages: list[Page] = []
         evicted_bytes = 0
-        for page in victims:
+        for page in self._victims():
             pages.append(page)
             evicted_bytes += page.page_bytes
             if evicted_bytes >= self.device.extent_bytes:
@@ -219,13 +234,36 @@ class Residency:
 
     def _victims(self) -> Iterator[Page]:
         """What may be evicted, used longest ago first. To be used up before anything else changes."""
+        self.tidy()
+        return iter(list(self._unpinned))
+
+    def tidy(self) -> None:
+        """Let go of what is there for no tile, and is not kept. Layers have thousands of pages: those that are kept are
+        marked, so that nobody looks at each of their pages for every eviction."""
         kept = self.kept()
+        self._spare(kept)
         ids = {id(pages) for pages in kept}
         for pinned in list(self._idle.values()):
             if id(pinned.pages) not in ids:  # the others' pages would not be evicted anyway
                 self._let_go(pinned)
-        spared = {page for pages in kept if id(pages) not in self._pinned for page in pages}
-        return (page for page in list(self._unpinned) if page not in spared)
+
+    def _spare(self, kept: Sequence[Sequence[Page]]) -> None:
+        before, self._spared = self._spared, {id(pages): pages for pages in kept}
+        for number, pages in self._spared.items():
+            if number not in before:
+                for page in pages:
+                    self._unpinned.pop(page, None)
+                    page.spared += 1
+        for number, pages in before.items():
+            if number not in self._spared:
+                for page in pages:
+                    page.spared -= 1
+                    self._may_go(page)
+
+    def _not_to_go(self) -> Iterator[Page]:
+        """Pages that are pinned or kept, some of them several times."""
+        pinned = (each.pages for each in self._pinned.values())
+        return itertools.chain.from_iterable(itertools.chain(pinned, self._spared.values()))
 
     def _move_together(self, needed_bytes: int) -> bool:
         """Empty extents that have free places until so much is free, or move nothing and say False.
@@ -239,8 +277,7 @@ class Residency:
         for pinned in self._pinned.values():
             if pinned.tiles:
                 stuck.update(page.device.extent_id for page in pinned.pages if page.device is not None)
-        pinned_pages = (page for pinned in self._pinned.values() for page in pinned.pages)
-        for page in dict.fromkeys(itertools.chain(self._unpinned, pinned_pages)):  # several sequences may have it
+        for page in dict.fromkeys((*self._unpinned, *self._not_to_go())):  # several sequences may have it
             if page.device is None:
                 continue
             if page.copies or page.host is None:
@@ -269,10 +306,12 @@ class Residency:
             page.pins += 1
 
     def _unpin(self, pages: Sequence[Page]) -> None:
-        """The most recently used are last."""
-        unpinned = self._unpinned
         for page in pages:
             page.pins -= 1
             assert page.pins >= 0, "a page was unpinned twice"
-            if not page.pins and page.device is not None:
-                unpinned[page] = None
+            self._may_go(page)
+
+    def _may_go(self, page: Page) -> None:
+        """The most recently used are last."""
+        if not page.pins and not page.spared and page.device is not None:
+            self._unpinned[page] = None

@@ -46,20 +46,43 @@ async def test_a_stream_that_ended_while_it_waited_holds_up_nobody():
     assert gone.cancelled()
 
 
-async def test_what_can_wait_gets_one_turn_in_four_by_its_rank_and_for_its_wait_in_turn():
+async def order_of(*works):
+    """Names of streams, a letter for each turn: of (name, turns, rank, behind)."""
     turns, log = LoopTurns(asyncio.get_running_loop()), []
 
-    async def work(name, pieces, behind=None):
+    async def work(name, pieces, rank, behind):
         for _ in range(pieces):
-            await turns.next(behind)
+            await turns.next(rank, behind=behind)
             log.append(name)
 
-    works = [work("z", 2, (2, 9)), work("a", 2, (2, 3)), work("u", 1, (1, 10)), work("1", 6), work("2", 3)]
-    tasks = [asyncio.create_task(each) for each in works]
+    tasks = [asyncio.create_task(work(*each)) for each in works]
     await turns.next((0,))  # before any of them: all have to wait
     await asyncio.gather(*tasks)
-    assert "".join(log) == "121u212z111aza"
     assert turns.waiting == 0
+    return "".join(log)
+
+
+async def test_the_lowest_rank_and_who_waits_longest_have_their_turns_in_turn():
+    assert await order_of(("c", 4, (3,), False), ("b", 4, (2,), False), ("a", 4, (1,), False)) == "acabacabbcbc"
+
+
+async def test_what_can_wait_gets_one_turn_in_four_by_its_rank_and_for_its_wait_in_turn():
+    behind = [("z", 2, (2, 9), True), ("y", 2, (2, 3), True), ("x", 1, (1, 10), True)]
+    order = await order_of(*behind, ("1", 6, (1,), False), ("2", 3, (2,), False))
+    assert [order[turn] for turn in (3, 7, 11)] == ["x", "z", "y"]
+    assert sorted(order) == sorted("zzyyx111111222")
+
+
+async def test_ranks_of_those_who_went_for_their_wait_are_not_remembered():
+    loop = asyncio.get_running_loop()
+    turns = LoopTurns(loop)
+    held = asyncio.create_task(turns.next((0,)))
+    await held
+    first = [asyncio.create_task(turns.next((0, number))) for number in range(50)]
+    for number in range(500):  # there is always somebody of a lower rank
+        await turns.next((1, number))
+    await asyncio.gather(*first)
+    assert len(turns._ahead._ranks) <= 64 + 1
 
 
 async def test_what_can_wait_does_not_when_nobody_else_is_there():
