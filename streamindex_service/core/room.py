@@ -119,6 +119,13 @@ class Room:
         """
         return self._working_set.pays_for_s(max(map(self._copy_s, self._displacing(search, needs)), default=0.0))
 
+    def lacks_layer(self, search: OpenSearch, needs: Iterable[Need]) -> bool:
+        """Whether a layer that it needs does not take part yet."""
+        return any(
+            not self._has_layer(search, need) and need.pages and self._working_set.taking_part(need.pages) is None
+            for need in needs
+        )
+
     def lacks_room(self, search: OpenSearch, needs: Iterable[Need]) -> bool:
         """Whether others would have to make room for what it needs: its rows are of no use to the device yet."""
         return next(self._displacing(search, needs), None) is not None
@@ -135,11 +142,6 @@ class Room:
             return 0.0
         fits = self._working_set.fits(page_set, turn.workspaces_bytes, self._room_of(turn.band))
         return 0.0 if fits else self._working_set.interval_s(page_set)
-
-    def room_now(self, band: Band) -> tuple[int, int]:
-        """Changes whenever layers of a band may have found room, or lost it."""
-        self.look_anew()
-        return self.as_of(band)
 
     def look_anew(self) -> None:
         """There may be other room than when `held_s` was asked before."""
@@ -184,8 +186,7 @@ class Room:
     def _displacing(self, search: OpenSearch, needs: Iterable[Need]) -> Iterator[Need]:
         now = self._clock()
         for need in needs:
-            own = search.page_sets.get(need.speed)  # perhaps a window of the layer, and it is under way
-            if own is not None and own.admitted:
+            if self._has_layer(search, need):
                 continue
             if self._working_set.would_displace(need.pages, search.band, self.workspaces_bytes(need), now):
                 yield need
@@ -195,6 +196,11 @@ class Room:
         if room_bytes is None:
             room_bytes = self._room_bytes[band] = self._working_set.room_bytes(band, self._clock())
         return room_bytes
+
+    @staticmethod
+    def _has_layer(search: OpenSearch, need: Need) -> bool:
+        own = search.page_sets.get(need.speed)  # perhaps a window of the layer, and it is under way
+        return own is not None and own.admitted
 
     def _copy_s(self, need: Need) -> float:
         return self._promotion_s(need.pages[0].page_bytes * len(need.pages)) if need.pages else 0.0

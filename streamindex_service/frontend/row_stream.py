@@ -258,6 +258,7 @@ class RowStream(ABC):
 
     async def _take(self, chunk: Chunk) -> None:
         self._check(chunk)
+        unasked = self._at.answered < self._at.received  # now: there may be answers before it has its turn
         await self._turn()
         tensors.verify_checksum(chunk)
         self._service.counters.queries += chunk.row_count
@@ -269,19 +270,18 @@ class RowStream(ABC):
             count = min(chunk.row_count - done, self._block_rows - filling.rows, self._turn_rows)
             self._fill(chunk, done, count, filling.block, filling.rows, self._at.received)
             filling.rows += count
-            self._gathering.rows_came(unasked=self._at.answered < self._at.received)
+            self._gathering.rows_came(unasked=unasked or done > 0)
             self._at.received += count
             done += count
             self._pump()
 
     async def _turn(self) -> None:
         """Wait for a turn of the loop in which rows may be copied."""
-        lacks_room = self.lacks_room()
-        if lacks_room:
+        if self.lacks_layer():
             left_s = self._time_remaining()
             most_s = float(self._service.settings.scheduler.promotion_wait_s)
             await self._service.read_ahead.next(self, most_s if left_s is None else min(most_s, left_s / 2))
-            lacks_room = self.lacks_room()
+        lacks_room = self._service.governor.room.lacks_room(self._search(), self._needs())
         rank = (int(self.band), self._at.received // _FIRST_ROWS, self.age)
         await self._service.loop_turns.next(rank, behind=lacks_room)
 
@@ -290,9 +290,9 @@ class RowStream(ABC):
         """Whose it is."""
         return self._search().caller
 
-    def lacks_room(self) -> bool:
-        """Whether others would have to make room on the device for what its rows need."""
-        return self._service.governor.room.lacks_room(self._search(), self._needs())
+    def lacks_layer(self) -> bool:
+        """Whether what its rows need does not take part on the device yet."""
+        return self._service.governor.room.lacks_layer(self._search(), self._needs())
 
     def brings_rows(self) -> bool:
         """Whether all that it can bring now is there, or it was still coming a moment ago."""

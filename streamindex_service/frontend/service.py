@@ -87,7 +87,7 @@ class Service:
         )
         self.room = self._make_room()
         self.loop_turns = LoopTurns(asyncio.get_running_loop())
-        self.read_ahead = ReadAhead(asyncio.get_running_loop(), self.governor.room.room_now)
+        self.read_ahead = ReadAhead(asyncio.get_running_loop(), lambda: self.governor.working_set.changes)
         self.pacing = Pacing(asyncio.get_running_loop(), int(settings.scheduler.paced_bytes_per_s))
         self.ingest_threads = ThreadPoolExecutor(memory.ingest_threads, thread_name_prefix="ingest")
         self.supervisor = Supervisor(
