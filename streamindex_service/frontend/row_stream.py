@@ -362,8 +362,9 @@ class RowStream(ABC):
             return True
         if self._gathered is not None:
             self._gathered.cancel()
-        # There may be room before, of which nobody tells: it is looked again.
-        self._gathered = loop.call_at(min(until, now + _LOOK_AGAIN_S), self._end_gathering)
+        # For a copy, there may be room before, of which nobody tells: it is looked again.
+        look_at = min(until, now + _LOOK_AGAIN_S) if for_copy_s else until
+        self._gathered = loop.call_at(look_at, self._end_gathering)
         return False
 
     def _end_gathering(self) -> None:
