@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 
 from streamindex_service.frontend.index_tiles import IndexTiles
+from streamindex_service.frontend.read_ahead import _MOST
 from tests.support.calls import Calls, StreamCall, answers, query_chunk, search_header
 from tests.support.inprocess import InProcessServer
 from tests.support.services import SMALL_DEVICE, is_idle, wait_for
@@ -129,3 +132,53 @@ def test_who_has_to_wait_for_room_holds_one_block_of_rows(server, calls, monkeyp
         runs.half_close()
         runs.rest()
         assert np.array_equal(found(waits), expected(KIND, keys[1], queries, TOP_K)[0])
+
+
+def test_few_of_those_who_wait_for_room_have_rows_ready(server, calls, monkeypatch):
+    """The others' rows stay on the wire, and all are answered in the end."""
+    draw, waiting, rows = Draw(4), 12, 300
+    keys = [draw.keys(KIND, PAGES * 256) for _ in range(2)]
+    queries = draw.queries(KIND, rows, start_position=PAGES * 256)
+    service = server.server.service
+    governor, counters = service.governor, service.counters
+    monkeypatch.setattr(governor.room, "may_displace", lambda turn, *, for_age: False)
+    with ExitStack() as stack:
+        there, *others = (stack.enter_context(calls.cache(KIND, keys[min(number, 1)])) for number in range(1 + waiting))
+        runs = started(calls, there.id, queries, FIRST)
+        runs.receive_until("chunk")
+        received, ingress = counters.queries, calls.ledger("ingress").reserved_bytes
+        searches = [started(calls, other.id, queries, rows) for other in others]
+        for search in searches:
+            search.half_close()
+        wait_for(lambda: counters.queries - received == _MOST * rows and len(governor.scheduler) >= _MOST)
+        wait_for(lambda: len(service.read_ahead._waiting) == waiting - _MOST)
+        assert counters.queries - received == _MOST * rows
+        assert calls.ledger("ingress").reserved_bytes - ingress == _MOST * service.blocks.block_bytes
+        runs.half_close()
+        runs.rest()
+        for search in searches:
+            assert np.array_equal(found(search), expected(KIND, keys[1], queries, TOP_K)[0])
+
+
+def test_who_sends_a_few_rows_and_waits_keeps_nobody_from_sending(server, calls):
+    """Callers without room who wait for an answer before they send more; then one who has all its rows ready."""
+    draw, waiting, rows = Draw(5), _MOST + 2, 300
+    keys = draw.keys(KIND, PAGES * 256)
+    queries = draw.queries(KIND, rows, start_position=PAGES * 256)
+    governor, counters = server.server.service.governor, server.server.service.counters
+    with ExitStack() as stack:
+        there, last, *others = (stack.enter_context(calls.cache(KIND, keys)) for _ in range(2 + waiting))
+        runs = started(calls, there.id, queries, FIRST)
+        runs.receive_until("chunk")
+        received = counters.queries
+        think = [started(calls, other.id, queries, FIRST) for other in others]
+        wait_for(lambda: counters.queries == received + waiting * FIRST)
+        sends = started(calls, last.id, queries, rows)
+        wait_for(lambda: counters.queries == received + waiting * FIRST + rows)
+        assert len(governor.scheduler) == 0, "they would gather for ten minutes"
+        for search in (runs, sends, *think):
+            search.half_close()
+        for search in (sends, *think):
+            count = rows if search is sends else FIRST
+            assert np.array_equal(found(search), expected(KIND, keys, queries, TOP_K)[0][:count])
+        runs.rest()

@@ -111,11 +111,13 @@ class Holding:
 
     def __init__(self, turns, seconds=1.0):
         self.turns, self.seconds, self.open = turns, seconds, False
+        self.changes = self.asked = 0
 
     def as_of(self, band):
-        return 0
+        return self.changes
 
     def held_s(self, each):
+        self.asked += 1
         return self.seconds if each in self.turns else 0.0
 
     def may_displace(self, each, *, for_age):
@@ -144,6 +146,24 @@ def test_turns_that_are_held_back_let_others_go():
     scheduler.add(turn("b", 0.125))
     admission.open = True
     assert [each.caller for each in taken(scheduler, admission)] == ["a", "a", "b"]
+
+
+def test_what_was_said_of_a_turn_is_asked_again_when_something_has_changed():
+    held = [turn(name, 0.125) for name in "abcdefgh"]
+    scheduler, admission = filled(*held, limits=EXACT), Holding(list(held))
+    for _ in range(10):
+        assert scheduler.next_turn(0.0, admission) is None
+    assert admission.asked == len(held)
+    scheduler.add(turn("a", 0.125))
+    scheduler.reprice(held[1], 0.25, 1, 0.0)
+    assert scheduler.next_turn(0.0, admission).caller == "a"
+    assert admission.asked == len(held) + 2
+    scheduler.remove(scheduler.next_turn(0.0, admission))
+    del admission.turns[3:]
+    assert scheduler.next_turn(0.0, admission) is None
+    admission.changes += 1
+    assert scheduler.next_turn(0.0, admission) is held[3]
+    assert admission.asked == len(held) + 2 + len(held)
 
 
 def test_who_is_held_back_goes_once_the_caller_is_an_interval_for_each_caller_behind():

@@ -130,6 +130,32 @@ def test_nobody_lingers_while_the_device_stands_still():
         assert working.room_bytes(Band.STANDARD, lapses_at + 0.01) == BUDGET
 
 
+def test_seconds_in_which_the_device_stands_still_add_up():
+    """A device that has something to do now and then has still done nothing for as long as a copy takes."""
+    working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=5.0))
+    working.device_works(0.0)
+    page_set = admitted(working)
+    left(working, page_set, 1.0)
+    for begin in (1.2, 1.4):
+        working.device_idles(begin)
+        working.device_works(begin + 0.4 * COPY_S)
+    assert working.next_change(Band.STANDARD, 2.0) == pytest.approx(6.0)
+    working.device_idles(2.0)
+    assert working.next_change(Band.STANDARD, 2.0) == pytest.approx(2.0 + 0.2 * COPY_S)
+    working.device_works(2.0 + 0.3 * COPY_S)
+    assert working.room_bytes(Band.STANDARD, 2.0 + 0.3 * COPY_S) == BUDGET
+
+
+def test_what_it_stood_still_before_does_not_count():
+    working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=5.0))
+    page_set = admitted(working)
+    working.device_idles(0.0)
+    left(working, page_set, 1.0)
+    assert working.next_change(Band.STANDARD, 1.0) == pytest.approx(1.0 + COPY_S)
+    working.device_works(1.0 + 0.5 * COPY_S)
+    assert working.next_change(Band.STANDARD, 1.1) == pytest.approx(6.0)
+
+
 def test_who_is_there_for_nobody_makes_room_before_who_is_in_use():
     working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=10.0))
     first, second, *_ = [admitted(working) for _ in range(BUDGET)]

@@ -1,0 +1,125 @@
+"""Pages that come together have extents of their own, so that these go back when they leave together."""
+
+from __future__ import annotations
+
+import pytest
+
+from streamindex_service.core.accounts import NO_QUOTA, Account
+from streamindex_service.core.layers import Page
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.pages import PagePool
+from streamindex_service.core.residency import Residency
+
+PAGE, PLACES = 100, 8
+EXTENT = PAGE * PLACES
+ACCOUNT = Account("x", NO_QUOTA)
+
+
+class Device:
+    """So many extents, and layers that tiles have used."""
+
+    def __init__(self, extents: int) -> None:
+        self.hbm = Ledger("hbm", extents * EXTENT)
+        self.pool = PagePool(self.hbm, EXTENT, lambda *_: None, lambda *_: None)
+        self.residency = Residency(self.hbm, self.pool, lambda page: None)
+        self.kept: list[tuple[Page, ...]] = []
+        self.residency.kept = lambda: self.kept
+
+    def layer(self, pages: int) -> tuple[Page, ...]:
+        return tuple(Page(None, PAGE, ACCOUNT, None) for _ in range(pages))
+
+    def use(self, layer: tuple[Page, ...], workspace_bytes: int = 0) -> None:
+        """For a tile, and no longer."""
+        assert self.residency.try_place(layer, workspace_bytes)
+        self.hbm.release(workspace_bytes)
+        self.residency.unpin(layer)
+        self.residency.let_go(layer)
+
+
+def extents(layer):
+    return {page.device.extent_id for page in layer}
+
+
+def test_a_whole_extent_is_taken_only_by_as_many_pages_and_if_the_budget_allows_it():
+    device = Device(3)
+    assert device.pool.try_allocate_extent(PAGE, PLACES - 1) == []
+    assert device.pool.try_allocate_extent(PAGE, PLACES, leave_bytes=2 * EXTENT + 1) == []
+    few = device.pool.try_allocate_some(PAGE, 3)
+    whole = device.pool.try_allocate_extent(PAGE, 2 * PLACES, leave_bytes=EXTENT)
+    assert [slot.offset_bytes for slot in whole] == [PAGE * place for place in range(PLACES)]
+    assert {slot.extent_id for slot in whole}.isdisjoint(slot.extent_id for slot in few)
+    assert len(device.pool.try_allocate_some(PAGE, 100)) == PLACES - 3  # places of the first are still there
+    device.pool.free_some(whole[:2])
+    assert device.pool.try_allocate_some(PAGE, 100) == whole[:2]
+    device.pool.free_some(whole)
+    assert device.hbm.free_bytes == 2 * EXTENT
+
+
+def test_a_large_layer_leaves_the_places_between_others_to_small_ones():
+    device = Device(6)
+    small = device.layer(3)
+    large = device.layer(2 * PLACES + 2)
+    device.use(small)
+    device.use(large)
+    assert [len(extents(large[first : first + PLACES])) for first in (0, PLACES)] == [1, 1]
+    assert extents(large[2 * PLACES :]) == extents(small)
+    assert device.hbm.free_bytes == 3 * EXTENT
+
+
+def test_a_layer_takes_the_place_of_one_that_leaves_and_no_kept_one_moves():
+    device = Device(6)
+    layers = [device.layer(2 * PLACES) for _ in range(8)]
+    for at, layer in enumerate(layers):
+        device.kept = layers[max(0, at - 1) : at + 1]
+        device.use(layer, EXTENT // 2)
+        assert all(len(extents(each)) == 2 for each in device.kept)
+    assert device.residency.moved_pages == 0
+    # of the six extents one is left to workspaces
+    assert device.residency.resident_bytes == 5 * EXTENT
+    assert device.residency.evicted_pages == (8 * 2 - 5) * PLACES
+
+
+def test_a_workspace_takes_whole_extents_and_no_pages_for_nothing():
+    device = Device(4)
+    kept, first, second = device.layer(3), device.layer(PLACES + 5), device.layer(PLACES)
+    device.kept = [kept]
+    for layer in (kept, first, second):
+        device.use(layer)
+    device.use((), EXTENT + 1)
+    assert [sum(page.device is not None for page in layer) for layer in (kept, first, second)] == [3, 5, PLACES]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_kept_is_not_evicted_and_what_is_not_any_more_is(again):
+    device = Device(3)
+    layers = [device.layer(PLACES) for _ in range(3)]
+    for layer in layers:
+        device.use(layer)
+    device.kept = layers[:2]
+    assert not device.residency.try_place((), 2 * EXTENT)
+    assert [layer[0].device is None for layer in layers] == [False, False, True]
+    if again:  # a layer that is kept and gone comes back to where it may be evicted from
+        device.residency.drop(layers[0][0])
+        device.use(layers[0])
+    device.kept = layers[1:2]
+    assert device.residency.try_place((), 2 * EXTENT)
+    assert layers[1][0].device is not None
+    device.kept = []
+    device.residency.tidy()
+    assert all(page.spared == page.pins == 0 for layer in layers for page in layer)
+    device.residency.evict_all()
+    assert len(device.residency) == device.residency.resident_bytes == 0
+
+
+def test_a_page_that_is_gone_while_it_was_kept_leaves_nothing_behind():
+    device = Device(3)
+    layer = device.layer(PLACES)
+    device.use(layer)
+    device.kept = [layer]
+    device.residency.tidy()
+    for page in layer:
+        device.residency.drop(page)
+    assert (device.hbm.free_bytes, len(device.residency)) == (3 * EXTENT, 0)
+    device.kept = []
+    device.residency.tidy()
+    assert device.residency.try_place((), 3 * EXTENT)

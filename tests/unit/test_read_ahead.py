@@ -1,0 +1,137 @@
+"""Which streams bring rows before their layers take part."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import pytest
+
+from streamindex_service.core.band_queue import Band
+from streamindex_service.frontend.read_ahead import ReadAhead
+
+PLACES = 8
+LONG_S = 60.0
+
+
+@dataclass(eq=False)
+class Stream:
+    age: int
+    caller: str = "a"
+    band: Band = Band.STANDARD
+    lacks: bool = True
+    brings: bool = True
+
+    def lacks_layer(self):
+        return self.lacks
+
+    def brings_rows(self):
+        return self.brings
+
+
+class World:
+    """Streams that come for a place; `inside` those that have had one, in that order."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.read_ahead = ReadAhead(asyncio.get_running_loop(), lambda: self.changes)
+        self.inside: list[Stream] = []
+        self.tasks: dict[Stream, asyncio.Task[None]] = {}
+
+    async def come(self, *streams: Stream, most_s: float = LONG_S) -> None:
+        for stream in streams:
+            self.tasks[stream] = asyncio.create_task(self._come(stream, most_s))
+        await self.settle()
+
+    async def _come(self, stream: Stream, most_s: float) -> None:
+        await self.read_ahead.next(stream, most_s)
+        self.inside.append(stream)
+
+    async def settle(self) -> None:
+        """Long enough for several looks."""
+        await asyncio.sleep(0.05)
+
+    async def takes_part(self, stream: Stream) -> None:
+        stream.lacks = False
+        self.changes += 1
+        await self.settle()
+
+
+@pytest.fixture
+async def world():
+    made = World()
+    yield made
+    for task in made.tasks.values():
+        task.cancel()
+    await asyncio.gather(*made.tasks.values(), return_exceptions=True)
+    assert not made.read_ahead._waiting
+
+
+async def test_so_many_are_ahead_and_one_more_for_each_layer_that_takes_part(world):
+    streams = [Stream(age) for age in range(PLACES + 3)]
+    await world.come(*streams)
+    assert world.inside == streams[:PLACES]
+    await world.read_ahead.next(streams[0], LONG_S)  # who is inside does not wait again
+    await world.takes_part(streams[3])
+    assert world.inside == streams[: PLACES + 1]
+    world.read_ahead.leave(streams[5])
+    await world.settle()
+    assert world.inside == streams[: PLACES + 2]
+
+
+async def test_callers_come_in_turn_and_of_each_the_oldest(world):
+    many = [Stream(age, "many") for age in range(PLACES + 2)]
+    others = [Stream(100, "one"), Stream(101, "two"), Stream(102, "one")]
+    await world.come(*many)
+    await world.come(*reversed(others))
+    for stream in many[:4]:
+        await world.takes_part(stream)
+    assert world.inside[PLACES:] == [others[0], others[1], others[2], many[PLACES]]
+
+
+async def test_a_band_waits_for_those_above_it_and_not_for_those_below(world):
+    below = [Stream(age, band=Band.BATCH) for age in range(PLACES)]
+    above = [Stream(100 + age, band=Band.INTERACTIVE) for age in range(PLACES)]
+    await world.come(*below)
+    await world.come(*above)
+    assert world.inside == [*below, *above]
+    late = [Stream(200, band=Band.BATCH), Stream(201, band=Band.STANDARD)]
+    await world.come(*late)
+    for stream in below:
+        await world.takes_part(stream)
+    assert world.inside == [*below, *above], "the places of both are taken by the band above"
+    await world.takes_part(above[0])
+    assert world.inside[2 * PLACES :] == [late[1]]
+
+
+async def test_who_brings_nothing_keeps_nobody_from_it(world):
+    silent = [Stream(age) for age in range(PLACES)]
+    last = Stream(100)
+    await world.come(*silent, last)
+    assert last not in world.inside
+    silent[2].brings = False
+    await world.settle()
+    assert world.inside[-1] is last
+
+
+async def test_whose_layer_comes_for_another_does_not_wait_any_more(world):
+    first = [Stream(age) for age in range(PLACES)]
+    waits, same = Stream(100), Stream(101)
+    await world.come(*first, waits, same)
+    await world.takes_part(same)
+    assert world.inside == [*first, same]
+
+
+async def test_nobody_waits_for_longer_than_it_may(world):
+    streams = [Stream(age) for age in range(PLACES + 2)]
+    await world.come(*streams[: PLACES + 1])
+    await world.come(streams[-1], most_s=0.01)
+    assert world.inside == [*streams[:PLACES], streams[-1]]
+
+
+async def test_a_stream_that_ended_while_it_waited_takes_no_place(world):
+    streams = [Stream(age) for age in range(PLACES + 2)]
+    await world.come(*streams)
+    world.tasks[streams[PLACES]].cancel()
+    await world.takes_part(streams[0])
+    assert world.inside == [*streams[:PLACES], streams[-1]]
