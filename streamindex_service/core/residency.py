@@ -59,6 +59,11 @@ class Residency:
     def __len__(self) -> int:
         return self._pages
 
+    def pages(self) -> list[Page]:
+        """Those that are on the device."""
+        known = dict.fromkeys((*self._unpinned, *self._not_to_go()))  # several sequences may have one
+        return [page for page in known if page.device is not None]
+
     def missing_bytes(self, pages: Sequence[Page]) -> int:
         """Bytes that would have to be brought to the device."""
         if id(pages) in self._pinned:
@@ -138,10 +143,10 @@ class Residency:
 
     def forget(self) -> None:
         """What was on the device is lost, pins and all."""
-        pages = dict.fromkeys((*self._unpinned, *self._not_to_go()))  # several sequences may have one
-        for page in pages:
+        pages = self.pages()
+        for page in self._not_to_go():
             page.pins = page.spared = 0
-        displace_all(page for page in pages if page.device is not None)
+        displace_all(pages)
         self.moves += 1
         self.resident_bytes = self._pages = 0
         self._unpinned.clear()
@@ -277,9 +282,8 @@ class Residency:
         for pinned in self._pinned.values():
             if pinned.tiles:
                 stuck.update(page.device.extent_id for page in pinned.pages if page.device is not None)
-        for page in dict.fromkeys((*self._unpinned, *self._not_to_go())):  # several sequences may have it
-            if page.device is None:
-                continue
+        for page in self.pages():
+            assert page.device is not None
             if page.copies or page.host is None:
                 stuck.add(page.device.extent_id)
             movable.setdefault(page.device.extent_id, []).append(page)

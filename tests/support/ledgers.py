@@ -30,8 +30,7 @@ class OnDevice:
         residency = service.governor.residency
         pool = residency.device
         extents = {number: extent.slots * extent.page_bytes for number, extent in pool._extents.items()}
-        pages = {*residency._unpinned, *(page for pinned in residency._pinned.values() for page in pinned.pages)}
-        placed = [(page.device, page.page_bytes) for page in pages if page.device is not None]
+        placed = [(page.device, page.page_bytes) for page in residency.pages()]
         assert len(set(placed)) == len(placed) == pool.pages_in_use == len(residency)
         for place, page_bytes in placed:
             assert pool._extents[place.extent_id].page_bytes == page_bytes
