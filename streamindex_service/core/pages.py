@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from streamindex_service.core.ledger import Ledger
 
+_GONE = 64  # extents that a heap may have too many
+
 
 class PageSlot(NamedTuple):
     """Where a page lies."""
@@ -94,7 +96,7 @@ class PagePool:
             return []
         taken = self._take(extent_id, most)
         if self._extents[extent_id].free:
-            heapq.heappush(self._with_room.setdefault(page_bytes, []), extent_id)
+            self._has_room(extent_id)
         return taken
 
     def _take(self, extent_id: int, most: int) -> list[PageSlot]:
@@ -142,6 +144,15 @@ class PagePool:
                     return found
         return []
 
+    def free_places(self, page_bytes: int) -> int:
+        """Of pages of this size, in extents that there are."""
+        return self._free_pages.get(page_bytes, 0)
+
+    def bytes_of(self, extent_id: int) -> int:
+        """How long an extent is."""
+        extent = self._extents[extent_id]
+        return extent.slots * extent.page_bytes
+
     def pages_in(self, extent_id: int) -> int:
         """How many pages of an extent are allocated."""
         extent = self._extents[extent_id]
@@ -169,8 +180,8 @@ class PagePool:
 
     def _free_in_extent(self, extent_id: int, pages: Sequence[PageSlot]) -> None:
         extent = self._extents[extent_id]
-        if not extent.free and not extent.closed:
-            heapq.heappush(self._with_room.setdefault(extent.page_bytes, []), extent_id)
+        if not extent.free and not extent.closed and len(pages) < extent.slots:
+            self._has_room(extent_id)
         extent.free.extend(pages)
         self._free_pages[extent.page_bytes] += len(pages)
         assert len(extent.free) <= extent.slots, "a page was freed twice"
@@ -179,6 +190,15 @@ class PagePool:
             self._free_pages[extent.page_bytes] -= extent.slots
             self.ledger.release(extent.slots * extent.page_bytes)
             self._drop_extent(extent_id)
+
+    def _has_room(self, extent_id: int) -> None:
+        """It had none. Those that are gone are mostly forgotten as they come first; where nobody asks, now."""
+        page_bytes = self._extents[extent_id].page_bytes
+        heap = self._with_room.setdefault(page_bytes, [])
+        heapq.heappush(heap, extent_id)
+        if len(heap) > 2 * len(self._extents) + _GONE:
+            heap[:] = [each for each in heap if each in self._extents]
+            heapq.heapify(heap)
 
     def reset(self) -> None:
         """Forget every extent: whoever held the memory is gone."""

@@ -32,6 +32,14 @@ class _Pinned:
     tiles: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class _Spared:
+    """Pages that are not evicted for others. used: a larger number than of all that were used before."""
+
+    pages: Sequence[Page]
+    used: int
+
+
 class Residency:
     """The pages on one worker's device.
 
@@ -49,11 +57,12 @@ class Residency:
         self.moves = 0  # changes whenever a page loses its place: whoever noted places looks again
         self.kept: Callable[[], Sequence[Sequence[Page]]] = tuple
         self._load = load
-        self._unpinned: dict[Page, None] = {}  # pages on the device that may go, least recently used first
+        self._unpinned: dict[Page, None] = {}  # pages on the device that may go; those that may for longest first
         self._pages = 0  # on the device, pinned or not
         self._pinned: dict[int, _Pinned] = {}  # by the identity of the sequence
         self._idle: dict[int, _Pinned] = {}  # of them, those that no tile uses; idle for longest first
-        self._spared: dict[int, Sequence[Page]] = {}  # what was `kept` at the last look, by identity
+        self._spared: dict[int, _Spared] = {}  # what was `kept` at the last look, by identity
+        self._uses = itertools.count()
         self._no_room: tuple[int, ...] = ()  # as things stood when there was no more to be had
 
     def __len__(self) -> int:
@@ -96,23 +105,32 @@ class Residency:
             return
         if self._state() == self._no_room:  # nothing has changed since it was looked for
             return
+        self.tidy()
         in_extent: dict[int, list[Page]] = {}
-        for page in self._victims():
-            if self.hbm.free_bytes >= size_bytes:
-                return
+        going: list[Page] = []
+        left_bytes = size_bytes - self.hbm.free_bytes
+        for page in self._unpinned:
             assert page.device is not None
             extent_id = page.device.extent_id
             pages = in_extent.setdefault(extent_id, [])
             pages.append(page)
             if len(pages) == self.device.pages_in(extent_id):
-                self._evict(pages)
-        self._no_room = self._state()
+                going += pages
+                left_bytes -= self.device.bytes_of(extent_id)
+                if left_bytes <= 0:
+                    break
+        if going:
+            self._evict(going)
+        if left_bytes > 0:
+            self._no_room = self._state()
 
     def unpin(self, pages: Sequence[Page]) -> None:
         """A tile is done with them; they stay until their place is needed."""
         pinned = self._pinned[id(pages)]
         pinned.tiles -= 1
         assert pinned.tiles >= 0, "pages were unpinned twice"
+        if id(pages) in self._spared:
+            self._spared[id(pages)].used = next(self._uses)
         if not pinned.tiles:
             self._idle[id(pages)] = pinned
 
@@ -157,7 +175,7 @@ class Residency:
 
     def _state(self) -> tuple[int, ...]:
         """Changes when there may be other pages to evict."""
-        return self.moves, self.promoted_pages, len(self._unpinned), len(self._idle), len(self.kept())
+        return self.moves, self.promoted_pages, len(self._unpinned), len(self._idle), *map(id, self.kept())
 
     def _place_again(self, pinned: _Pinned, workspace_bytes: int) -> bool:
         # Before the memory is looked for: its pages are not to go for it. They may move, if no other tile uses them.
@@ -189,11 +207,16 @@ class Residency:
         """Bring what is missing. Pages are evicted before new extents take the last `leave_bytes`, which the workspace
         of the next tile will need: an extent comes back only once all its pages have gone, whoever's they are."""
         missing = [page for page in pages if page.device is None]
-        page_bytes = missing[0].page_bytes if missing else 0
-        slots: list[PageSlot] = []
+        if not missing:
+            return True
+        page_bytes, slots = missing[0].page_bytes, list[PageSlot]()
+        whole_bytes = len(missing) // self.device.slots_of(page_bytes) * self.device.slots_of(page_bytes) * page_bytes
+        if whole_bytes and self.device.free_places(page_bytes) < len(missing):
+            # They get extents of their own, for which others go that have theirs; the rest takes places between others.
+            self.make_room(leave_bytes + whole_bytes)
         while len(slots) < len(missing):
             left = len(missing) - len(slots)
-            some = self._try_allocate_extent(page_bytes, left, leave_bytes)
+            some = self.device.try_allocate_extent(page_bytes, left, leave_bytes)
             some = some or self.device.try_allocate_some(page_bytes, left, leave_bytes)
             slots += some
             if some or self._evict_some():
@@ -212,19 +235,12 @@ class Residency:
         self._pages += len(missing)
         return True
 
-    def _try_allocate_extent(self, page_bytes: int, most: int, leave_bytes: int) -> list[PageSlot]:
-        """A whole extent, if so many pages fill one, for which others are evicted that have one to themselves."""
-        slots = self.device.slots_of(page_bytes)
-        if slots > most:
-            return []
-        self.make_room(leave_bytes + slots * page_bytes)
-        return self.device.try_allocate_extent(page_bytes, most, leave_bytes)
-
     def _evict_some(self) -> bool:
         """An extent's worth of pages. False: all that are left are pinned or kept."""
         pages: list[Page] = []
         evicted_bytes = 0
-        for page in self._victims():
+        self.tidy()
+        for page in self._unpinned:
             pages.append(page)
             evicted_bytes += page.page_bytes
             if evicted_bytes >= self.device.extent_bytes:
@@ -238,7 +254,7 @@ class Residency:
         self.evicted_pages += len(pages)
 
     def _victims(self) -> Iterator[Page]:
-        """What may be evicted, used longest ago first. To be used up before anything else changes."""
+        """What may be evicted, in its order. To be used up before anything else changes."""
         self.tidy()
         return iter(list(self._unpinned))
 
@@ -253,22 +269,25 @@ class Residency:
                 self._let_go(pinned)
 
     def _spare(self, kept: Sequence[Sequence[Page]]) -> None:
-        before, self._spared = self._spared, {id(pages): pages for pages in kept}
-        for number, pages in self._spared.items():
-            if number not in before:
+        before, self._spared = self._spared, {}
+        for pages in kept:
+            spared = before.pop(id(pages), None)
+            if spared is None:
+                spared = _Spared(pages, next(self._uses))
                 for page in pages:
                     self._unpinned.pop(page, None)
                     page.spared += 1
-        for number, pages in before.items():
-            if number not in self._spared:
-                for page in pages:
-                    page.spared -= 1
-                    self._may_go(page)
+            self._spared[id(pages)] = spared
+        for spared in sorted(before.values(), key=lambda each: each.used):
+            for page in spared.pages:
+                page.spared -= 1
+                self._may_go(page)
 
     def _not_to_go(self) -> Iterator[Page]:
         """Pages that are pinned or kept, some of them several times."""
         pinned = (each.pages for each in self._pinned.values())
-        return itertools.chain.from_iterable(itertools.chain(pinned, self._spared.values()))
+        spared = (each.pages for each in self._spared.values())
+        return itertools.chain.from_iterable(itertools.chain(pinned, spared))
 
     def _move_together(self, needed_bytes: int) -> bool:
         """Empty extents that have free places until so much is free, or move nothing and say False.
@@ -316,6 +335,7 @@ class Residency:
             self._may_go(page)
 
     def _may_go(self, page: Page) -> None:
-        """The most recently used are last."""
+        """Those that may go for longest are first. Of what was kept the most recently used comes last; what never was
+        has not been used since, for whatever tiles need is kept while they do."""
         if not page.pins and not page.spared and page.device is not None:
             self._unpinned[page] = None

@@ -165,14 +165,24 @@ class Scheduler:
                         wait_s += min(each.backlog_s, rounds * self.limits.allowance_s)
         return max(0.0, wait_s)
 
-    def refuse_hopeless(self, caller: str, band: Band, ahead_s: float, run_s: float, deadline_s: float | None) -> None:
+    def refuse_hopeless(
+        self,
+        caller: str,
+        band: Band,
+        ahead_s: float,
+        run_s: float,
+        deadline_s: float | None,
+        *,
+        waiting: int = 0,
+    ) -> None:
         """Refuse a search that had better not start.
 
         ahead_s: device seconds of what runs; run_s: of the search itself, as far as it is known; deadline_s: the
-        caller's remaining time. Raises QueueFullError and DeadlineUnreachableError, with the figures.
+        caller's remaining time; waiting: searches that will have turns, and have none yet. Raises QueueFullError and
+        DeadlineUnreachableError, with the figures.
         """
         limits = self.limits
-        queued, backlog_s = len(self), ahead_s + self.backlog_s
+        queued, backlog_s = len(self) + waiting, ahead_s + self.backlog_s
         wait_s = ahead_s + self.wait_s(caller, band)
         retry_after_ms = int(1000 * min(max(backlog_s, _LEAST_RETRY_S), _MOST_RETRY_S))
         for what, value, limit in (

@@ -33,13 +33,15 @@ class Need:
 
 @dataclass(slots=True, eq=False)
 class OpenSearch:
-    """A search between its header and its end. `turns` wait, `grants` are with the device."""
+    """A search between its header and its end. `turns` wait, `grants` are with the device; `rows_wait`: its rows do, so
+    that it has no turn for them yet."""
 
     caller: str
     band: Band
     snapshot: Snapshot
     turns: int = 0
     grants: int = 0
+    rows_wait: bool = False
     used: dict[int, Sequence[Page]] = field(default_factory=dict)  # what its turns had pinned, by identity
     page_sets: dict[DeviceSpeed | None, Needed] = field(default_factory=dict)  # that each operation came for last
 

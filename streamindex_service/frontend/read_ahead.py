@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
@@ -31,7 +32,8 @@ class Stream(Protocol):
 
 
 class ReadAhead:
-    """A few streams have rows ready for when their layers take part; what the others send stays on the wire.
+    """A few streams have rows ready for when their layers take part; what the others send stays on the wire, but for a
+    message each.
 
     Were all of them to bring a block, as many blocks as there are callers would take memory, leave the processor's
     cache between being read and being sent to the device, and have the scheduler choose among all of them for every
@@ -45,52 +47,73 @@ class ReadAhead:
         self._loop = loop
         self._changes = changes
         self._ahead: dict[Stream, None] = {}
-        self._waiting: dict[Stream, tuple[asyncio.Future[None], float]] = {}  # and until when at the latest
+        self._waiting: dict[Stream, asyncio.Future[None]] = {}
+        self._until: dict[Stream, float] = {}  # of each that has waited: until when at the latest it does
         self._seen = -1
         self._timer: asyncio.TimerHandle | None = None
 
+    def __len__(self) -> int:
+        """Streams that wait."""
+        return len(self._waiting)
+
     async def next(self, stream: Stream, most_s: float) -> None:
-        """Wait until a stream that lacks its layer may bring rows, or need not wait for that any more; `most_s` at
-        most."""
-        if stream in self._ahead:
+        """Wait until a stream that lacks its layer may bring rows, or need not wait for that any more: `most_s` at
+        most, in all that it waits until it has its layer."""
+        now = self._loop.time()
+        if stream in self._ahead or now >= self._until.get(stream, math.inf):
             return
-        if not self._waiting and self._has_place(stream):
+        if not self._waiting and self._places()[stream.band] > 0:
             self._ahead[stream] = None
             return
-        turn: asyncio.Future[None] = self._loop.create_future()
-        self._waiting[stream] = turn, self._loop.time() + most_s
-        if self._timer is None:
-            self._look()
+        self._until.setdefault(stream, now + most_s)
+        self._waiting[stream] = turn = self._loop.create_future()
         try:
+            if self._timer is None:
+                self._look()
             await turn
         finally:
             self._waiting.pop(stream, None)
 
     def leave(self, stream: Stream) -> None:
-        """It has ended."""
+        """It has its layer, or has ended."""
         self._ahead.pop(stream, None)
+        self._until.pop(stream, None)
 
     def _look(self) -> None:
         self._timer = None
+        try:
+            self._let_some_in()
+        finally:
+            if self._waiting:
+                self._timer = self._loop.call_later(_LOOK_S, self._look)
+
+    def _let_some_in(self) -> None:
         self._ahead = {each: None for each in self._ahead if each.brings_rows() and each.lacks_layer()}
         now, changed = self._loop.time(), self._seen != self._changes()
         self._seen = self._changes()
-        for stream, (_, until) in list(self._waiting.items()):
-            if now >= until or (changed and not stream.lacks_layer()):
+        for stream in list(self._waiting):
+            if now >= self._until[stream] or (changed and not stream.lacks_layer()):
                 self._let_in(stream)
-        while any(map(self._has_place, self._waiting)):
-            self._let_in(next(filter(self._has_place, self._in_order())))
-        if self._waiting:
-            self._timer = self._loop.call_later(_LOOK_S, self._look)
+        places = self._places()
+        if max(places.values()) <= 0:
+            return
+        for stream in self._in_order():
+            if places[stream.band] > 0 and self._let_in(stream):
+                self._ahead[stream] = None
+                for band in places:
+                    places[band] -= stream.band <= band
 
-    def _has_place(self, stream: Stream) -> bool:
-        return sum(each.band <= stream.band for each in self._ahead) < _MOST
+    def _places(self) -> dict[Band, int]:
+        """For how many more there are, of each band."""
+        taken = Counter(each.band for each in self._ahead)
+        return {band: _MOST - sum(taken[above] for above in Band if above <= band) for band in Band}
 
-    def _let_in(self, stream: Stream) -> None:
-        turn, _ = self._waiting.pop(stream)
-        self._ahead[stream] = None
-        if not turn.done():  # else it has ended
-            turn.set_result(None)
+    def _let_in(self, stream: Stream) -> bool:
+        turn = self._waiting.pop(stream)
+        if turn.done():  # it has ended
+            return False
+        turn.set_result(None)
+        return True
 
     def _in_order(self) -> list[Stream]:
         before = Counter(stream.caller for stream in self._ahead)

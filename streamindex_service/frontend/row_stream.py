@@ -14,7 +14,8 @@ Rows are checked and copied on the event loop, while they are still in the proce
 for 1 MiB, less than it costs to hand them to a thread and to hear of it. What one stream does there in one turn of the
 loop is bounded, and so is what all streams do (`LoopTurns`), so that a decode step does not wait for many of them; and
 while decode steps are on their way, streams of a lower priority hold back (`Pacing`). Rows for which others would have
-to make room on the device come behind those that it can go on with, the oldest stream first.
+to make room on the device come behind those that it can go on with; of those whose layers do not take part yet, a few
+streams bring any (`ReadAhead`).
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ class RowStream(ABC):
         self._gathered: asyncio.TimerHandle | None = None
         self._blocks_held = 0
         self._block_freed = asyncio.Event()
+        self._waits_for_block = False
         self._reader = MessageReader(context)
         self._heard_at = service.clock()  # a message was waited for, or an answer left
         self._outstanding: set[Run] = set()
@@ -277,11 +279,18 @@ class RowStream(ABC):
 
     async def _turn(self) -> None:
         """Wait for a turn of the loop in which rows may be copied."""
+        governor, read_ahead = self._service.governor, self._service.read_ahead
         if self.lacks_layer():
             left_s = self._time_remaining()
             most_s = float(self._service.settings.scheduler.promotion_wait_s)
-            await self._service.read_ahead.next(self, most_s if left_s is None else min(most_s, left_s / 2))
-        lacks_room = self._service.governor.room.lacks_room(self._search(), self._needs())
+            governor.rows_wait(self._search(), wait=True)
+            try:
+                await read_ahead.next(self, most_s if left_s is None else min(most_s, left_s / 4))
+            finally:
+                governor.rows_wait(self._search(), wait=False)
+        else:
+            read_ahead.leave(self)
+        lacks_room = governor.room.lacks_room(self._search(), self._needs())
         rank = (int(self.band), self._at.received // _FIRST_ROWS, self.age)
         await self._service.loop_turns.next(rank, behind=lacks_room)
 
@@ -295,10 +304,15 @@ class RowStream(ABC):
         return self._service.governor.room.lacks_layer(self._search(), self._needs())
 
     def brings_rows(self) -> bool:
-        """Whether all that it can bring now is there, or it was still coming a moment ago."""
-        at = self._at
-        all_there = at.ended or at.received == self._announced_rows or not self._reader.waits
-        return all_there or asyncio.get_running_loop().time() - self._gathering.came_at < _SILENT_S
+        """Whether rows are on their way into a block, or came a moment ago, or all that it can bring now is there and
+        not computed yet. Who does not read its answers brings none."""
+        at, blocked = self._at, self._waits_for_block
+        if not (self._reader.waits or blocked or at.ended):
+            return True
+        if asyncio.get_running_loop().time() - self._gathering.came_at < _SILENT_S:
+            return True
+        all_there = blocked or at.ended or at.received == self._announced_rows
+        return all_there and (at.received > at.submitted or bool(self._outstanding))
 
     def _check(self, chunk: Chunk) -> None:
         limit = int(self._service.settings.limits.max_chunk_bytes)
@@ -328,7 +342,9 @@ class RowStream(ABC):
         most = self._service.settings.memory.search_blocks
         while self._blocks_held >= (1 if governor.room.is_held_back(search) else most):
             self._block_freed.clear()
+            self._waits_for_block = True
             await self._block_freed.wait()
+            self._waits_for_block = False
         self._blocks_held += 1
         filling = _Filling(await self._service.blocks.acquire(lambda: governor.room.is_held_back(search)))
         self._at.fillings.append(filling)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
+from streamindex_service.core.band_queue import Band
+from streamindex_service.frontend.gathering import Gathering
 from streamindex_service.frontend.index_tiles import IndexTiles
 from streamindex_service.frontend.read_ahead import _MOST
 from tests.support.calls import Calls, StreamCall, answers, query_chunk, search_header
@@ -182,3 +185,93 @@ def test_who_sends_a_few_rows_and_waits_keeps_nobody_from_sending(server, calls)
             count = rows if search is sends else FIRST
             assert np.array_equal(found(search), expected(KIND, keys, queries, TOP_K)[0][:count])
         runs.rest()
+
+
+def test_who_does_not_read_its_answers_keeps_nobody_from_sending(server, calls):
+    """All that such a caller could bring is computed: its layer leaves, and it holds no place among those who wait."""
+    draw, rows, chunk_rows = Draw(6), 40_000, 400
+    keys = draw.keys(KIND, PAGES * 256)
+    queries = draw.queries(KIND, chunk_rows, start_position=PAGES * 256)
+    service = server.server.service
+    governor, wide = service.governor, 2048  # answers larger than what the transport takes without a reader
+    with ExitStack() as stack:
+        last, *others = (stack.enter_context(calls.cache(KIND, keys)) for _ in range(1 + _MOST))
+        stuck = []
+        for other in others:
+            call = calls.search_call()
+            call.send(search_header(KIND, other.id, wide, start_position=int(queries.positions[0])))
+            for first in range(0, rows, chunk_rows):
+                call.send(query_chunk(KIND, queries, 0, chunk_rows, row_offset=first))
+            stuck.append(call)
+        wait_for(lambda: governor.open_searches == _MOST and not governor.in_flight and not len(governor.scheduler))
+        found_last = calls.search(KIND, last.id, queries, TOP_K, priority=int(Band.INTERACTIVE))
+        assert np.array_equal(found_last[0], expected(KIND, keys, queries, TOP_K)[0])
+        received = service.counters.queries
+        again = started(calls, last.id, queries, FIRST)
+        wait_for(lambda: service.counters.queries == received + FIRST)
+        assert not len(service.read_ahead)
+        again.half_close()
+        again.rest()
+        for call in stuck:
+            call.cancel()
+
+
+def test_before_its_deadline_a_search_brings_its_rows_in_any_case(server, calls, monkeypatch):
+    draw, rows = Draw(7), 300
+    keys = draw.keys(KIND, PAGES * 256)
+    queries = draw.queries(KIND, rows, start_position=PAGES * 256)
+    governor, counters = server.server.service.governor, server.server.service.counters
+    monkeypatch.setattr(governor.room, "may_displace", lambda turn, *, for_age: False)
+    with ExitStack() as stack:
+        there, last, *others = (stack.enter_context(calls.cache(KIND, keys)) for _ in range(2 + _MOST))
+        runs = started(calls, there.id, queries, FIRST)
+        runs.receive_until("chunk")
+        received = counters.queries
+        searches = [started(calls, other.id, queries, rows) for other in others]
+        for search in searches:
+            search.half_close()
+        wait_for(lambda: counters.queries == received + _MOST * rows)
+        hurries = calls.search_call(12.0)
+        hurries.send(search_header(KIND, last.id, TOP_K, start_position=int(queries.positions[0])))
+        hurries.send(query_chunk(KIND, queries, 0, rows))
+        wait_for(lambda: governor.queued >= _MOST + 1)  # it is told as one that waits
+        assert counters.queries == received + _MOST * rows
+        wait_for(lambda: counters.queries == received + (_MOST + 1) * rows, 10.0)
+        runs.half_close()
+        runs.rest()
+        for search in searches:
+            search.rest()
+        hurries.half_close()
+        hurries.rest()
+
+
+def test_rows_sent_before_the_answers_are_known_for_it_though_they_wait_for_the_loop(server, calls, monkeypatch):
+    """What counts is when they came, not when there was a turn to copy them: by then there may be answers."""
+    told = []
+    came = Gathering.rows_came
+    monkeypatch.setattr(
+        Gathering, "rows_came", lambda self, *, unasked: told.append(unasked) or came(self, unasked=unasked)
+    )
+    draw = Draw(8)
+    keys, queries = draw.keys(KIND, 500), draw.queries(KIND, 20, start_position=500)
+    turns = server.server.service.loop_turns
+
+    async def slow(rank, *, behind=False):
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr(turns, "next", slow)
+    with calls.cache(KIND, keys) as cache:
+        call = calls.start_search(KIND, cache.id, TOP_K)
+        for first in (0, 5, 10):
+            call.send(query_chunk(KIND, queries, first, 5))
+        call.half_close()
+        assert sum(m.chunk.row_count for m in call.rest() if m.WhichOneof("message") == "chunk") == 15
+        assert told == [False, True, True]
+        told.clear()
+        call = calls.start_search(KIND, cache.id, TOP_K)
+        for first in (0, 5, 10):
+            call.send(query_chunk(KIND, queries, first, 5))
+            call.receive("chunk")
+        call.half_close()
+        call.rest()
+        assert told == [False, False, False]

@@ -80,13 +80,84 @@ def test_a_layer_takes_the_place_of_one_that_leaves_and_no_kept_one_moves():
 
 
 def test_a_workspace_takes_whole_extents_and_no_pages_for_nothing():
-    device = Device(4)
-    kept, first, second = device.layer(3), device.layer(PLACES + 5), device.layer(PLACES)
+    device = Device(3)
+    kept, between, whole = device.layer(3), device.layer(5), device.layer(PLACES)
     device.kept = [kept]
-    for layer in (kept, first, second):
+    for layer in (kept, between, whole):
         device.use(layer)
     device.use((), EXTENT + 1)
-    assert [sum(page.device is not None for page in layer) for layer in (kept, first, second)] == [3, 5, PLACES]
+    assert [sum(page.device is not None for page in layer) for layer in (kept, between, whole)] == [3, 5, 0]
+
+
+def test_there_is_another_look_for_room_when_other_pages_may_go():
+    device = Device(2)
+    used, kept = device.layer(PLACES), device.layer(PLACES)
+    assert device.residency.try_place(used, 0)
+    device.use(kept)
+    device.kept = [kept]
+    device.residency.make_room(EXTENT)
+    assert device.hbm.free_bytes == 0
+    device.residency.unpin(used)
+    device.residency.make_room(EXTENT)
+    assert (device.hbm.free_bytes, used[0].device) == (EXTENT, None)
+    device.residency.make_room(2 * EXTENT)
+    assert device.hbm.free_bytes == EXTENT
+    device.kept = [used]  # as many as before
+    device.residency.make_room(2 * EXTENT)
+    assert device.hbm.free_bytes == 2 * EXTENT
+
+
+def test_of_what_was_kept_the_most_recently_used_goes_last():
+    device = Device(3)
+    layers = [device.layer(PLACES) for _ in range(3)]
+    device.kept = list(layers)
+    device.residency.tidy()
+    for layer in (*layers, layers[0], layers[2]):
+        device.use(layer)
+    device.kept = []
+    for number in (1, 0, 2):
+        device.residency.make_room(device.hbm.free_bytes + 1)
+        assert layers[number][0].device is None
+        assert device.hbm.free_bytes % EXTENT == 0
+
+
+def test_places_between_others_that_are_enough_are_taken_before_anything_goes():
+    device = Device(4)
+    kept, idle = [device.layer(PLACES // 2) for _ in range(4)], device.layer(PLACES)
+    fillers = [device.layer(PLACES // 2) for _ in range(2)]
+    for layer in (kept[0], fillers[0], kept[1], fillers[1], idle):
+        device.use(layer)
+    device.kept = kept
+    for layer in fillers:
+        for page in layer:
+            device.residency.drop(page)
+    device.use((), 0)
+    assert device.hbm.try_reserve(device.hbm.free_bytes)
+    device.use(device.layer(PLACES))
+    assert all(page.device is not None for page in idle)
+
+
+def test_a_heap_of_extents_with_room_does_not_grow():
+    device = Device(4)
+    for _ in range(1000):
+        whole = device.pool.try_allocate_extent(PAGE, PLACES)
+        for slot in whole:
+            device.pool.free(slot)
+    assert sum(map(len, device.pool._with_room.values())) <= 64 + 1
+
+
+def test_what_is_lost_with_its_worker_is_kept_no_more():
+    device = Device(2)
+    layer = device.layer(PLACES)
+    device.use(layer)
+    device.kept = [layer]
+    device.residency.tidy()
+    device.residency.forget()
+    assert all((page.spared, page.pins, page.device) == (0, 0, None) for page in layer)
+    assert device.residency.pages() == []
+    device.use(layer)
+    device.residency.tidy()
+    assert {page.spared for page in layer} == {1}
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -64,7 +64,7 @@ async def world():
     for task in made.tasks.values():
         task.cancel()
     await asyncio.gather(*made.tasks.values(), return_exceptions=True)
-    assert not made.read_ahead._waiting
+    assert not len(made.read_ahead)
 
 
 async def test_so_many_are_ahead_and_one_more_for_each_layer_that_takes_part(world):
@@ -135,3 +135,40 @@ async def test_a_stream_that_ended_while_it_waited_takes_no_place(world):
     world.tasks[streams[PLACES]].cancel()
     await world.takes_part(streams[0])
     assert world.inside == [*streams[:PLACES], streams[-1]]
+
+
+async def test_a_stream_waits_no_longer_in_all_than_once(world):
+    """And afresh once it has had its layer."""
+    streams = [Stream(age) for age in range(PLACES)]
+    late = Stream(100)
+    await world.come(*streams)
+    await world.come(late, most_s=0.01)
+    assert world.inside[-1] is late
+    for _ in range(20):
+        await asyncio.wait_for(world.read_ahead.next(late, LONG_S), 10.0)
+    world.read_ahead.leave(late)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(world.read_ahead.next(late, LONG_S), 0.05)
+
+
+async def test_those_who_have_waited_long_enough_take_no_places(world):
+    streams = [Stream(age) for age in range(PLACES)]
+    herd, waits = [Stream(100 + age) for age in range(50)], Stream(200)
+    await world.come(*streams)
+    await world.come(*herd, most_s=0.01)
+    assert world.inside == [*streams, *herd]
+    await world.come(waits)
+    await world.takes_part(streams[0])
+    assert world.inside[-1] is waits
+
+
+async def test_a_look_that_fails_is_not_the_last(world):
+    streams = [Stream(age) for age in range(PLACES + 1)]
+    await world.come(*streams)
+    broken = streams[0]
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    broken.lacks_layer = lambda: 1 / 0
+    await world.settle()
+    del broken.lacks_layer
+    await world.takes_part(broken)
+    assert world.inside == streams

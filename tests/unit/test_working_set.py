@@ -130,6 +130,27 @@ def test_nobody_lingers_while_the_device_stands_still():
         assert working.room_bytes(Band.STANDARD, lapses_at + 0.01) == BUDGET
 
 
+def test_whatever_may_give_somebody_room_is_a_change():
+    working = working_set()
+    seen = [working.changes]
+
+    def changed():
+        seen.append(working.changes)
+        return seen[-1] != seen[-2]
+
+    page = OneByte()
+    page_set = working.ask([page], Band.STANDARD, COPY_S, 0.0)
+    assert not changed()
+    working.admit(page_set, 0, 0.0, through_gate=True)
+    assert changed()
+    working.ask([page], Band.STANDARD, COPY_S, 0.0)
+    assert not changed()
+    working.ask([page, OneByte()], Band.STANDARD, COPY_S, 0.0)
+    assert changed(), "it needs more than before"
+    working.clear()
+    assert changed()
+
+
 def test_seconds_in_which_the_device_stands_still_add_up():
     """A device that has something to do now and then has still done nothing for as long as a copy takes."""
     working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=5.0))
