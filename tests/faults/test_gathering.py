@@ -189,29 +189,31 @@ def test_who_sends_a_few_rows_and_waits_keeps_nobody_from_sending(server, calls)
 
 def test_who_does_not_read_its_answers_keeps_nobody_from_sending(server, calls):
     """All that such a caller could bring is computed: its layer leaves, and it holds no place among those who wait."""
-    draw, rows, chunk_rows = Draw(6), 40_000, 400
+    draw, rows, wide = Draw(6), 55, 1024  # one block, whose answers are more than the transport takes without a reader
     keys = draw.keys(KIND, PAGES * 256)
-    queries = draw.queries(KIND, chunk_rows, start_position=PAGES * 256)
+    queries = draw.queries(KIND, rows, start_position=PAGES * 256)
     service = server.server.service
-    governor, wide = service.governor, 2048  # answers larger than what the transport takes without a reader
+    governor = service.governor
     with ExitStack() as stack:
-        last, *others = (stack.enter_context(calls.cache(KIND, keys)) for _ in range(1 + _MOST))
+        last, cold, *others = (stack.enter_context(calls.cache(KIND, keys)) for _ in range(2 + _MOST))
         stuck = []
-        for other in others:
-            call = calls.search_call()
+        for number, other in enumerate(others):
+            call = stack.enter_context(Calls(server.target)).search_call()
             call.send(search_header(KIND, other.id, wide, start_position=int(queries.positions[0])))
-            for first in range(0, rows, chunk_rows):
-                call.send(query_chunk(KIND, queries, 0, chunk_rows, row_offset=first))
+            call.send(query_chunk(KIND, queries, 0, rows))
+            call.half_close()
             stuck.append(call)
-        wait_for(lambda: governor.open_searches == _MOST and not governor.in_flight and not len(governor.scheduler))
-        found_last = calls.search(KIND, last.id, queries, TOP_K, priority=int(Band.INTERACTIVE))
-        assert np.array_equal(found_last[0], expected(KIND, keys, queries, TOP_K)[0])
+            wait_for(lambda number=number: governor.meter.tiles and governor.open_searches == number + 1)
+            wait_for(lambda: governor.running and not governor.in_flight and not len(governor.scheduler))
+        calls.search(KIND, last.id, queries, TOP_K, priority=int(Band.INTERACTIVE))  # it has the last one's place
+        assert governor.open_searches == _MOST
         received = service.counters.queries
-        again = started(calls, last.id, queries, FIRST)
+        sends = calls.search_call(None)
+        sends.send(search_header(KIND, cold.id, TOP_K, start_position=int(queries.positions[0])))
+        sends.send(query_chunk(KIND, queries, 0, FIRST))
         wait_for(lambda: service.counters.queries == received + FIRST)
-        assert not len(service.read_ahead)
-        again.half_close()
-        again.rest()
+        sends.half_close()
+        sends.rest()
         for call in stuck:
             call.cancel()
 
