@@ -101,7 +101,8 @@ class _Tile:
 class _Progress:
     received: int = 0
     submitted: int = 0
-    answered: int = 0
+    answering: int = 0  # the caller may have these answers
+    answered: int = 0  # these have left
     device_us: int = 0
     queued_s: float = 0.0
     ended: bool = False
@@ -260,7 +261,7 @@ class RowStream(ABC):
 
     async def _take(self, chunk: Chunk) -> None:
         self._check(chunk)
-        unasked = self._at.answered < self._at.received  # now: there may be answers before it has its turn
+        unasked = self._at.answering < self._at.received  # now: there may be answers before it has its turn
         await self._turn()
         tensors.verify_checksum(chunk)
         self._service.counters.queries += chunk.row_count
@@ -425,6 +426,7 @@ class RowStream(ABC):
             for first in range(0, tile.run.rows, self._answer_rows):
                 count = min(self._answer_rows, tile.run.rows - first)
                 row = tile.run.first + first
+                self._at.answering += count
                 await self._writer.write(self._answer(tile.filling.block, row, tile.row_offset + first, count))
                 self._at.answered += count
                 self._heard_at = self._service.clock()
