@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -59,8 +60,31 @@ def _streams(pacing: Pacing, clock: Clock, count: int, size_bytes: int):
     return [asyncio.create_task(stream(name)) for name in range(count)], log
 
 
+@pytest.mark.parametrize(("busy_ms", "apart_ms"), [(0.0, 2.0), (1.4, 2.0), (3.0, 4.0), (30.0, 8.0)])
+async def test_where_a_message_takes_more_of_the_loop_s_time_fewer_are_read(clock, busy_ms, apart_ms):
+    busy = [0.0]
+    pacing = Pacing(clock, 512 << 20, lambda: busy[0])
+    told = []
+
+    async def stream() -> None:
+        while True:
+            await pacing.before_reading()
+            told.append(clock.now)
+            busy[0] += busy_ms / 1000
+            pacing.read(1 << 20)
+            await asyncio.sleep(0)
+
+    with pacing.step():
+        task = asyncio.create_task(stream())
+        await clock.advance(0.2)
+    task.cancel()
+    apart = [later - earlier for earlier, later in itertools.pairwise(told[2:])]
+    assert len(apart) >= 20
+    assert apart == pytest.approx([apart_ms / 1000] * len(apart), rel=0.05)
+
+
 async def test_without_decode_steps_nobody_waits(clock):
-    pacing = Pacing(clock, 512 << 20)
+    pacing = Pacing(clock, 512 << 20, lambda: 0.0)
     for _ in range(1000):
         with pytest.raises(StopIteration):  # it ends without having waited for anything
             pacing.before_reading().send(None)
@@ -69,7 +93,7 @@ async def test_without_decode_steps_nobody_waits(clock):
 
 @pytest.mark.parametrize(("size_bytes", "most"), [(1 << 20, 53), (1 << 18, 206)])
 async def test_beside_a_decode_step_streams_take_turns_and_bring_half_a_gib_a_second(clock, size_bytes, most):
-    pacing = Pacing(clock, 512 << 20)
+    pacing = Pacing(clock, 512 << 20, lambda: 0.0)
     with pacing.step():
         tasks, log = _streams(pacing, clock, 4, size_bytes)
         await clock.advance(0.1)
@@ -82,7 +106,7 @@ async def test_beside_a_decode_step_streams_take_turns_and_bring_half_a_gib_a_se
 
 
 async def test_a_little_after_the_last_step_all_go_on_at_once(clock):
-    pacing = Pacing(clock, 512 << 20)
+    pacing = Pacing(clock, 512 << 20, lambda: 0.0)
     with pacing.step():
         pacing.read(64 << 20)
         reads = [asyncio.create_task(pacing.before_reading()) for _ in range(5)]
@@ -95,7 +119,7 @@ async def test_a_little_after_the_last_step_all_go_on_at_once(clock):
 
 
 async def test_a_stream_that_ended_while_it_waited_holds_up_nobody(clock):
-    pacing = Pacing(clock, 512 << 20)
+    pacing = Pacing(clock, 512 << 20, lambda: 0.0)
     with pacing.step():
         pacing.read(1 << 20)
         reads = [asyncio.create_task(pacing.before_reading()) for _ in range(3)]
