@@ -15,7 +15,7 @@ from streamindex_service.frontend.read_ahead import _MOST
 from tests.support.calls import Calls, StreamCall, answers, query_chunk, search_header
 from tests.support.inprocess import InProcessServer
 from tests.support.services import SMALL_DEVICE, is_idle, wait_for
-from tests.support.tensors import Draw, Kind, expected
+from tests.support.tensors import Draw, Keys, Kind, Queries, expected
 
 KIND = Kind(heads=2, head_dim=64)
 PAGES, TOP_K = 64, 30  # a layer of 2 MiB, where 3 are left
@@ -46,6 +46,14 @@ def started(calls: Calls, cache_id: str, queries, rows: int, **header) -> Stream
 
 def found(call: StreamCall) -> np.ndarray:
     return answers([m.chunk for m in call.rest() if m.WhichOneof("message") == "chunk"], TOP_K)[0]
+
+
+def crowd(stack: ExitStack, calls: Calls, keys: Keys, queries: Queries, count: int) -> list:
+    """A search that has its layer and goes on, and so many caches that find no room beside it."""
+    there, *others = (stack.enter_context(calls.cache(KIND, keys)) for _ in range(1 + count))
+    runs = started(calls, there.id, queries, FIRST)
+    runs.receive_until("chunk")
+    return [runs, *others]
 
 
 @pytest.mark.parametrize("announced", [False, True])
@@ -170,9 +178,7 @@ def test_who_sends_a_few_rows_and_waits_keeps_nobody_from_sending(server, calls)
     queries = draw.queries(KIND, rows, start_position=PAGES * 256)
     governor, counters = server.server.service.governor, server.server.service.counters
     with ExitStack() as stack:
-        there, last, *others = (stack.enter_context(calls.cache(KIND, keys)) for _ in range(2 + waiting))
-        runs = started(calls, there.id, queries, FIRST)
-        runs.receive_until("chunk")
+        runs, last, *others = crowd(stack, calls, keys, queries, 1 + waiting)
         received = counters.queries
         think = [started(calls, other.id, queries, FIRST) for other in others]
         wait_for(lambda: counters.queries == received + waiting * FIRST)
@@ -225,9 +231,7 @@ def test_before_its_deadline_a_search_brings_its_rows_in_any_case(server, calls,
     governor, counters = server.server.service.governor, server.server.service.counters
     monkeypatch.setattr(governor.room, "may_displace", lambda turn, *, for_age: False)
     with ExitStack() as stack:
-        there, last, *others = (stack.enter_context(calls.cache(KIND, keys)) for _ in range(2 + _MOST))
-        runs = started(calls, there.id, queries, FIRST)
-        runs.receive_until("chunk")
+        runs, last, *others = crowd(stack, calls, keys, queries, 1 + _MOST)
         received = counters.queries
         searches = [started(calls, other.id, queries, rows) for other in others]
         for search in searches:

@@ -130,3 +130,14 @@ def test_no_page_goes_where_its_extent_stays():
     world.governor.expire()
     residency.make_room(500)
     assert (residency.evicted_pages, world.hbm.free_bytes) == (4, 500)
+
+
+def test_what_takes_part_no_more_may_be_evicted_though_nobody_needs_room():
+    """It is noted when waits are looked at, and not only when somebody looks for room."""
+    world, pages = World(), layer(4)
+    world.used(pages)
+    world.residency.tidy()
+    assert {page.spared for page in pages} == {1}
+    world.now += 10.0
+    world.governor.expire()
+    assert {(page.spared, page.pins) for page in pages} == {(0, 0)}
