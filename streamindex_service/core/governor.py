@@ -151,7 +151,8 @@ class Governor:
             }
             raise QueueFullError("as many searches are open as may be", metadata=figures)
         run_s = run_s if self.speed.measured else 0.0
-        self.scheduler.refuse_hopeless(caller, band, self._in_flight_s, run_s, deadline_s, waiting=self._rows_wait)
+        waiting = sum(each.rows_wait and not each.turns for each in self._open) if self._rows_wait else 0
+        self.scheduler.refuse_hopeless(caller, band, self._in_flight_s, run_s, deadline_s, waiting=waiting)
         search = OpenSearch(caller, band, snapshot)
         self._open.add(search)
         self.room.come(search, least)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
@@ -47,8 +46,8 @@ class ReadAhead:
         self._loop = loop
         self._changes = changes
         self._ahead: dict[Stream, None] = {}
-        self._waiting: dict[Stream, asyncio.Future[None]] = {}
-        self._until: dict[Stream, float] = {}  # of each that has waited: until when at the latest it does
+        self._waiting: dict[Stream, tuple[asyncio.Future[None], float]] = {}  # and until when at the latest
+        self._left_s: dict[Stream, float] = {}  # of each that has waited: for how long it still may
         self._seen = -1
         self._timer: asyncio.TimerHandle | None = None
 
@@ -59,25 +58,27 @@ class ReadAhead:
     async def next(self, stream: Stream, most_s: float) -> None:
         """Wait until a stream that lacks its layer may bring rows, or need not wait for that any more: `most_s` at
         most, in all that it waits until it has its layer."""
-        now = self._loop.time()
-        if stream in self._ahead or now >= self._until.get(stream, math.inf):
+        left_s = self._left_s.get(stream, most_s)
+        if stream in self._ahead or left_s <= 0.0:
             return
-        if not self._waiting and self._places()[stream.band] > 0:
+        if not any(each.band <= stream.band for each in self._waiting) and self._places()[stream.band] > 0:
             self._ahead[stream] = None
             return
-        self._until.setdefault(stream, now + most_s)
-        self._waiting[stream] = turn = self._loop.create_future()
+        turn: asyncio.Future[None] = self._loop.create_future()
+        until = self._loop.time() + left_s
+        self._waiting[stream] = turn, until
         try:
             if self._timer is None:
                 self._look()
             await turn
         finally:
             self._waiting.pop(stream, None)
+        self._left_s[stream] = until - self._loop.time()
 
     def leave(self, stream: Stream) -> None:
         """It has its layer, or has ended."""
         self._ahead.pop(stream, None)
-        self._until.pop(stream, None)
+        self._left_s.pop(stream, None)
 
     def _look(self) -> None:
         self._timer = None
@@ -91,11 +92,11 @@ class ReadAhead:
         self._ahead = {each: None for each in self._ahead if each.brings_rows() and each.lacks_layer()}
         now, changed = self._loop.time(), self._seen != self._changes()
         self._seen = self._changes()
-        for stream in list(self._waiting):
-            if now >= self._until[stream] or (changed and not stream.lacks_layer()):
+        for stream, (_, until) in list(self._waiting.items()):
+            if now >= until or (changed and not stream.lacks_layer()):
                 self._let_in(stream)
         places = self._places()
-        if max(places.values()) <= 0:
+        if all(places[each.band] <= 0 for each in self._waiting):
             return
         for stream in self._in_order():
             if places[stream.band] > 0 and self._let_in(stream):
@@ -109,7 +110,7 @@ class ReadAhead:
         return {band: _MOST - sum(taken[above] for above in Band if above <= band) for band in Band}
 
     def _let_in(self, stream: Stream) -> bool:
-        turn = self._waiting.pop(stream)
+        turn, _ = self._waiting.pop(stream)
         if turn.done():  # it has ended
             return False
         turn.set_result(None)

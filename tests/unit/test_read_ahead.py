@@ -172,3 +172,28 @@ async def test_a_look_that_fails_is_not_the_last(world):
     del broken.lacks_layer
     await world.takes_part(broken)
     assert world.inside == streams
+
+
+async def test_what_counts_is_the_time_that_a_stream_has_waited(world):
+    """Not the time in which it had a place, and lost it because its caller thought."""
+    streams = [Stream(age) for age in range(PLACES + 1)]
+    thinks = streams[0]
+    await world.come(*streams[1:])
+    await world.come(thinks, most_s=2.0)
+    streams[1].lacks = False
+    await world.settle()
+    assert world.inside[-1] is thinks
+    await asyncio.sleep(2.1)
+    thinks.brings = False
+    await world.come(Stream(100))
+    assert world.inside[-1] is not thinks
+    thinks.brings = True
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(world.read_ahead.next(thinks, LONG_S), 0.03)
+
+
+async def test_a_band_above_comes_at_once_though_others_wait(world):
+    below = [Stream(age, band=Band.BATCH) for age in range(PLACES + 1)]
+    await world.come(*below)
+    with pytest.raises(StopIteration):  # without having waited for anything
+        world.read_ahead.next(Stream(100, band=Band.STANDARD), LONG_S).send(None)
