@@ -79,7 +79,6 @@ class Governor:
         self._open: set[OpenSearch] = set()
         self._grants: set[Grant] = set()
         self._in_flight_s = 0.0
-        self._rows_wait = 0  # searches of which rows do
         self._last_turn: dict[Band, float] = {}  # when a band last asked for one
         self._epoch = 0
         self._paused = True  # until the first worker is ready
@@ -151,7 +150,7 @@ class Governor:
             }
             raise QueueFullError("as many searches are open as may be", metadata=figures)
         run_s = run_s if self.speed.measured else 0.0
-        waiting = sum(each.rows_wait and not each.turns for each in self._open) if self._rows_wait else 0
+        waiting = sum(each.rows_wait and not each.turns for each in self._open)
         self.scheduler.refuse_hopeless(caller, band, self._in_flight_s, run_s, deadline_s, waiting=waiting)
         search = OpenSearch(caller, band, snapshot)
         self._open.add(search)
@@ -171,16 +170,10 @@ class Governor:
         """A search is over. Its turns have been finished or cancelled."""
         assert not search.turns, "a search ends and its turns still wait"
         assert not search.grants, "a search ends and the device still works for it"
-        self.rows_wait(search, wait=False)
         for pages in search.used.values():
             self.residency.let_go(pages)
         self.room.go(search)
         self._open.remove(search)
-
-    def rows_wait(self, search: OpenSearch, *, wait: bool) -> None:
-        """Whether the rows of a search wait to be brought, so that it has no turn for them yet. It is in the queue."""
-        self._rows_wait += wait - search.rows_wait
-        search.rows_wait = wait
 
     def request(
         self,

@@ -34,7 +34,7 @@ class Need:
 @dataclass(slots=True, eq=False)
 class OpenSearch:
     """A search between its header and its end. `turns` wait, `grants` are with the device; `rows_wait`: its rows do, so
-    that it has no turn for them yet."""
+    that it has no turn for them yet, and is queued all the same."""
 
     caller: str
     band: Band

@@ -51,10 +51,6 @@ class ReadAhead:
         self._seen = -1
         self._timer: asyncio.TimerHandle | None = None
 
-    def __len__(self) -> int:
-        """Streams that wait."""
-        return len(self._waiting)
-
     async def next(self, stream: Stream, most_s: float) -> None:
         """Wait until a stream that lacks its layer may bring rows, or need not wait for that any more: `most_s` at
         most, in all that it waits until it has its layer."""

@@ -280,18 +280,18 @@ class RowStream(ABC):
 
     async def _turn(self) -> None:
         """Wait for a turn of the loop in which rows may be copied."""
-        governor, read_ahead = self._service.governor, self._service.read_ahead
+        room, read_ahead, search = self._service.governor.room, self._service.read_ahead, self._search()
         if self.lacks_layer():
             left_s = self._time_remaining()
             most_s = float(self._service.settings.scheduler.promotion_wait_s)
-            governor.rows_wait(self._search(), wait=True)
+            search.rows_wait = True
             try:
                 await read_ahead.next(self, most_s if left_s is None else min(most_s, left_s / 4))
             finally:
-                governor.rows_wait(self._search(), wait=False)
+                search.rows_wait = False
         else:
             read_ahead.leave(self)
-        lacks_room = governor.room.lacks_room(self._search(), self._needs())
+        lacks_room = room.lacks_room(search, self._needs())
         rank = (int(self.band), self._at.received // _FIRST_ROWS, self.age)
         await self._service.loop_turns.next(rank, behind=lacks_room)
 

@@ -36,6 +36,16 @@ class Device:
         self.residency.let_go(layer)
 
 
+def keeping(extents):
+    """A device, and a layer on it that is not evicted for others."""
+    device = Device(extents)
+    layer = device.layer(PLACES)
+    device.use(layer)
+    device.kept = [layer]
+    device.residency.tidy()
+    return device, layer
+
+
 def extents(layer):
     return {page.device.extent_id for page in layer}
 
@@ -147,11 +157,7 @@ def test_a_heap_of_extents_with_room_does_not_grow():
 
 
 def test_what_is_lost_with_its_worker_is_kept_no_more():
-    device = Device(2)
-    layer = device.layer(PLACES)
-    device.use(layer)
-    device.kept = [layer]
-    device.residency.tidy()
+    device, layer = keeping(extents=2)
     device.residency.forget()
     assert all((page.spared, page.pins, page.device) == (0, 0, None) for page in layer)
     assert device.residency.pages() == []
@@ -183,11 +189,7 @@ def test_what_is_kept_is_not_evicted_and_what_is_not_any_more_is(again):
 
 
 def test_a_page_that_is_gone_while_it_was_kept_leaves_nothing_behind():
-    device = Device(3)
-    layer = device.layer(PLACES)
-    device.use(layer)
-    device.kept = [layer]
-    device.residency.tidy()
+    device, layer = keeping(extents=3)
     for page in layer:
         device.residency.drop(page)
     assert (device.hbm.free_bytes, len(device.residency)) == (3 * EXTENT, 0)

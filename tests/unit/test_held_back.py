@@ -13,7 +13,9 @@ from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool
 from streamindex_service.core.residency import Residency
+from streamindex_service.core.scheduler import QueueLimits
 from streamindex_service.core.turns import Grant, Need, OpenSearch
+from streamindex_service.errors import QueueFullError
 from streamindex_service.frontend.host_memory import IngressBudget
 
 PAGE_BYTES = 100
@@ -214,3 +216,21 @@ def test_layers_that_are_being_copied_leave_the_device_to_those_that_are_there(c
     assert world.turn(world.search(warm), warm) == (cold < 3)  # behind one that waits its own turn it waits too
     assert world.turn(world.search(warm), warm) == (cold < 3)
     assert not world.turn(world.search(warm), warm)  # one runs, one is ready
+
+
+def test_a_search_whose_rows_wait_is_in_the_queue_once():
+    """Nobody is let in behind more than may be queued, though those have no turns yet."""
+    world, pages = World(), layer()
+    search = world.search(pages)
+    world.governor.scheduler.limits = QueueLimits(max_turns=1)
+    assert world.governor.queued == 0
+    search.rows_wait = True
+    assert (world.governor.queued, world.governor.running) == (1, 0)
+    with pytest.raises(QueueFullError) as caught:
+        world.search(layer())
+    assert caught.value.metadata["queued"] == "1"
+    world.governor.device_lost()  # its turn waits
+    assert not world.turn(search, pages)
+    with pytest.raises(QueueFullError) as caught:
+        world.search(layer())
+    assert (caught.value.metadata["queued"], world.governor.queued) == ("1", 1)

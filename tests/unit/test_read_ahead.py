@@ -64,7 +64,7 @@ async def world():
     for task in made.tasks.values():
         task.cancel()
     await asyncio.gather(*made.tasks.values(), return_exceptions=True)
-    assert not len(made.read_ahead)
+    assert not made.read_ahead._waiting
 
 
 async def test_so_many_are_ahead_and_one_more_for_each_layer_that_takes_part(world):

@@ -256,6 +256,14 @@ def test_a_queue_that_is_full_refuses_with_the_figures(limits, figure):
     assert caught.value.retry_after_ms == 400  # when what is there now will be done
 
 
+def test_searches_that_will_have_turns_are_in_the_queue():
+    scheduler = filled(turn(cost_s=0.1), limits=QueueLimits(max_turns=3))
+    scheduler.refuse_hopeless("b", Band.BATCH, 0.0, 0.0, None, waiting=1)
+    with pytest.raises(QueueFullError) as caught:
+        scheduler.refuse_hopeless("b", Band.BATCH, 0.0, 0.0, None, waiting=2)
+    assert (caught.value.metadata["queued"], caught.value.metadata["limit"]) == ("3", "3")
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_with_the_figures():
     scheduler = filled(*(turn(cost_s=0.1) for _ in range(10)))
     scheduler.refuse_hopeless("b", Band.STANDARD, 0.1, 0.5, 0.91)
