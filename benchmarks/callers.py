@@ -2,11 +2,12 @@
 
     python -m benchmarks.callers steps ADDRESS CACHE_ID --position P --top-k K --count N
     python -m benchmarks.callers flood ADDRESS CACHE_ID --position P --top-k K [--streams S]
-    python -m benchmarks.callers work ADDRESS ID,ID,... --position P --top-k K [--streams S --rows R --count N]
+    python -m benchmarks.callers work ADDRESS ID,ID,... --position P --top-k K [--rows R --count N]
 
 `steps` are decode steps one after another: a SearchBatch of one row each. `flood` sends searches without end, each of a
-million rows, until its standard input ends. `work` waits for a line, then makes N searches of R rows in each of the
-caches, S caches at a time. Each says `ready` once it has had an answer, and its figures as one line of JSON at the end.
+million rows, until its standard input ends. Both say `ready` once they have had an answer, and their figures as one
+line of JSON at the end. `work` says `ready` likewise; for each line of input, a number, it makes N searches of R rows
+in each of the caches, so many caches at a time, and says the figures of that.
 
 `--tokens-file FILE` has a token for each cache, its owner's, one a line: every owner is a caller of its own, on a
 connection of its own. Without it all are the caller that has no name.
@@ -22,7 +23,6 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -59,11 +59,19 @@ class Caller:
         if self.process.stdout.readline().strip() != READY:
             raise RuntimeError(f"a caller ended with exit code {self.process.wait()}")
 
-    def go(self) -> None:
-        """Let it begin."""
+    def go(self, at_once: int) -> None:
+        """Let `work` search so many caches at a time."""
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
+        self.process.stdin.write(f"{at_once}\n")
         self.process.stdin.flush()
+
+    def done(self) -> dict[str, Any]:
+        """What `work` measured since. Raises RuntimeError when it failed."""
+        assert self.process.stdout is not None
+        found = self.process.stdout.readline()
+        if not found:
+            raise RuntimeError(f"a caller ended with exit code {self.process.wait()}")
+        return dict(json.loads(found))
 
     def figures(self) -> dict[str, Any]:
         """Let it come to its end; what it measured. Raises RuntimeError when it failed."""
@@ -189,11 +197,11 @@ class Work:
 
     def __init__(self, caches: list[KeyCache], arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._left = deque(caches)
+        self._caches = caches
         self._chunk = work_queries(caches[0])
-        self._answers: list[tuple[int, np.ndarray]] = []  # checksum of all indices, indices of the first row
 
     def _search(self, cache: KeyCache, rows: int) -> tuple[int, np.ndarray]:
+        """Checksum of all indices, and indices of the first row."""
         arguments = self._arguments
         blocks = (self._chunk for _ in range(rows // CHUNK_ROWS))
         indices = [
@@ -203,33 +211,26 @@ class Work:
         assert sum(map(len, indices)) == rows
         return zlib.crc32(np.concatenate(indices).tobytes()), indices[0][0].copy()
 
-    def _run(self) -> None:
-        while self._left:
-            try:
-                cache = self._left.popleft()
-            except IndexError:  # another thread took the last one
-                return
-            for _ in range(self._arguments.count):
-                self._answers.append(self._search(cache, self._arguments.rows))
+    def _all_of(self, cache: KeyCache) -> list[tuple[int, np.ndarray]]:
+        return [self._search(cache, self._arguments.rows) for _ in range(self._arguments.count)]
 
-    def figures(self) -> dict[str, Any]:
-        """Once there is a line of input. Raises what a search raised."""
-        for cache in self._left:
+    def serve(self) -> None:
+        """Until standard input ends. Raises what a search raised."""
+        for cache in self._caches:
             self._search(cache, CHUNK_ROWS)
         print(READY, flush=True)
-        sys.stdin.readline()
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(self._arguments.streams) as threads:
-            for done in [threads.submit(self._run) for _ in range(self._arguments.streams)]:
-                done.result()
-        seconds = time.perf_counter() - begin
-        sums = [checksum for checksum, _ in self._answers]
-        changed = sum(each != sums[0] for each in sums)
-        rows = len(sums) * self._arguments.rows
-        return {
-            "seconds": seconds, "rows": rows, "changed": changed, "checksum": sums[0],
-            "indices": self._answers[0][1].tolist(),
-        }  # fmt: skip
+        for text in sys.stdin:
+            begin = time.perf_counter()
+            with ThreadPoolExecutor(int(text)) as threads:
+                answers = [answer for some in threads.map(self._all_of, self._caches) for answer in some]
+            seconds = time.perf_counter() - begin
+            sums = [checksum for checksum, _ in answers]
+            found = {
+                "seconds": seconds, "rows": len(sums) * self._arguments.rows,
+                "changed": sum(each != sums[0] for each in sums), "checksum": sums[0],
+                "indices": answers[0][1].tolist(),
+            }  # fmt: skip
+            print(json.dumps(found), flush=True)
 
 
 def main() -> int:
@@ -241,7 +242,7 @@ def main() -> int:
     parser.add_argument("--position", type=int, required=True, help="of the (first) row")
     parser.add_argument("--top-k", type=int, required=True)
     parser.add_argument("--count", type=int, default=1000, help="steps, or searches of each cache")
-    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=1, help="of a flood")
     parser.add_argument("--rows", type=int, default=CHUNK_ROWS, help="of a search of `work`")
     arguments = parser.parse_args()
     ids = arguments.cache_id.split(",")
@@ -249,11 +250,12 @@ def main() -> int:
     with ExitStack() as stack:
         clients = [stack.enter_context(streamindex_client.connect(arguments.address, token=token)) for token in tokens]
         caches = [client.open_key_cache(each) for client, each in zip(clients, ids, strict=True)]
-        if arguments.kind == "steps":
-            figures = run_steps(clients[0], caches[0], arguments)
+        if arguments.kind == "work":
+            Work(caches, arguments).serve()
+        elif arguments.kind == "flood":
+            print(json.dumps(Flood(caches[0], arguments).figures()))
         else:
-            figures = (Flood(caches[0], arguments) if arguments.kind == "flood" else Work(caches, arguments)).figures()
-    print(json.dumps(figures))
+            print(json.dumps(run_steps(clients[0], caches[0], arguments)))
     return 0
 
 

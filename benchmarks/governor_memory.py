@@ -3,9 +3,10 @@
     python -m benchmarks.governor_memory --quick --out benchmarks/results/governor_memory.json
 
 64 key caches, of which the device budget holds 16 beside their workspaces. All of them are searched at once, by 64
-callers, each with a token, a connection and one cache; and, in turn with that, 16 at a time: the same searches. The
-memory of the device is sampled from outside, through NVML, every few milliseconds, all the while. The context is what
-the service takes beyond its allocator's memory once every cache has been searched.
+callers, each with a token, a connection and one cache; and, in turn with that, 16 at a time: the same searches. Hosts
+are shared and one round differs from the next by a fifth: the ratio is that of many rounds of both, in turn. The memory
+of the device is sampled from outside, through NVML, every few milliseconds, all the while. The context is what the
+service takes beyond its allocator's memory once every cache has been searched.
 
 The run fails, and writes no figures, when the memory passes budget and context, a tile found no memory, a worker was
 lost, an answer was wrong or not that of all the others, or the throughput is more than 10 % below that of what fits.
@@ -17,8 +18,8 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import streamindex_client
 import torch
 from streamindex_client import KeyCache
 
-from benchmarks.callers import WATCH, caller, load_of, work_queries
+from benchmarks.callers import WATCH, Caller, caller, load_of, work_queries
 from benchmarks.device_memory import Sampler, nvml_used_bytes
 from benchmarks.harness import V4_FLASH, Model, Report, Row
 from streamindex_service.ops import PagedKeys
@@ -67,7 +68,7 @@ class MemoryRow(Row):
     """`seconds` of the work at four times what fits; `ratio` of its throughput to that at what fits.
 
     `peak_bytes`: the most that was in use on the device, beyond what was before the service started; of it
-    `context_bytes` are not the allocator's.
+    `context_bytes` are not the allocator's. `least_ratio` and `most_ratio` are those of single rounds.
     """
 
     checked_rows: int = 0
@@ -76,6 +77,8 @@ class MemoryRow(Row):
     samples: int = 0
     rows_per_s: float = 0.0
     fitting_rows_per_s: float = 0.0
+    least_ratio: float = 0.0
+    most_ratio: float = 0.0
     failures: int = 0
     worker_restarts: int = 0
     promoted_pages: int = 0
@@ -112,11 +115,12 @@ def make_caches(service: RunningService, sizes: Sizes, keys: np.ndarray) -> dict
     return caches
 
 
-def run_work(address: str, caches: Mapping[str, KeyCache], sizes: Sizes, at_once: int, outcome: Outcome) -> None:
-    """Search all caches, so many at once."""
+@contextmanager
+def callers_of(address: str, caches: Mapping[str, KeyCache], sizes: Sizes) -> Iterator[list[Caller]]:
+    """Processes that share the caches out; each has searched its own once."""
     options = {
         "position": sizes.keys * sizes.model.ratio, "top_k": sizes.model.top_k, "rows": sizes.rows,
-        "count": sizes.searches, "streams": at_once // sizes.processes,
+        "count": sizes.searches,
     }  # fmt: skip
     with ExitStack() as stack:
         owned = list(caches.items())
@@ -124,11 +128,16 @@ def run_work(address: str, caches: Mapping[str, KeyCache], sizes: Sizes, at_once
         callers = [stack.enter_context(caller("work", address, share, **options)) for share in shares]
         for each in callers:
             each.wait_ready()
-        begin = time.perf_counter()
-        for each in callers:
-            each.go()
-        figures = [each.figures() for each in callers]
-        outcome.seconds.append(time.perf_counter() - begin)
+        yield callers
+
+
+def run_work(callers: Sequence[Caller], at_once: int, outcome: Outcome) -> None:
+    """Search all caches, so many at once."""
+    begin = time.perf_counter()
+    for each in callers:
+        each.go(at_once // len(callers))
+    figures = [each.done() for each in callers]
+    outcome.seconds.append(time.perf_counter() - begin)
     outcome.rows += sum(each["rows"] for each in figures)
     outcome.changed += sum(each["changed"] for each in figures)
     outcome.checksums.update(each["checksum"] for each in figures)
@@ -183,16 +192,20 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
             read = lambda: next(each for each in ask().ledgers if each.name == "hbm").reserved_bytes  # noqa: E731
         caches = make_caches(service, sizes, keys)
         warm = Outcome()
-        with Sampler(read, _PERIOD_S if on_gpu else _CPU_PERIOD_S) as sampler:
-            run_work(service.address, caches, sizes, sizes.fitting, warm)
+        with (
+            Sampler(read, _PERIOD_S if on_gpu else _CPU_PERIOD_S) as sampler,
+            callers_of(service.address, caches, sizes) as callers,
+        ):
+            run_work(callers, sizes.fitting, warm)
             load = ask()
             context = read() - before - load.device_reserved_bytes if on_gpu else 0
             for _ in range(sizes.rounds):
-                run_work(service.address, caches, sizes, sizes.fitting, fits)
-                run_work(service.address, caches, sizes, sizes.caches, over)
+                run_work(callers, sizes.fitting, fits)
+                run_work(callers, sizes.caches, over)
         load = ask()
         if load.device.memory.failures:
             print(service.log_tail(), file=sys.stderr)
+    ratios = [fit / more for fit, more in zip(fits.seconds, over.seconds, strict=True)]
     return MemoryRow(
         table=TABLE,
         case=f"{sizes.caches} callers, {sizes.caches * keys.nbytes // MIB} MiB of keys, budget "
@@ -206,14 +219,16 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
         peak_bytes=sampler.most - before,
         wrong_rows=wrong_rows([warm, fits, over], sizes, keys, next(iter(caches.values()))),
         repeats=sizes.rounds,
-        note=f"{over.rows_per_s:,.0f} rows/s at {TIMES} times what fits, {fits.rows_per_s:,.0f} at what fits; context "
-        f"{context / MIB:.0f} MiB, {sampler.samples} samples",
+        note=f"{over.rows_per_s:,.0f} rows/s at {TIMES} times what fits, {fits.rows_per_s:,.0f} at what fits, single "
+        f"rounds {min(ratios):.2f} to {max(ratios):.2f}; context {context / MIB:.0f} MiB, {sampler.samples} samples",
         checked_rows=3,
         budget_bytes=sizes.budget_bytes,
         context_bytes=context,
         samples=sampler.samples,
         rows_per_s=over.rows_per_s,
         fitting_rows_per_s=fits.rows_per_s,
+        least_ratio=min(ratios),
+        most_ratio=max(ratios),
         failures=load.device.memory.failures,
         worker_restarts=load.worker_restarts,
         promoted_pages=load.device.promoted_pages,
@@ -246,7 +261,7 @@ def sizes_of(device: str, *, quick: bool) -> Sizes:
         return Sizes(TINY, 16_384, 2, 2, 256, 1, 1, budget_bytes=40 * MIB, extent_bytes=MIB)
     # 16 × 64 MiB of keys; what is left of the budget are three workspaces of the largest tiles
     return Sizes(
-        V4_FLASH, 262_144, 16, 8, 1024, 2 if quick else 4, 3 if quick else 4, 1600 * MIB, extent_bytes=32 * MIB
+        V4_FLASH, 262_144, 16, 8, 1024, 2 if quick else 4, 4 if quick else 10, 1600 * MIB, extent_bytes=32 * MIB
     )
 
 
