@@ -44,6 +44,9 @@ class Admission(Protocol):
     def held_s(self, turn: Turn) -> float:
         """0.0 when it may go; else the device seconds for which keys like its own are left where they are."""
 
+    def gate_is_shut(self, band: Band) -> bool:
+        """Whether `may_displace` says no to each turn of this band."""
+
     def may_displace(self, turn: Turn, *, for_age: bool) -> bool:
         """Whether others may be made to make room for it now. for_age: it would go because its band is old."""
 
@@ -172,12 +175,12 @@ class BandQueue:
 
     def _allowance_of(self, choices: _Choices) -> float:
         """For a visit. Who is held back saves up what it falls behind: no more than another caller was given since its
-        last visit, and a turn for the error of that. Callers who come with one short turn at a time do not use their
-        allowances, and rounds of those pass many times faster than the device.
+        last visit. Callers who come with one short turn at a time do not use their allowances, and rounds of those pass
+        many times faster than the device.
         """
         if not all(behind_s for _, behind_s in choices):
             return self._allowance_s
-        return min(self._most_given_s + max(turn.cost_s for turn, _ in choices), self._allowance_s)
+        return min(self._most_given_s, self._allowance_s)
 
     def held_back(self) -> Iterable[Turn]:
         """Of each caller the turn for which others have to make room."""
@@ -210,6 +213,8 @@ class BandQueue:
         return held_s
 
     def _first_that_may_displace(self, admission: Admission, *, for_age: bool) -> Turn | None:
+        if not self._held or admission.gate_is_shut(self._band):
+            return None
         for turn in self.held_back():
             # Where it is not any more, it was held back, and there is room by now.
             if self._held_s_of(turn, admission) and admission.may_displace(turn, for_age=for_age):

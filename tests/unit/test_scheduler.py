@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 
 import pytest
 
@@ -110,7 +111,7 @@ class Holding:
     """Holds these turns back for so many device seconds, until others may make room."""
 
     def __init__(self, turns, seconds=1.0):
-        self.turns, self.seconds, self.open = turns, seconds, False
+        self.turns, self.seconds, self.open, self.shut = turns, seconds, False, False
         self.changes = self.asked = 0
 
     def as_of(self, band):
@@ -119,6 +120,9 @@ class Holding:
     def held_s(self, each):
         self.asked += 1
         return self.seconds if each in self.turns else 0.0
+
+    def gate_is_shut(self, band):
+        return self.shut
 
     def may_displace(self, each, *, for_age):
         return self.open or for_age
@@ -172,6 +176,28 @@ def test_who_is_held_back_goes_once_the_caller_is_an_interval_for_each_caller_be
     order = taken(scheduler, Holding([held], 1.0), most=30)
     before_s = 0.125 * order.index(held)
     assert abs(before_s - 2 * 1.0) <= EXACT.allowance_s + 2 * 0.125
+
+
+def test_who_is_held_back_saves_up_no_more_than_others_were_given():
+    """They come with one short turn at a time; its own is long, for its keys are to be brought."""
+    held, short_s, names = turn("a", 0.125), 1 / 128, "bcd"
+    scheduler = filled(held, *(turn(name, short_s) for name in names), limits=EXACT)
+    admission, given_s = Holding([held], 1.0), Counter()
+    while (found := scheduler.next_turn(0.0, admission)) is not held:
+        scheduler.take(found)
+        given_s[found.caller] += found.cost_s
+        scheduler.add(turn(found.caller, short_s))
+    for name in names:
+        assert abs(given_s[name] - (0.125 + 4 * 1.0)) <= 0.125
+
+
+def test_nobody_looks_for_who_may_go_while_the_gate_is_shut():
+    held = turn("a", 0.125)
+    scheduler, admission = filled(held, limits=EXACT), Holding([held])
+    admission.open = admission.shut = True
+    assert scheduler.next_turn(0.0, admission) is None
+    admission.shut = False
+    assert scheduler.next_turn(0.0, admission) is held
 
 
 def test_who_is_alone_is_behind_nobody():
