@@ -260,9 +260,7 @@ def sizes_of(device: str, *, quick: bool) -> Sizes:
     if device == "cpu":
         return Sizes(TINY, 16_384, 2, 2, 256, 1, 1, budget_bytes=40 * MIB, extent_bytes=MIB)
     # 16 × 64 MiB of keys; what is left of the budget are three workspaces of the largest tiles
-    return Sizes(
-        V4_FLASH, 262_144, 16, 8, 1024, 2 if quick else 4, 4 if quick else 10, 1600 * MIB, extent_bytes=32 * MIB
-    )
+    return Sizes(V4_FLASH, 262_144, 16, 8, 1024, 4, 5 if quick else 10, 1600 * MIB, extent_bytes=32 * MIB)
 
 
 def main() -> int:

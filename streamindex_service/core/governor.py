@@ -241,7 +241,7 @@ class Governor:
         self.room.turn_over(turn)
         self._in_flight_s = self._in_flight_s - turn.cost_s if self._grants else 0.0
         if grant.epoch == self._epoch:  # else the device memory, and with it the pins, went with its worker
-            self.residency.unpin(turn.need.pages)
+            self.residency.unpin(turn.need.pages, turn.need.layers)
         self.hbm.release(grant.workspace_bytes)
         if not self._grants:
             self.room.device_idles()

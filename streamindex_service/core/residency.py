@@ -124,13 +124,15 @@ class Residency:
         if left_bytes > 0:
             self._no_room = self._state()
 
-    def unpin(self, pages: Sequence[Page]) -> None:
-        """A tile is done with them; they stay until their place is needed."""
+    def unpin(self, pages: Sequence[Page], layers: Sequence[Sequence[Page]] = ()) -> None:
+        """A tile is done with them; they stay until their place is needed. layers: what they are, where they are of
+        several: each of them was used, and may be kept by itself."""
         pinned = self._pinned[id(pages)]
         pinned.tiles -= 1
         assert pinned.tiles >= 0, "pages were unpinned twice"
-        if id(pages) in self._spared:
-            self._spared[id(pages)].used = next(self._uses)
+        for each in (pages, *layers):
+            if id(each) in self._spared:
+                self._spared[id(each)].used = next(self._uses)
         if not pinned.tiles:
             self._idle[id(pages)] = pinned
 

@@ -245,7 +245,8 @@ class WorkingSet:
             if other in own:
                 continue
             goes = other.band > band or (displacing is not None and other.band == band)
-            if goes or self._lapses_at(other, band) <= now:
+            # most have turns: they are not asked when they lapse, for this is asked several times a tile
+            if goes or (not other.turns and self._lapses_at(other, band) <= now):
                 room_bytes += other.size_bytes
         return room_bytes
 

@@ -117,13 +117,22 @@ def test_there_is_another_look_for_room_when_other_pages_may_go():
     assert device.hbm.free_bytes == 2 * EXTENT
 
 
-def test_of_what_was_kept_the_most_recently_used_goes_last():
+@pytest.mark.parametrize("together", [False, True], ids=["a layer for each tile", "the last tile is of two layers"])
+def test_of_what_was_kept_the_most_recently_used_goes_last(together):
     device = Device(3)
     layers = [device.layer(PLACES) for _ in range(3)]
     device.kept = list(layers)
     device.residency.tidy()
-    for layer in (*layers, layers[0], layers[2]):
+    for layer in layers:
         device.use(layer)
+    if together:
+        both = (*layers[0], *layers[2])
+        assert device.residency.try_place(both, 0)
+        device.residency.unpin(both, (layers[0], layers[2]))
+        device.residency.let_go(both)
+    else:
+        device.use(layers[0])
+        device.use(layers[2])
     device.kept = []
     for number in (1, 0, 2):
         device.residency.make_room(device.hbm.free_bytes + 1)
