@@ -1,0 +1,226 @@
+"""What the frontend tells the worker of pages: views, copies, extents."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from streamindex_service.core.accounts import NO_QUOTA, Account
+from streamindex_service.core.layers import Page
+from streamindex_service.core.ledger import Ledger
+from streamindex_service.core.pages import PagePool, PageSlot
+from streamindex_service.core.residency import Residency
+from streamindex_service.core.specs import RowKind
+from streamindex_service.frontend import device as frontend_device
+from streamindex_service.frontend.device import DeviceWorker
+from streamindex_service.frontend.host_memory import HostExtents
+from streamindex_service.ipc.v1 import worker_pb2 as pb
+
+
+class OneEpoch:
+    """A governor that never loses anything."""
+
+    epoch = 1
+
+    class residency:  # noqa: N801
+        moves = 0
+
+
+class Link:
+    """Takes down what is sent."""
+
+    alive = True
+
+    def __init__(self):
+        self.sent = []
+        self.futures = []
+        self._ids = iter(range(1, 1000))
+
+    def next_id(self):
+        return next(self._ids)
+
+    def send(self, message, fd=None):
+        self.sent.append(message)
+
+    def request(self, message, work_id, fd=None):
+        self.send(message, fd)
+        self.futures.append(asyncio.get_running_loop().create_future())
+        return self.futures[-1]
+
+
+class OneLink:
+    def __init__(self):
+        self.link = Link()
+
+
+ACCOUNT = Account("owner", NO_QUOTA)
+
+
+class Snapshot:
+    pages = ()
+
+    kind = RowKind.KEYS
+
+    class spec:  # noqa: N801
+        key_format, head_dim = 1, 16
+
+
+def sent(device, kind):
+    """Messages of a kind, in order."""
+    return [getattr(message, kind) for message in device.supervisor.link.sent if message.HasField(kind)]
+
+
+async def test_a_view_serves_until_its_pages_move_and_goes_with_its_memory():
+    device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30)), 2, time.monotonic)
+    device.governor, device.supervisor = OneEpoch(), OneLink()
+    device.governor.residency = residency = OneEpoch.residency()
+    pages = tuple(Page(PageSlot(1, at), 1024, ACCOUNT, None, device=PageSlot(9, at)) for at in (0, 1024))
+    view = device.view_of(None, Snapshot, pages, 300)
+    assert device.view_of(view, Snapshot, pages, 300) is view
+    residency.moves += 1  # somebody else's
+    assert device.view_of(view, Snapshot, pages, 300) is view
+    assert len(sent(device, "define_view")) == 1
+    pages[0].device = PageSlot(8, 0)
+    residency.moves += 1
+    second = device.view_of(view, Snapshot, pages, 300)
+    assert [each.view_id for each in sent(device, "define_view")] == [view.view_id, second.view_id]
+    assert [each.view_id for each in sent(device, "drop_view")] == [view.view_id]
+    second.tiles = 1  # it is read: it stays until that has ended
+    device.drop_extent(8)
+    assert second.stale
+    assert len(sent(device, "drop_view")) == 1
+    second.tiles = 0
+    device.drop_view(second)
+    device.drop_view(second)
+    assert [each.view_id for each in sent(device, "drop_view")] == [view.view_id, second.view_id]
+
+
+def shown(*places):
+    """A snapshot of a whole layer, and a device that has made nothing yet."""
+    device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30)), 2, time.monotonic)
+    device.governor, device.supervisor = OneEpoch(), OneLink()
+    device.governor.residency = OneEpoch.residency()
+    snapshot = Snapshot()
+    snapshot.pages = tuple(Page(PageSlot(1, at), 1024, ACCOUNT, None, device=PageSlot(9, at)) for at in places)
+    return device, snapshot
+
+
+async def test_searches_of_a_layer_share_a_view_and_the_next_one_finds_it():
+    device, snapshot = shown(0, 1024)
+    first = device.view_of(None, snapshot, snapshot.pages, 300)
+    assert device.view_of(None, snapshot, snapshot.pages, 300) is first  # of another search
+    device.drop_view(first)
+    device.drop_view(first)
+    assert device.view_of(None, snapshot, snapshot.pages, 300) is first
+    device.drop_view(first)
+    assert len(sent(device, "define_view")) == 1
+    assert not sent(device, "drop_view")
+    snapshot.pages[0].device = PageSlot(9, 2048)
+    device.governor.residency.moves += 1
+    second = device.view_of(None, snapshot, snapshot.pages, 300)
+    assert second is not first
+    assert [each.view_id for each in sent(device, "drop_view")] == [first.view_id]
+    device.drop_view(second)
+    device.drop_extent(9)  # what nobody uses must not hold memory that is given back
+    assert [each.view_id for each in sent(device, "drop_view")] == [first.view_id, second.view_id]
+    assert not device._idle
+    assert device._idle_pages == 0
+
+
+async def test_a_page_that_moves_is_copied_anew_before_anything_reads_it_and_its_view_is_made_anew():
+    extents = HostExtents(lambda segment_id: None, Ledger("host", 1 << 30))
+    extents.make(1, 1 << 16)
+    device = DeviceWorker(extents, 2, time.monotonic)
+    device.governor, device.supervisor = OneEpoch(), OneLink()
+    hbm = Ledger("hbm", 8192)
+    residency = Residency(hbm, PagePool(hbm, 4096, device.make_extent, device.drop_extent), device.load)
+    device.governor.residency = residency
+    link = device.supervisor.link
+
+    def layer(first, size, count):
+        made = Snapshot()
+        made.pages = tuple(Page(PageSlot(1, first + at * size), size, ACCOUNT, None) for at in range(count))
+        return made
+
+    stays, gone = layer(0, 1024, 2), [layer(8192 + at * 1024, 1024, 1) for at in range(6)]
+    views = {}
+    for each in (stays, *gone):
+        assert residency.try_place(each.pages, 0)
+        views[each] = device.view_of(None, each, each.pages, 256 * len(each.pages))
+        residency.unpin(each.pages)
+    for future in link.futures:  # the copies are made
+        future.set_result(pb.FromWorker())
+    await asyncio.sleep(0)
+    for each in (gone[0], gone[1], *gone[3:]):  # one is left in the second extent
+        residency.let_go(each.pages)
+        residency.drop(each.pages[0])
+    residency.kept = lambda: [stays.pages, gone[2].pages]
+    del link.sent[:]
+    other = layer(32_768, 2048, 2)
+    assert residency.try_place(other.pages, 0)
+    kinds = [message.WhichOneof("message") for message in link.sent]
+    assert kinds == ["drop_view"] * 4 + ["free_extent", "allocate_extent"]  # nothing reads the extent that goes
+    assert {each.view_id for each in sent(device, "drop_view")} == {views[each].view_id for each in gone[2:]}
+    assert [gone[2].pages[0].copies, *(page.copies for page in stays.pages)] == [1, 0, 0]
+    del link.sent[:]
+    # Whoever is next sends the copies first, of what has moved too, though the view is of something else.
+    assert device.view_of(views[stays], stays, stays.pages, 512) is views[stays]
+    assert [message.WhichOneof("message") for message in link.sent if not message.HasField("map_segment")] == [
+        "load_pages",
+        "load_pages",
+    ]
+    first, second = sent(device, "load_pages")
+    place = gone[2].pages[0].device
+    assert (first.page_bytes, list(first.extent_ids), list(first.extent_offsets)) == (
+        1024, [place.extent_id], [place.offset_bytes],
+    )  # fmt: skip
+    assert list(first.segment_offsets) == [gone[2].pages[0].host.offset_bytes]
+    assert place.extent_id == stays.pages[0].device.extent_id
+    assert (second.page_bytes, len(second.extent_ids)) == (2048, 2)
+    assert device.view_of(None, gone[2], gone[2].pages, 256) is not views[gone[2]]
+    (defined,) = sent(device, "define_view")
+    assert (list(defined.extent_ids), list(defined.extent_offsets)) == ([place.extent_id], [place.offset_bytes])
+
+
+@pytest.mark.parametrize(("name", "most"), [("_MOST_IDLE_PAGES", 3), ("_MOST_IDLE_VIEWS", 1)])
+async def test_views_without_a_search_are_bounded_and_a_window_s_is_not_kept(monkeypatch, name, most):
+    monkeypatch.setattr(frontend_device, name, most)
+    device, one = shown(0, 1024)
+    other = Snapshot()
+    other.pages = one.pages[:1] + one.pages[1:]  # another layer of the same pages
+    views = [device.view_of(None, each, each.pages, 300) for each in (one, other)]
+    for view in views:
+        device.drop_view(view)
+    assert [each.view_id for each in sent(device, "drop_view")] == [views[0].view_id]
+    window = device.view_of(None, one, one.pages[:1], 256)
+    device.drop_view(window)
+    assert sent(device, "drop_view")[-1].view_id == window.view_id
+
+
+async def test_pages_that_lost_their_place_before_they_were_copied():
+    """A search is let in, cancelled before it says what it reads, and its pages are evicted and freed."""
+    extents = HostExtents(lambda segment_id: None, Ledger("host", 1 << 30))
+    extents.make(1, 8192)
+    device = DeviceWorker(extents, 2, time.monotonic)
+    device.governor = OneEpoch()
+    device.supervisor = OneLink()
+    gone, moved, kept = (
+        Page(PageSlot(1, offset), 1024, ACCOUNT, None, device=PageSlot(9, offset)) for offset in (0, 1024, 2048)
+    )
+    freed = Page(
+        PageSlot(2, 0), 1024, ACCOUNT, None, device=PageSlot(9, 4096)
+    )  # its extent in the host is gone as well
+    for page in (gone, moved, freed, kept):
+        device.load(page)
+    gone.device = freed.device = None
+    moved.device = PageSlot(9, 0)
+
+    device.view_of(None, Snapshot, (moved, kept), 1)
+    loads = [message.load_pages for message in device.supervisor.link.sent if message.HasField("load_pages")]
+    copied = [
+        (start, to) for load in loads for start, to in zip(load.segment_offsets, load.extent_offsets, strict=True)
+    ]
+    assert copied == [(1024, 0), (2048, 2048)]
+    extents.drop(1)
