@@ -53,15 +53,22 @@ class Admission(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Caller:
-    """`free`: the oldest turn that is not held back; `held`: the one for which others have to make room."""
+    """`free`: the oldest turn that is not held back; `held`: the one for which others have to make room.
+
+    visited: has had the allowance of its present visit, unless it `waited`: nothing of its own could go. round: of its
+    last visit; paid_s: how much of what the band's rounds come to it has had; given_s: in its present visit.
+    """
 
     name: str
     turns: deque[Turn] = field(default_factory=deque)
     free: Turn | None = None
     held: Turn | None = None
     deficit_s: float = 0.0
-    visited: bool = False  # has had the allowance of its present visit
-    given_s: float = 0.0  # in this visit
+    visited: bool = False
+    waited: bool = False
+    round: int = 0
+    paid_s: float = 0.0
+    given_s: float = 0.0
     backlog_s: float = 0.0
 
 
@@ -85,8 +92,9 @@ class BandQueue:
         self._round: deque[_Caller] = deque()
         self._held: dict[_Caller, None] = {}  # those of whom a turn is; who waits longest is first
         self._free: dict[_Caller, None] = {}  # those of whom one is not
-        self._visits: deque[float] = deque()  # device seconds given in each of the last visits
-        self._most_given_s = 0.0  # in any of them
+        self._number = 1  # of the present round
+        self._most_s = 0.0  # that a visit of it stood for
+        self._owed_s = 0.0  # what all rounds before it came to, for a caller with turns all the time
         self._held_s: dict[Turn, float] = {}  # what `Admission` has said
         self._as_of: object = None
         self._changed: dict[_Caller, None] = {}  # those to be looked at again
@@ -134,7 +142,7 @@ class BandQueue:
             del self.callers[turn.caller], self._changed[caller]
             self._free.pop(caller, None)
             self._round.remove(caller)
-            self._end_visit(caller)
+            self._end_visit(caller, caller.given_s)
         if not self.turns:
             self.backlog_s = 0.0  # rounding does not add up over a day
 
@@ -153,34 +161,42 @@ class BandQueue:
             caller = self._round[0]
             choices = self._choices(caller, admission)
             if not caller.visited:
-                caller.deficit_s += self._allowance_of(choices)
-                caller.visited = True
+                self._begin_visit(caller, choices)
             for turn, behind_s in choices:
                 if turn.cost_s + behind_s <= caller.deficit_s:
                     return turn
-            self._end_visit(caller)
+            # what is left of its allowance it has the next time
+            self._end_visit(caller, caller.given_s if caller.waited else max(caller.given_s, self._allowance_s))
             self._round.rotate(-1)
             passed += 1
             if passed == len(self._round):
                 self._skip_rounds(admission)
                 passed = 0
 
-    def _end_visit(self, caller: _Caller) -> None:
-        if caller.given_s:
-            self._visits.append(caller.given_s)
-            while len(self._visits) > len(self._round) + 1:
-                self._visits.popleft()
-            self._most_given_s = max(self._visits)
-        caller.visited, caller.given_s = False, 0.0
+    def _begin_visit(self, caller: _Caller, choices: _Choices) -> None:
+        """A caller has its allowance for the present round. Who is held back saves up what it falls behind: of each
+        round that is over as much as any caller had in it, and no more than the allowance. Callers who come with one
+        short turn at a time do not use theirs, and rounds of those pass many times faster than the device.
 
-    def _allowance_of(self, choices: _Choices) -> float:
-        """For a visit. Who is held back saves up what it falls behind: no more than another caller was given since its
-        last visit. Callers who come with one short turn at a time do not use their allowances, and rounds of those pass
-        many times faster than the device.
+        One sum for all, and what each has had of it: whoever is held back now and then has neither more nor less, in
+        the long run, than who never is.
         """
-        if not all(behind_s for _, behind_s in choices):
-            return self._allowance_s
-        return min(self._most_given_s, self._allowance_s)
+        if caller.round == self._number:  # it comes again: everybody has been visited
+            self._owed_s += min(self._most_s, self._allowance_s)
+            self._most_s = 0.0
+            self._number += 1
+        if not caller.round:  # what was before it came is not owed to it
+            caller.paid_s = self._owed_s
+        caller.round, caller.visited = self._number, True
+        caller.waited = all(behind_s for _, behind_s in choices)
+        entitled_s = self._owed_s if caller.waited else self._owed_s + self._allowance_s
+        caller.deficit_s += entitled_s - caller.paid_s
+        caller.paid_s = entitled_s
+
+    def _end_visit(self, caller: _Caller, stood_for_s: float) -> None:
+        """stood_for_s: what the caller had of the round: what it was given, and what it keeps."""
+        self._most_s = max(self._most_s, stood_for_s)
+        caller.visited, caller.given_s = False, 0.0
 
     def held_back(self) -> Iterable[Turn]:
         """Of each caller the turn for which others have to make room."""
@@ -244,5 +260,8 @@ class BandQueue:
             for turn, behind_s in self._choices(caller, admission)
         )
         rounds = math.ceil(missing_s / self._allowance_s) - 1
+        skipped_s = max(0, rounds) * self._allowance_s
+        self._owed_s += skipped_s
         for caller in self._round:
-            caller.deficit_s += max(0, rounds) * self._allowance_s
+            caller.deficit_s += skipped_s
+            caller.paid_s += skipped_s

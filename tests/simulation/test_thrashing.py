@@ -200,7 +200,10 @@ def test_callers_of_one_cache_and_of_many_get_equal_shares():
     for number in range(3 * FITTING + 1):
         for _ in range(3 if number == 0 else 1):  # all of one caller's tiles may be with the device, of one search
             offer.search(number, 10**5, name="one" if number == 0 else "many")
-    offer.run(12.0)
+    offer.run(6.0)
+    assert offer.rows["one"] >= 0.45 * (offer.rows["one"] + offer.rows["many"])
+    assert offer.rows["many"] >= 0.45 * (offer.rows["one"] + offer.rows["many"])
+    offer.run(6.0)
     assert offer.rows["one"] >= 0.47 * (offer.rows["one"] + offer.rows["many"])
     assert offer.rows["many"] >= 0.47 * (offer.rows["one"] + offer.rows["many"])
 
@@ -244,6 +247,18 @@ def test_callers_with_a_tile_at_a_time_get_equal_shares():
     offer.run(12.0)
     assert min(offer.rows.values()) >= 0.75 * max(offer.rows.values())
     assert offer.copies_s <= 0.08 * 24
+
+
+def test_beside_callers_who_come_with_a_few_rows_at_a_time_nobody_drifts_away():
+    """Rounds of theirs are short, those of the others long, and each is held back now and then. The watch compares."""
+    offer = Offer(5, fitting=2)
+    for number in range(2):
+        for _ in range(3):
+            offer.search(number, 10**7)
+    for number in range(2, 5):
+        offer.visits(number, 2)
+    offer.run(120.0)
+    assert min(offer.given_s["caller0"], offer.given_s["caller1"]) >= 40.0
 
 
 def test_callers_who_come_and_go_leave_the_others_their_share():

@@ -184,11 +184,64 @@ def test_who_is_held_back_saves_up_no_more_than_others_were_given():
     scheduler = filled(held, *(turn(name, short_s) for name in names), limits=EXACT)
     admission, given_s = Holding([held], 1.0), Counter()
     while (found := scheduler.next_turn(0.0, admission)) is not held:
+        assert given_s.total() < 100.0
         scheduler.take(found)
         given_s[found.caller] += found.cost_s
         scheduler.add(turn(found.caller, short_s))
     for name in names:
         assert abs(given_s[name] - (0.125 + 4 * 1.0)) <= 0.125
+
+
+class Spells:
+    """Holds back one caller's turns; once one goes, none of the next `spell_s` of them."""
+
+    def __init__(self, name, spell_s):
+        self.name, self.spell_s, self.left_s, self.changes = name, spell_s, 0.0, 0
+
+    def as_of(self, band):
+        return self.changes
+
+    def held_s(self, each):
+        return 1.0 if each.caller == self.name and self.left_s <= 0.0 else 0.0
+
+    def gate_is_shut(self, band):
+        return True
+
+    def took(self, each):
+        if each.caller == self.name:
+            before, self.left_s = self.left_s, (self.left_s if self.left_s > 0.0 else self.spell_s) - each.cost_s
+            self.changes += (before > 0.0) != (self.left_s > 0.0)
+
+
+@pytest.mark.parametrize("cost_s", [0.1, 0.085, 0.09, 1.0], ids=lambda cost_s: f"the other's turns are {cost_s} s")
+def test_who_is_held_back_now_and_then_does_not_fall_ever_further_behind(cost_s):
+    """What does not divide the allowance is kept for the next round, and what is longer is saved up for."""
+    limits = QueueLimits(quantum_s=0.3, max_turn_s=0.1)
+    scheduler, admission, given_s, costs_s = Scheduler(limits), Spells("a", 2.0), Counter(), {"a": 0.05, "b": cost_s}
+    for name in ("a", "b") * 40:
+        scheduler.add(turn(name, costs_s[name]))
+    most_s = limits.allowance_s + 2 * (max(costs_s.values()) + 2 * 1.0)
+    while given_s.total() < 500.0:
+        found = scheduler.next_turn(0.0, admission)
+        scheduler.take(found)
+        admission.took(found)
+        given_s[found.caller] += found.cost_s
+        scheduler.add(turn(found.caller, costs_s[found.caller]))
+        assert abs(given_s["a"] - given_s["b"]) <= most_s
+    assert given_s["a"] > 200.0
+
+
+def test_who_comes_anew_has_one_allowance():
+    """Whatever part of the round is over."""
+    scheduler = filled(*(turn(name, 0.125) for name in "abc" for _ in range(9)), limits=EXACT)
+    order = []
+    for _ in range(4):  # of b's three
+        order.append(scheduler.next_turn(0.0))
+        scheduler.take(order[-1])
+    for _ in range(9):
+        scheduler.add(turn("d", 0.125))
+    order += drain(scheduler)
+    assert "".join(each.caller for each in order)[:24] == "aaabbbcccaaadddbbbcccaaa"
 
 
 def test_nobody_looks_for_who_may_go_while_the_gate_is_shut():

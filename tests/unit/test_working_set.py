@@ -196,6 +196,20 @@ def test_while_the_host_is_busy_the_device_stands_still_for_another_reason():
     assert lapses_at() == pytest.approx(9.0 + 0.4 * COPY_S)
 
 
+def test_a_closed_gate_is_shut_only_while_the_device_works():
+    """Who stands still long enough may displace others all the same."""
+    working = working_set()
+    room = Room(working, Ledger("hbm", BUDGET), lambda: 1.0, lambda size: COPY_S, print)
+    room.device_works()
+    assert not room.gate_is_shut(Band.STANDARD)
+    for _ in range(BUDGET + 1):
+        admitted(working, now=1.0)
+    assert room.gate_is_shut(Band.STANDARD)
+    assert not room.gate_is_shut(Band.BATCH)
+    room.device_idles()
+    assert not room.gate_is_shut(Band.STANDARD)
+
+
 def test_what_it_stood_still_before_does_not_count():
     working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=5.0))
     page_set = admitted(working)
