@@ -57,7 +57,6 @@ class Governor:
     """Admits turns to one worker's device memory.
 
     `wake(delay_s)` has `woken` called so much later. Without it nobody is held back while the device has nothing to do.
-    host_busy_s: processor seconds of what brings the device its work.
     """
 
     def __init__(
@@ -67,16 +66,13 @@ class Governor:
         limits: GovernorLimits,
         speed: DeviceSpeed | None = None,
         wake: Callable[[float], object] | None = None,
-        host_busy_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.residency = residency
         self.limits = limits
         self.speed = speed or DeviceSpeed()
         self.scheduler = Scheduler(limits.queue)
         self.working_set = WorkingSet(limits.working_set, residency.hbm, limits.active_s)
-        self.room = Room(
-            self.working_set, residency.hbm, clock, lambda size: self.speed.promotion_s(size), wake, host_busy_s
-        )
+        self.room = Room(self.working_set, residency.hbm, clock, lambda size: self.speed.promotion_s(size), wake)
         residency.kept = self.working_set.kept_pages
         self.meter = Meter()
         self._clock = clock

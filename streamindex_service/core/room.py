@@ -21,8 +21,7 @@ class Room:
     """Room for layers beside the workspaces of turns; the scheduler's `Admission`.
 
     promotion_s: estimated seconds to bring so many bytes. `wake(delay_s)` has `woken` called so much later; without it
-    nobody is held back while the device has nothing to do. host_busy_s: processor seconds of what brings the device its
-    work; what of them passes while the device stands still is no sign that it lacks layers.
+    nobody is held back while the device has nothing to do.
     """
 
     def __init__(
@@ -32,27 +31,22 @@ class Room:
         clock: Callable[[], float],
         promotion_s: Callable[[int], float],
         wake: Callable[[float], object] | None,
-        host_busy_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._working_set = working_set
         self._hbm = hbm
         self._clock = clock
         self._promotion_s = promotion_s
         self._wake = wake
-        self._host_busy_s = host_busy_s
-        self._host_was_busy_s = host_busy_s()
         self._room_bytes: dict[Band, int] = {}  # for layers of a band and their turns, as of this look
         self.wake_at = math.inf
         working_set.idle_since = -math.inf  # it has not had anything to do yet
 
     def device_idles(self) -> None:
         """It has nothing to do from now on."""
-        self._host_was_busy_s = self._host_busy_s()
         self._working_set.device_idles(self._clock())
 
     def device_works(self) -> None:
         """It has something to do."""
-        self._look_at_host()
         self._working_set.device_works(self._clock())
 
     # What searches come for.
@@ -151,7 +145,6 @@ class Room:
 
     def look_anew(self) -> None:
         """There may be other room than when `held_s` was asked before."""
-        self._look_at_host()
         self._room_bytes.clear()
 
     def gate_is_shut(self, band: Band) -> bool:
@@ -193,12 +186,6 @@ class Room:
     def woken(self) -> None:
         """The time for which `wake` was asked has passed."""
         self.wake_at = math.inf
-
-    def _look_at_host(self) -> None:
-        if self._working_set.idle_since < math.inf:
-            busy_s = self._host_busy_s()
-            self._working_set.host_was_busy(busy_s - self._host_was_busy_s)
-            self._host_was_busy_s = busy_s
 
     def _displacing(self, search: OpenSearch, needs: Iterable[Need]) -> Iterator[Need]:
         now = self._clock()

@@ -127,7 +127,7 @@ class WorkingSet:
 
     hbm: device memory, whose limit a worker may change when it starts. given_s: estimated device seconds of all turns
     that went to the device. idle_since: the device has nothing to do; infinite while it has. idled_s: how long it had
-    nothing before that, in all. Neither counts what `host_was_busy` tells.
+    nothing before that, in all.
     """
 
     def __init__(self, limits: WorkingSetLimits, hbm: Ledger, active_s: float) -> None:
@@ -163,11 +163,6 @@ class WorkingSet:
     def device_works(self, now: float) -> None:
         """It has something to do."""
         self.idled_s, self.idle_since = self._idled_s(now), math.inf
-
-    def host_was_busy(self, busy_s: float) -> None:
-        """The device may have stood still for so long because the host was not done with what it needs: with another
-        layer it would have stood still as well."""
-        self.idle_since += busy_s
 
     def ask(self, pages: Sequence[Page], band: Band, copy_s: float, now: float) -> PageSet | None:
         """A tile comes for these pages; None when it needs none."""

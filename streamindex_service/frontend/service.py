@@ -76,9 +76,7 @@ class Service:
         )
         residency = Residency(self.hbm, device_pool, self.device.load)
         self.attention_speed = DeviceSpeed()
-        self.governor = Governor(
-            residency, clock, _governor_limits(settings), wake=self._wake_governor, host_busy_s=time.thread_time
-        )
+        self.governor = Governor(residency, clock, _governor_limits(settings), wake=self._wake_governor)
         self.uploads = UploadTable(self.caches, clock, settings.server.upload_ttl_s, settings.server.max_uploads)
         self.ingress_budget = IngressBudget(self.ingress)
         self.blocks = BlockPool(

@@ -168,34 +168,6 @@ def test_seconds_in_which_the_device_stands_still_add_up():
     assert working.room_bytes(Band.STANDARD, 2.0 + 0.3 * COPY_S) == BUDGET
 
 
-def test_while_the_host_is_busy_the_device_stands_still_for_another_reason():
-    """Of the seconds after 1.0 the host works 0.5 s for each that the device stands still, then not at all."""
-    now, busy_s = [0.0], [7.0]
-    working = working_set(WorkingSetLimits(FACTOR, MOST_S, linger_s=50.0))
-    room = Room(working, Ledger("hbm", BUDGET), lambda: now[0], lambda size: COPY_S, print, lambda: busy_s[0])
-    room.device_works()
-    page_set = admitted(working)
-    left(working, page_set, 1.0)
-
-    def lapses_at():
-        room.look_anew()
-        return working.next_change(Band.STANDARD, 1.0)
-
-    now[0], busy_s[0] = 1.0, 17.0  # what was before is nothing to it
-    room.device_idles()
-    assert lapses_at() == pytest.approx(1.0 + COPY_S)
-    now[0], busy_s[0] = 1.0 + COPY_S, 17.0 + COPY_S / 2
-    assert lapses_at() == pytest.approx(1.0 + 1.5 * COPY_S)
-    assert lapses_at() == pytest.approx(1.0 + 1.5 * COPY_S), "nothing is counted twice"
-    now[0], busy_s[0] = 1.0 + 1.2 * COPY_S, 17.0 + 0.6 * COPY_S
-    room.device_works()
-    assert working.idled_s == pytest.approx(0.6 * COPY_S)
-    assert lapses_at() == pytest.approx(51.0)
-    now[0] = 9.0
-    room.device_idles()
-    assert lapses_at() == pytest.approx(9.0 + 0.4 * COPY_S)
-
-
 def test_a_closed_gate_is_shut_only_while_the_device_works():
     """Who stands still long enough may displace others all the same."""
     working = working_set()
