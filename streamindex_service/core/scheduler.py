@@ -9,8 +9,8 @@ for longer than a tile, and the order is decided anew before each.
   Queuing using Deficit Round-Robin", SIGCOMM 1995) over estimated device seconds. A caller's own turns go in order of
   arrival.
 - Turns may be held back: those whose keys would displace others' before the last copy has paid for itself
-  (`working_set.py`). Others go meanwhile, of their caller, their band, or a band below; the caller's allowance of each
-  round is kept for it, as far as another caller has used as much. When others may make room, the caller goes that was
+  (`working_set.py`). Others go meanwhile, of their caller, their band, or a band below; the caller is owed as much of
+  each round as any other has of it (`band_queue.py`). When others may make room, the caller goes that was
   held back first. A caller that has saved up the cost of its turn and an interval between two copies for each caller of
   its band waits for nothing any more, unless it is the only one.
 - The queue is bounded in turns, bytes and seconds. The bounds are asked when a search comes (`refuse_hopeless`), never
