@@ -56,7 +56,8 @@ class _Caller:
     """`free`: the oldest turn that is not held back; `held`: the one for which others have to make room.
 
     visited: has had the allowance of its present visit, unless it `waited`: nothing of its own could go. round: of its
-    last visit; paid_s: how much of what the band's rounds come to it has had; given_s: in its present visit.
+    last visit; paid_s: how much of what the rounds before that came to it has had, and ahead_s of that round itself;
+    given_s: in its present visit.
     """
 
     name: str
@@ -68,6 +69,7 @@ class _Caller:
     waited: bool = False
     round: int = 0
     paid_s: float = 0.0
+    ahead_s: float = 0.0
     given_s: float = 0.0
     backlog_s: float = 0.0
 
@@ -142,9 +144,10 @@ class BandQueue:
             del self.callers[turn.caller], self._changed[caller]
             self._free.pop(caller, None)
             self._round.remove(caller)
-            self._end_visit(caller, caller.given_s)
+            if caller.visited and not caller.waited:
+                self._end_visit(caller, self._allowance_s - caller.deficit_s)
         if not self.turns:
-            self.backlog_s = 0.0  # rounding does not add up over a day
+            self.backlog_s = self._owed_s = self._most_s = 0.0  # rounding does not add up over a day
 
     def next_turn(self, admission: Admission | None, *, for_age: bool = False) -> Turn | None:
         """Whose turn it is in the round; None when all are held back. Asked again before a change, it says the same.
@@ -156,6 +159,8 @@ class BandQueue:
             self.offered = self._first_that_may_displace(admission, for_age=for_age)
             if self.offered is None and not self._free:
                 return None
+        else:
+            self.offered = None
         passed = 0
         while True:
             caller = self._round[0]
@@ -165,8 +170,8 @@ class BandQueue:
             for turn, behind_s in choices:
                 if turn.cost_s + behind_s <= caller.deficit_s:
                     return turn
-            # what is left of its allowance it has the next time
-            self._end_visit(caller, caller.given_s if caller.waited else max(caller.given_s, self._allowance_s))
+            # What is left of its allowance it has the next time. What was saved up has been counted as it was.
+            self._end_visit(caller, 0.0 if caller.waited else max(caller.given_s, self._allowance_s))
             self._round.rotate(-1)
             passed += 1
             if passed == len(self._round):
@@ -175,8 +180,8 @@ class BandQueue:
 
     def _begin_visit(self, caller: _Caller, choices: _Choices) -> None:
         """A caller has its allowance for the present round. Who is held back saves up what it falls behind: of each
-        round that is over as much as any caller had in it, and no more than the allowance. Callers who come with one
-        short turn at a time do not use theirs, and rounds of those pass many times faster than the device.
+        round as much as any caller had in it, and no more than the allowance. Callers who come with one short turn at a
+        time do not use theirs, and rounds of those pass many times faster than the device.
 
         One sum for all, and what each has had of it: whoever is held back now and then has neither more nor less, in
         the long run, than who never is.
@@ -189,12 +194,12 @@ class BandQueue:
             caller.paid_s = self._owed_s
         caller.round, caller.visited = self._number, True
         caller.waited = all(behind_s for _, behind_s in choices)
-        entitled_s = self._owed_s if caller.waited else self._owed_s + self._allowance_s
-        caller.deficit_s += entitled_s - caller.paid_s
-        caller.paid_s = entitled_s
+        ahead_s = min(self._most_s, self._allowance_s) if caller.waited else self._allowance_s
+        caller.deficit_s += self._owed_s - caller.paid_s + (ahead_s - caller.ahead_s)
+        caller.paid_s, caller.ahead_s = self._owed_s, ahead_s
 
     def _end_visit(self, caller: _Caller, stood_for_s: float) -> None:
-        """stood_for_s: what the caller had of the round: what it was given, and what it keeps."""
+        """stood_for_s: what the caller had of the round, given or kept: not what it had saved up or leaves."""
         self._most_s = max(self._most_s, stood_for_s)
         caller.visited, caller.given_s = False, 0.0
 

@@ -84,8 +84,11 @@ def test_a_search_from_its_callers_span_down_to_the_device(calls, kept):
     assert call.start_time <= tile.start_time
     assert tile.end_time <= call.end_time
     assert [event.name for event in transfer.events] == ["issued"]
-    # the worker's clock is the frontend's: what it says needed no correction
-    assert device.end_time - device.start_time == pytest.approx(1e9 * call.attributes["streamindex.device_s"], abs=5e3)
+    # The worker's clock is the frontend's: what it says needs no correction, unless the frontend was held up between
+    # sending the tile and noting when.
+    seconds_ns, at_once = 1e9 * call.attributes["streamindex.device_s"], device.start_time == transfer.start_time
+    assert device.end_time - device.start_time <= seconds_ns + 5e3
+    assert at_once or device.end_time - device.start_time == pytest.approx(seconds_ns, abs=5e3)
 
 
 def test_a_call_without_a_parent_begins_a_trace(calls, kept):

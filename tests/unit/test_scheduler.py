@@ -231,6 +231,61 @@ def test_who_is_held_back_now_and_then_does_not_fall_ever_further_behind(cost_s)
     assert given_s["a"] > 200.0
 
 
+@pytest.mark.parametrize(("names", "cost_s"), [("a", 0.1), ("a", 1.0), ("ab", 0.1)])
+def test_who_needs_other_keys_for_every_turn_has_its_share_and_no_more(names, cost_s):
+    """Also once it has saved up enough: what it spends of that is nothing that it is owed again."""
+    scheduler, given_s = Scheduler(LIMITS), Counter()
+    held = [turn(name, cost_s) for name in names for _ in range(3)]
+    for each in (*held, *(turn(name, 0.01) for name in "xyz")):
+        scheduler.add(each)
+    admission = Holding(held, 1.0)
+    while given_s.total() < 400.0:
+        found = scheduler.next_turn(0.0, admission)
+        scheduler.take(found)
+        given_s[found.caller] += found.cost_s
+        scheduler.add(again := turn(found.caller, found.cost_s))
+        if found in held:
+            held[held.index(found)] = again
+    callers = len(names) + 3
+    most_s = LIMITS.allowance_s + 2 * (cost_s + callers * 1.0)
+    for name in (*names, *"xyz"):
+        assert abs(given_s[name] - 400.0 / callers) <= most_s
+        assert given_s[name] <= 1.05 * 400.0 / callers
+
+
+@pytest.mark.parametrize("others", [3, 9])
+def test_who_comes_and_is_held_back_is_behind_by_no_more_than_is_promised(others):
+    """The others have just had their allowances, which are large; intervals are short."""
+    limits = QueueLimits(quantum_s=1.02, max_turn_s=0.01)
+    names = "abcdefghi"[:others]
+    scheduler, given_s = filled(*(turn(name, 0.01) for name in names for _ in range(600)), limits=limits), Counter()
+    held = [turn("late", 0.01) for _ in range(2)]
+    admission = Holding(held, 0.016)
+    while (found := scheduler.next_turn(0.0, admission)).caller == "a":
+        scheduler.take(found)
+    for each in held:
+        scheduler.add(each)
+    most_s = limits.allowance_s + 2 * (0.01 + (others + 1) * 0.016)
+    while (found := scheduler.next_turn(0.0, admission)) not in held:
+        scheduler.take(found)
+        given_s[found.caller] += found.cost_s
+        assert given_s.total() / (others + 1) <= most_s
+
+
+def test_what_a_caller_leaves_of_its_allowance_is_owed_to_nobody():
+    """It comes with one turn at a time, a little longer than an allowance: it has every other round."""
+    held, given_s = [turn("a", 0.1) for _ in range(3)], Counter()
+    scheduler, admission = filled(*held, turn("b", 0.31), limits=LIMITS), Holding(held, 0.1)
+    while given_s.total() < 60.0:
+        found = scheduler.next_turn(0.0, admission)
+        scheduler.take(found)
+        given_s[found.caller] += found.cost_s
+        scheduler.add(again := turn(found.caller, found.cost_s))
+        if found in held:
+            held[held.index(found)] = again
+    assert given_s["a"] == pytest.approx(30.0, abs=1.0)
+
+
 def test_who_comes_anew_has_one_allowance():
     """Whatever part of the round is over."""
     scheduler = filled(*(turn(name, 0.125) for name in "abc" for _ in range(9)), limits=EXACT)
