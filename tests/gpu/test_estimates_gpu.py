@@ -151,9 +151,10 @@ def test_tiles_take_what_the_governor_reserves(workspace_mib, budget_mib):
 
 @pytest.mark.parametrize("key_format", ["bf16", "fp8_e4m3"])
 def test_tiles_over_several_caches_take_what_the_governor_reserves(key_format):
-    """A decode step: one long sequence, by which the workspace goes, and many short ones; with scores and without."""
+    """A decode step: one long sequence, by which the workspace goes, and many short ones, as many together as a group
+    has members; with scores and without."""
     random = np.random.default_rng(0)
-    heads, lengths = 64, [262_144] + [300 + 41 * number for number in range(100)]
+    heads, lengths = 64, [262_144] + [300 + 65 * number for number in range(63)]
     dtype = KeyFormat(key_format).torch_dtype
     settings = {
         "worker": {"device": DEVICE},
