@@ -231,21 +231,27 @@ def test_who_is_held_back_now_and_then_does_not_fall_ever_further_behind(cost_s)
     assert given_s["a"] > 200.0
 
 
-@pytest.mark.parametrize(("names", "cost_s"), [("a", 0.1), ("a", 1.0), ("ab", 0.1)])
-def test_who_needs_other_keys_for_every_turn_has_its_share_and_no_more(names, cost_s):
-    """Also once it has saved up enough: what it spends of that is nothing that it is owed again."""
-    scheduler, given_s = Scheduler(LIMITS), Counter()
-    held = [turn(name, cost_s) for name in names for _ in range(3)]
-    for each in (*held, *(turn(name, 0.01) for name in "xyz")):
-        scheduler.add(each)
-    admission = Holding(held, 1.0)
-    while given_s.total() < 400.0:
+def given_of(scheduler, held, held_s, total_s):
+    """Device seconds of each caller, whose turns come again as they go; so do those that are held back."""
+    admission, given_s = Holding(held, held_s), Counter()
+    while given_s.total() < total_s:
         found = scheduler.next_turn(0.0, admission)
         scheduler.take(found)
         given_s[found.caller] += found.cost_s
         scheduler.add(again := turn(found.caller, found.cost_s))
         if found in held:
             held[held.index(found)] = again
+    return given_s
+
+
+@pytest.mark.parametrize(("names", "cost_s"), [("a", 0.1), ("a", 1.0), ("ab", 0.1)])
+def test_who_needs_other_keys_for_every_turn_has_its_share_and_no_more(names, cost_s):
+    """Also once it has saved up enough: what it spends of that is nothing that it is owed again."""
+    scheduler = Scheduler(LIMITS)
+    held = [turn(name, cost_s) for name in names for _ in range(3)]
+    for each in (*held, *(turn(name, 0.01) for name in "xyz")):
+        scheduler.add(each)
+    given_s = given_of(scheduler, held, 1.0, 400.0)
     callers = len(names) + 3
     most_s = LIMITS.allowance_s + 2 * (cost_s + callers * 1.0)
     for name in (*names, *"xyz"):
@@ -274,15 +280,8 @@ def test_who_comes_and_is_held_back_is_behind_by_no_more_than_is_promised(others
 
 def test_what_a_caller_leaves_of_its_allowance_is_owed_to_nobody():
     """It comes with one turn at a time, a little longer than an allowance: it has every other round."""
-    held, given_s = [turn("a", 0.1) for _ in range(3)], Counter()
-    scheduler, admission = filled(*held, turn("b", 0.31), limits=LIMITS), Holding(held, 0.1)
-    while given_s.total() < 60.0:
-        found = scheduler.next_turn(0.0, admission)
-        scheduler.take(found)
-        given_s[found.caller] += found.cost_s
-        scheduler.add(again := turn(found.caller, found.cost_s))
-        if found in held:
-            held[held.index(found)] = again
+    held = [turn("a", 0.1) for _ in range(3)]
+    given_s = given_of(filled(*held, turn("b", 0.31), limits=LIMITS), held, 0.1, 60.0)
     assert given_s["a"] == pytest.approx(30.0, abs=1.0)
 
 
