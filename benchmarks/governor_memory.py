@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,7 +69,8 @@ class MemoryRow(Row):
     """`seconds` of the work at four times what fits; `ratio` of its throughput to that at what fits.
 
     `peak_bytes`: the most that was in use on the device, beyond what was before the service started; of it
-    `context_bytes` are not the allocator's. `least_ratio` and `most_ratio` are those of single rounds.
+    `context_bytes` are not the allocator's. `over_round_s` and `fitting_round_s` are the seconds of single rounds, in
+    turn; `ratio_error` is the standard error that their differences give the ratio.
     """
 
     checked_rows: int = 0
@@ -77,8 +79,9 @@ class MemoryRow(Row):
     samples: int = 0
     rows_per_s: float = 0.0
     fitting_rows_per_s: float = 0.0
-    least_ratio: float = 0.0
-    most_ratio: float = 0.0
+    over_round_s: tuple[float, ...] = ()
+    fitting_round_s: tuple[float, ...] = ()
+    ratio_error: float = 0.0
     failures: int = 0
     worker_restarts: int = 0
     promoted_pages: int = 0
@@ -144,6 +147,20 @@ def run_work(callers: Sequence[Caller], at_once: int, outcome: Outcome) -> None:
     outcome.indices = figures[0]["indices"]
 
 
+def ratio_error(one: Sequence[float], other: Sequence[float]) -> float:
+    """Standard error of sum(one) / sum(other), which are measured in turn; 0.0 for a single pair.
+
+    From what the ratio is without each of the pairs (the jackknife: Efron, "The Jackknife, the Bootstrap and Other
+    Resampling Plans", SIAM 1982).
+    """
+    pairs, ones, others = len(one), sum(one), sum(other)
+    if pairs < 2:
+        return 0.0
+    without = [(ones - a) / (others - b) for a, b in zip(one, other, strict=True)]
+    mean = sum(without) / pairs
+    return math.sqrt((pairs - 1) / pairs * sum((each - mean) ** 2 for each in without))
+
+
 def wrong_rows(outcomes: list[Outcome], sizes: Sizes, keys: np.ndarray, cache: KeyCache) -> int:
     """Answers that differ from the others, and whether the first row of them is wrong."""
 
@@ -199,6 +216,7 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
             run_work(callers, sizes.fitting, warm)
             load = ask()
             context = read() - before - load.device_reserved_bytes if on_gpu else 0
+            run_work(callers, sizes.caches, warm)  # the first touch of a block costs as much as many copies to it
             for _ in range(sizes.rounds):
                 run_work(callers, sizes.fitting, fits)
                 run_work(callers, sizes.caches, over)
@@ -206,6 +224,7 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
         if load.device.memory.failures:
             print(service.log_tail(), file=sys.stderr)
     ratios = [fit / more for fit, more in zip(fits.seconds, over.seconds, strict=True)]
+    error = ratio_error(fits.seconds, over.seconds)
     return MemoryRow(
         table=TABLE,
         case=f"{sizes.caches} callers, {sizes.caches * keys.nbytes // MIB} MiB of keys, budget "
@@ -219,16 +238,18 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
         peak_bytes=sampler.most - before,
         wrong_rows=wrong_rows([warm, fits, over], sizes, keys, next(iter(caches.values()))),
         repeats=sizes.rounds,
-        note=f"{over.rows_per_s:,.0f} rows/s at {TIMES} times what fits, {fits.rows_per_s:,.0f} at what fits, single "
-        f"rounds {min(ratios):.2f} to {max(ratios):.2f}; context {context / MIB:.0f} MiB, {sampler.samples} samples",
+        note=f"± {error:.3f}; {over.rows_per_s:,.0f} rows/s at {TIMES} times what fits, {fits.rows_per_s:,.0f} at what "
+        f"fits, single rounds {min(ratios):.2f} to {max(ratios):.2f}; context {context / MIB:.0f} MiB, "
+        f"{sampler.samples} samples",
         checked_rows=3,
         budget_bytes=sizes.budget_bytes,
         context_bytes=context,
         samples=sampler.samples,
         rows_per_s=over.rows_per_s,
         fitting_rows_per_s=fits.rows_per_s,
-        least_ratio=min(ratios),
-        most_ratio=max(ratios),
+        over_round_s=tuple(over.seconds),
+        fitting_round_s=tuple(fits.seconds),
+        ratio_error=error,
         failures=load.device.memory.failures,
         worker_restarts=load.worker_restarts,
         promoted_pages=load.device.promoted_pages,

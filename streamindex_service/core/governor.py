@@ -328,19 +328,22 @@ class Governor:
 
     def _device_goes_on(self, band: Band, cost_s: float, *, cold: bool) -> bool:
         """Whether it should have another turn of this band and this cost. cold: whose pages have to be brought."""
-        if not self._grants:
+        turns = warm = 0  # those of the band and above it; of them, those whose pages are there
+        ahead_s = cost_s
+        for grant in self._grants:  # one look at each: this is asked several times a tile
+            turn = grant.turn
+            if turn.alone:
+                return False
+            if turn.band <= band:
+                turns += 1
+                warm += not turn.promotion_s
+                ahead_s += turn.cost_s
+        if turns < FED:
             return True
-        if any(grant.turn.alone for grant in self._grants):
-            return False
-        before = [grant.turn for grant in self._grants if grant.turn.band <= band]
-        if len(before) < FED:
-            return True
-        if len(before) >= self.limits.max_device_turns:
+        if turns >= self.limits.max_device_turns:
             return False
         # Turns whose pages are on their way leave the device to others: it goes on with those that have theirs.
-        if not cold and sum(not each.promotion_s for each in before) < FED:
-            return True
-        return sum(each.cost_s for each in before) + cost_s <= self.limits.ahead_s
+        return (not cold and warm < FED) or ahead_s <= self.limits.ahead_s
 
     def _place(self, turn: SearchTurn) -> bool:
         need = turn.need

@@ -43,7 +43,8 @@ class BatchAttention:
         request, service = self._request, self._service
         check_asked(request, service.settings)
         batch.check_size(service, request.items)
-        results = [pb.SparseAttendBatchResult() for _ in request.items]
+        response = pb.SparseAttendBatchResponse()
+        results = [response.results.add() for _ in request.items]  # in its memory: see `tiles.Fields`
         members = [
             member
             for item, result in zip(request.items, results, strict=True)
@@ -57,7 +58,7 @@ class BatchAttention:
         band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
         with batch.step(service, band), batch.caches_kept(service, self._owner, request.items):
             await self._call.answer(kinds, lambda: AttendGroup(service, self._call))
-        return pb.SparseAttendBatchResponse(results=results)
+        return response
 
     def _checked(self, item: pb.SparseAttendBatchItem, result: pb.SparseAttendBatchResult) -> AttendMember | None:
         """The item, if nothing is wrong with it so far."""

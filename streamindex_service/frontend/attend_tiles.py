@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from streamindex_service.frontend.device import View
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.service import Service
-from streamindex_service.frontend.tiles import Submitted, TileDue, TilePiece, span
+from streamindex_service.frontend.tiles import Fields, Submitted, TileDue, TilePiece, span
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _TERMS = [field.name for field in fields(AttentionTerms)]
@@ -137,18 +138,18 @@ class AttendTiles:
         """Give the device a tile whose turn was granted. See `TileOperation`."""
         return self.submit_together([(self, piece)], grant, due, request_key)
 
-    def sequence(self, piece: TilePiece) -> tuple[pb.AttendSequence, list[View]]:
-        """What rows of a tile attend, as the worker knows it. For the moment in which a turn is granted; raises
-        WorkerLostError."""
+    def sequence(self, piece: TilePiece) -> tuple[Fields, list[View]]:
+        """What rows of a tile attend, as the worker knows it, an `AttendSequence`. For the moment in which a turn is
+        granted; raises WorkerLostError."""
         device, place = self._service.device, self._place_of(piece)
         self._kv_view = device.view_of(self._kv_view, self._kv, self._kv.pages, self._kv.length_keys)
-        message = pb.AttendSequence(view_id=self._kv_view.view_id, rows=piece.rows)
+        sequence = {"view_id": self._kv_view.view_id, "rows": piece.rows}
         if self._window is None:
-            return message, [self._kv_view]
+            return sequence, [self._kv_view]
         self._window_view = self._view_of(self._window, place)
-        message.window_view_id = self._window_view.view_id
-        message.first_window_row = place.first_page * PAGE_KEYS
-        return message, [self._kv_view, self._window_view]
+        sequence["window_view_id"] = self._window_view.view_id
+        sequence["first_window_row"] = place.first_page * PAGE_KEYS
+        return sequence, [self._kv_view, self._window_view]
 
     def drop_views(self) -> None:
         """No tile will come any more."""
@@ -156,30 +157,32 @@ class AttendTiles:
             if view is not None:
                 self._service.device.drop_view(view)
 
-    def message(self, piece: TilePiece, due: TileDue, sequences: Sequence[pb.AttendSequence]) -> pb.AttendTile:
-        """The message that asks for a tile, but for its number: rows of the block, whatever they attend."""
+    def message(self, piece: TilePiece, due: TileDue, sequences: Sequence[Fields], tile_id: int) -> pb.ToWorker:
+        """The message that asks for a tile: rows of the block, whatever they attend. sequences: `AttendSequence`s."""
         parameters, layout, block = self._parameters, self._layout, piece.block
         at = {tensor: span(block, layout.at(tensor, piece.first)) for tensor in (Q, POSITIONS, INDICES, OUT, LSE)}
-        return pb.AttendTile(
-            sequences=sequences,
-            window=parameters.window,
-            rows=piece.rows,
-            heads=parameters.kv.heads,
-            width=parameters.width,
-            value_dim=parameters.kv.value_dim,
-            scale=parameters.scale,
-            sink=parameters.sink,
-            workspace_bytes=self.workspace_bytes,
-            q=at[Q],
-            positions=at[POSITIONS],
-            indices=at[INDICES],
-            out=at[OUT],
-            lse=at[LSE] if parameters.want_lse else None,
-            band=due.band,
-            estimated_us=int(1e6 * due.estimated_s),
-            request_id=due.request_id,
-            traceparent=due.traceparent,
-        )
+        tile: Fields = {
+            "tile_id": tile_id,
+            "sequences": sequences,
+            "window": parameters.window,
+            "rows": piece.rows,
+            "heads": parameters.kv.heads,
+            "width": parameters.width,
+            "value_dim": parameters.kv.value_dim,
+            "scale": parameters.scale,
+            "sink": parameters.sink,
+            "workspace_bytes": self.workspace_bytes,
+            "q": at[Q],
+            "positions": at[POSITIONS],
+            "indices": at[INDICES],
+            "out": at[OUT],
+            "lse": at[LSE] if parameters.want_lse else None,
+            "band": due.band,
+            "estimated_us": int(1e6 * due.estimated_s),
+            "request_id": due.request_id,
+            "traceparent": due.traceparent,
+        }
+        return pb.ToWorker(attend_tile=tile)
 
     def _view_of(self, window: Snapshot, place: _Place) -> View:
         """Window pages as the worker knows them. For the moment in which a turn is granted; raises WorkerLostError."""
@@ -250,13 +253,8 @@ class AttendTiles:
             sequences.append(sequence)
             views += read
         whole = TilePiece(first.block, first.first, sum(piece.rows for _, piece in parts), 0, 0)
-        message = tiles.message(whole, due, sequences)
-
-        def numbered(tile_id: int) -> pb.ToWorker:
-            message.tile_id = tile_id
-            return pb.ToWorker(attend_tile=message)
-
-        return Submitted(*tiles.service.device.submit(views, first.block, request_key, numbered), views)
+        message = partial(tiles.message, whole, due, sequences)
+        return Submitted(*tiles.service.device.submit(views, first.block, request_key, message), views)
 
     def _tokens_of(self, piece: TilePiece) -> tuple[int, int]:
         """Tokens that are in the windows of a tile's rows."""

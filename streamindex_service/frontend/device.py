@@ -212,20 +212,22 @@ class DeviceWorker:
         count = max(1, -(-len(places) // PAGES_PER_MESSAGE))
         for part in range(count):
             some = places[part * PAGES_PER_MESSAGE : (part + 1) * PAGES_PER_MESSAGE]
-            message = pb.DefineView(
-                view_id=view_id,
-                key_format=int(snapshot.spec.key_format) if kv is None else 0,
-                kv_format=0 if kv is None else int(kv.kv_format),
-                head_dim=snapshot.spec.head_dim if kv is None else kv.key_dim,
-                length_keys=length_keys,
-                extent_ids=[slot.extent_id for slot in some if slot is not None],
-                extent_offsets=[slot.offset_bytes for slot in some if slot is not None],
-                complete=part == count - 1,
-            )
-            assert len(message.extent_ids) == len(some), "a pinned page is not on the device"
-            if not message.complete:
-                worker.send(pb.ToWorker(define_view=message))
-        defined = worker.request(pb.ToWorker(define_view=message), view_id)
+            extent_ids = [slot.extent_id for slot in some if slot is not None]
+            assert len(extent_ids) == len(some), "a pinned page is not on the device"
+            fields = {
+                "view_id": view_id,
+                "key_format": int(snapshot.spec.key_format) if kv is None else 0,
+                "kv_format": 0 if kv is None else int(kv.kv_format),
+                "head_dim": snapshot.spec.head_dim if kv is None else kv.key_dim,
+                "length_keys": length_keys,
+                "extent_ids": extent_ids,
+                "extent_offsets": [slot.offset_bytes for slot in some if slot is not None],
+                "complete": part == count - 1,
+            }
+            message = pb.ToWorker(define_view=fields)
+            if part < count - 1:
+                worker.send(message)
+        defined = worker.request(message, view_id)
         self._watch(defined)
         return defined
 
@@ -308,15 +310,16 @@ class DeviceWorker:
         sources = [page.in_host for page in pages]
         targets = [page.device for page in pages if page.device is not None]
         segments = {extent_id: self._source(worker, slot) for extent_id, slot in {s[0]: s for s in sources}.items()}
-        message = pb.LoadPages(
-            operation_id=worker.next_id(),
-            page_bytes=page_bytes,
-            segment_ids=[segments[extent_id] for extent_id, _ in sources],
-            segment_offsets=[offset for _, offset in sources],
-            extent_ids=[extent_id for extent_id, _ in targets],
-            extent_offsets=[offset for _, offset in targets],
-        )
-        loaded = worker.request(pb.ToWorker(load_pages=message), message.operation_id)
+        operation = worker.next_id()
+        fields = {
+            "operation_id": operation,
+            "page_bytes": page_bytes,
+            "segment_ids": [segments[extent_id] for extent_id, _ in sources],
+            "segment_offsets": [offset for _, offset in sources],
+            "extent_ids": [extent_id for extent_id, _ in targets],
+            "extent_offsets": [offset for _, offset in targets],
+        }
+        loaded = worker.request(pb.ToWorker(load_pages=fields), operation)
         self._watch(loaded)
         loaded.add_done_callback(partial(_copied, pages))
 

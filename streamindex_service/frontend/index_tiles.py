@@ -218,8 +218,7 @@ class IndexTiles:
         message = partial(
             search_tile,
             sequences=[
-                worker_pb2.SearchSequence(view_id=view.view_id, rows=piece.rows)
-                for view, (_, piece) in zip(views, parts, strict=True)
+                {"view_id": view.view_id, "rows": piece.rows} for view, (_, piece) in zip(views, parts, strict=True)
             ],
             spec=self.spec,
             block=first.block,

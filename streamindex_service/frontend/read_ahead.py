@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
@@ -10,7 +11,8 @@ from typing import Protocol
 from streamindex_service.core.band_queue import Band
 
 _MOST = 8  # streams of a band and those above it
-_LOOK_S = 0.005
+_LOOK_S = 0.005  # whether a layer has taken part, or a stream has left
+_LISTEN_S = 0.025  # whether those that are ahead still bring rows, and those that wait still may
 
 
 class Stream(Protocol):
@@ -49,6 +51,7 @@ class ReadAhead:
         self._waiting: dict[Stream, tuple[asyncio.Future[None], float]] = {}  # and until when at the latest
         self._left_s: dict[Stream, float] = {}  # of each that has waited: for how long it still may
         self._seen = -1
+        self._listen_at = -math.inf  # earlier only if something has changed: it is asked of every stream
         self._timer: asyncio.TimerHandle | None = None
 
     async def next(self, stream: Stream, most_s: float) -> None:
@@ -65,6 +68,7 @@ class ReadAhead:
         self._waiting[stream] = turn, until
         try:
             if self._timer is None:
+                self._listen_at = -math.inf
                 self._look()
             await turn
         finally:
@@ -73,21 +77,24 @@ class ReadAhead:
 
     def leave(self, stream: Stream) -> None:
         """It has its layer, or has ended."""
-        self._ahead.pop(stream, None)
+        if stream in self._ahead:
+            del self._ahead[stream]
+            self._listen_at = -math.inf  # its place is another's
         self._left_s.pop(stream, None)
 
     def _look(self) -> None:
         self._timer = None
+        now, changes = self._loop.time(), self._changes()
         try:
-            self._let_some_in()
+            if changes != self._seen or now >= self._listen_at:
+                changed, self._seen, self._listen_at = changes != self._seen, changes, now + _LISTEN_S
+                self._let_some_in(now, changed=changed)
         finally:
             if self._waiting:
                 self._timer = self._loop.call_later(_LOOK_S, self._look)
 
-    def _let_some_in(self) -> None:
+    def _let_some_in(self, now: float, *, changed: bool) -> None:
         self._ahead = {each: None for each in self._ahead if each.brings_rows() and each.lacks_layer()}
-        now, changed = self._loop.time(), self._seen != self._changes()
-        self._seen = self._changes()
         for stream, (_, until) in list(self._waiting.items()):
             if now >= until or (changed and not stream.lacks_layer()):
                 self._let_in(stream)

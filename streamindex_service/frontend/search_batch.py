@@ -56,7 +56,8 @@ class BatchSearch:
     async def _answer(self) -> pb.SearchBatchResponse:
         # All appends before any search: an item may search the rows that another has appended.
         request = self._request
-        results = [pb.SearchBatchResult() for _ in request.items]
+        response = pb.SearchBatchResponse()
+        results = [response.results.add() for _ in request.items]  # in its memory: see `tiles.Fields`
         for item, result in zip(request.items, results, strict=True):
             try:
                 await self._append(item, result)
@@ -68,7 +69,7 @@ class BatchSearch:
             if item.row_count and (member := self._member(item, result)) is not None
         ]
         await self._call.answer(members, lambda: _SearchGroup(self._service, self._call, self._parameters))
-        return pb.SearchBatchResponse(results=results)
+        return response
 
     def _member(self, item: pb.SearchBatchItem, result: pb.SearchBatchResult) -> _SearchMember | None:
         """The item, if nothing is wrong with it so far."""

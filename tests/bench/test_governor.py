@@ -43,6 +43,15 @@ def test_four_times_what_fits_is_measured():
     assert broken == []
     assert row.peak_bytes <= row.budget_bytes
     assert row.samples > 1
+    assert (len(row.over_round_s), len(row.fitting_round_s)) == (row.repeats, row.repeats)
+    assert row.seconds == pytest.approx(sum(row.over_round_s) / row.repeats)
+
+
+def test_the_error_of_a_ratio_is_that_of_its_rounds():
+    assert governor_memory.ratio_error([1.0], [2.0]) == 0.0
+    assert governor_memory.ratio_error([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(0.0)  # each has the same
+    # without one of the two the ratio is that of the other: 1.5 and 0.5, their mean 1.0
+    assert governor_memory.ratio_error([1.0, 3.0], [2.0, 2.0]) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
