@@ -39,7 +39,7 @@ class View:
     worker: WorkerLink
     defined: asyncio.Future[pb.FromWorker]
     pages: Sequence[Page]
-    places: tuple[PageSlot | None, ...]
+    places: list[PageSlot | None]
     extents: frozenset[int]
     moves: int
     is_whole: bool
@@ -176,7 +176,7 @@ class DeviceWorker:
             return False
         moves = self.governor.residency.moves
         if view.moves != moves:
-            if view.places != tuple(page.device for page in view.pages):
+            if view.places != [page.device for page in view.pages]:
                 return False
             view.moves = moves
         return True
@@ -189,7 +189,7 @@ class DeviceWorker:
 
     def _make_view(self, worker: WorkerLink, snapshot: Snapshot, pages: Sequence[Page], length_keys: int) -> View:
         assert self.governor is not None
-        view_id, places = worker.next_id(), tuple(page.device for page in pages)
+        view_id, places = worker.next_id(), [page.device for page in pages]
         defined = self._define(worker, view_id, snapshot, places, length_keys)
         extents = frozenset(place.extent_id for place in places if place is not None)
         # all empty layers have the same pages, whatever their keys would be
@@ -205,7 +205,7 @@ class DeviceWorker:
         worker: WorkerLink,
         view_id: int,
         snapshot: Snapshot,
-        places: tuple[PageSlot | None, ...],
+        places: list[PageSlot | None],
         length_keys: int,
     ) -> asyncio.Future[pb.FromWorker]:
         kv = snapshot.spec.kv if snapshot.kind is not RowKind.KEYS else None

@@ -12,7 +12,7 @@ from streamindex_service.core.band_queue import Band
 
 _MOST = 8  # streams of a band and those above it
 _LOOK_S = 0.005  # whether a layer has taken part, or a stream has left
-_LISTEN_S = 0.025  # whether those that are ahead still bring rows, and those that wait still may
+_LISTEN_S = 0.05  # whether those that are ahead still bring rows
 
 
 class Stream(Protocol):
@@ -51,7 +51,7 @@ class ReadAhead:
         self._waiting: dict[Stream, tuple[asyncio.Future[None], float]] = {}  # and until when at the latest
         self._left_s: dict[Stream, float] = {}  # of each that has waited: for how long it still may
         self._seen = -1
-        self._listen_at = -math.inf  # earlier only if something has changed: it is asked of every stream
+        self._listen_at = -math.inf  # or when one has waited for long enough; each stream is asked then
         self._timer: asyncio.TimerHandle | None = None
 
     async def next(self, stream: Stream, most_s: float) -> None:
@@ -66,6 +66,7 @@ class ReadAhead:
         turn: asyncio.Future[None] = self._loop.create_future()
         until = self._loop.time() + left_s
         self._waiting[stream] = turn, until
+        self._listen_at = min(self._listen_at, until)
         try:
             if self._timer is None:
                 self._listen_at = -math.inf
@@ -87,8 +88,10 @@ class ReadAhead:
         now, changes = self._loop.time(), self._changes()
         try:
             if changes != self._seen or now >= self._listen_at:
-                changed, self._seen, self._listen_at = changes != self._seen, changes, now + _LISTEN_S
+                changed, self._seen = changes != self._seen, changes
                 self._let_some_in(now, changed=changed)
+                self._listen_at = min((until for _, until in self._waiting.values()), default=math.inf)
+                self._listen_at = min(self._listen_at, now + _LISTEN_S)
         finally:
             if self._waiting:
                 self._timer = self._loop.call_later(_LOOK_S, self._look)
