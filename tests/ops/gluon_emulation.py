@@ -1,5 +1,6 @@
 """Gluon on a CPU, as far as the kernel of `hopper_few_heads.py` uses it: what a program computes, not how its threads
-share that out. Layouts are ignored, copies arrive at once, and products are float32 sums of operands as rounded.
+share that out. Layouts are ignored, copies arrive when they are waited for and not before, and products are float32
+sums of operands as rounded.
 
 So its arithmetic is judged where no device is: f16's range, powers of two, masks, what is stored where. Barriers, banks
 and the order of sums are not.
@@ -126,8 +127,23 @@ def _store(pointer: Pointer, value: Value, mask: Value) -> None:
     pointer.memory[places[here]] = values[here]
 
 
-def _copy(smem: Shared, pointer: Pointer, mask: Value) -> None:
-    smem.store(_load(pointer, mask, 0))
+class _Copies:
+    """Asynchronous copies: until their group is waited for there is nothing where they go."""
+
+    def __init__(self) -> None:
+        self._groups: list[list[tuple[Shared, Value]]] = [[]]  # the last is not committed yet
+
+    def start(self, smem: Shared, pointer: Pointer, mask: Value) -> None:
+        self._groups[-1].append((smem, _load(pointer, mask, 0)))
+        smem.tensor.copy_(_garbage(smem.tensor.dtype, smem.shape))
+
+    def commit(self) -> None:
+        self._groups.append([])
+
+    def wait(self, pending: int) -> None:
+        while len(self._groups) - 1 > pending:
+            for smem, value in self._groups.pop(0):
+                smem.store(value)
 
 
 def _elements(words: torch.Tensor) -> torch.Tensor:
@@ -244,7 +260,12 @@ def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return (lambda body: Kernel(body, ids, programs)) if function is None else function
 
     language = _language(ids, programs)
-    copies = {"async_copy_global_to_shared": _copy, "commit_group": lambda: None, "wait_group": lambda pending: None}
+    under_way = _Copies()
+    copies = {
+        "async_copy_global_to_shared": under_way.start,
+        "commit_group": under_way.commit,
+        "wait_group": under_way.wait,
+    }
     path = "triton.experimental.gluon"
     modules = {
         "triton": {},
