@@ -29,7 +29,8 @@ _FILL_ROWS = 8192
 
 @dataclass(frozen=True)
 class AttentionModel:
-    """Dimensions of a model's sparse attention (as public model code gives them). window: of uncompressed rows."""
+    """Dimensions of a model's sparse attention (as public model code gives them). window: of uncompressed rows;
+    all_visible: nothing is chosen, a token attends all compressed rows before it, up to top_k."""
 
     name: str
     heads: int
@@ -39,6 +40,7 @@ class AttentionModel:
     top_k: int
     window: int
     packed: KvFormat
+    all_visible: bool = False
 
     @property
     def width(self) -> int:
@@ -237,7 +239,7 @@ def options(
     sizes: what they count."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(models))
+    parser.add_argument("--models", nargs="+", choices=list(models), default=list(models))
     parser.add_argument("--sizes", type=int, nargs="+", metavar=sizes)
     parser.add_argument("--formats", nargs="+", choices=list(formats), default=list(formats))
     parser.add_argument("--implementations", nargs="+", choices=list(implementations), default=list(usual))

@@ -8,7 +8,8 @@ step when each is called. Useful work is 2 · heads · (key_dim + value_dim) for
 its share of a dense product in bf16. The note tells the bytes of gathered rows a second, and their share of what a copy
 of 1 GiB reads and writes in the same run. `--heads 8 16 32` measures one device of several that share out the heads of
 a model (tensor parallel) and hold all of its rows. The tokens of a sequence choose rows independently: a real search,
-whose draft tokens share rows, gathers less.
+whose draft tokens share rows, gathers less. V4-HCA is a layer of ratio 128 after a million tokens: the window and all
+8,192 compressed rows; as a sequence's tokens attend the same, each step has sequences of its own.
 """
 
 import statistics
@@ -39,6 +40,7 @@ TABLE = "attention_decode"
 SEQUENCES, QUICK_SEQUENCES, CPU_SEQUENCES = [1, 8, 32, 128], [1, 32], [2]
 TOKENS_A_SEQUENCE, QUICK_TOKENS_A_SEQUENCE = [1, 2], [1]
 CONTEXT, CPU_CONTEXT = 16_384, 1024
+V4_HCA = AttentionModel("V4-HCA", 64, 512, 512, 128, 8192, 128, KvFormat.FP8_D512, all_visible=True)
 # of gathered rows in a graph: five times the cache of an H200
 _GRAPH_BYTES = 256 << 20
 _LEAST_STEPS, _MOST_STEPS, _CPU_STEPS = 4, 512, 2
@@ -96,27 +98,40 @@ def make_rows(model: AttentionModel, rows: int, kv_format: KvFormat, generator: 
 def make_decode(
     model: AttentionModel, sequences: int, each: int, context: int, kv_format: KvFormat, device: str, seed: int = 0
 ) -> Decode:
-    """Steps of `each` consecutive tokens of every sequence, at places between the middle and the end of its context.
+    """Steps of `each` consecutive tokens of every sequence, at places between the middle and the end of its context, or
+    in its last 64th if all rows are visible.
 
-    A sequence has its own rows: those of its context if the model has a window, then one for each `ratio` tokens.
+    A sequence has its own rows: if the model has a window those of its context, but no more than CONTEXT, then one for
+    each `ratio` tokens.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    local = context if model.window else 0
+    local = min(context, CONTEXT) if model.window else 0
     rows_each = local + context // model.ratio
-    kv = make_rows(model, sequences * rows_each, kv_format, generator)
     tokens = sequences * each
     steps = _CPU_STEPS
     if device != "cpu":
-        step_bytes = tokens * model.width * kv.row_bytes
+        one = pack_rows(torch.zeros((1, model.key_dim), dtype=torch.bfloat16), kv_format)
+        step_bytes = tokens * model.width * one.row_bytes
         steps = min(max(-(-_GRAPH_BYTES // step_bytes), _LEAST_STEPS), _MOST_STEPS)
+    caches = sequences * (steps if model.all_visible else 1)
+    kv = make_rows(model, caches * rows_each, kv_format, generator)
     shape = (steps, sequences, each)
-    first = torch.randint(context // 2, context - each + 1, (steps, sequences, 1), generator=generator, device=device)
+    earliest = context - context // 64 if model.all_visible else context // 2
+    first = torch.randint(earliest, context - each + 1, (steps, sequences, 1), generator=generator, device=device)
     position = (first + torch.arange(each, device=device))[..., None]
-    base = rows_each * torch.arange(sequences, device=device)[None, :, None, None]
+    cache = torch.arange(caches, device=device).view(-1, sequences).expand(steps, sequences)
+    base = rows_each * cache[..., None, None]
     indices = torch.empty((*shape, model.width), dtype=torch.int32, device=device)
-    indices[..., : model.window] = base + position - model.window + 1 + torch.arange(model.window, device=device)
-    chosen = torch.rand((*shape, model.top_k), generator=generator, device=device).sort(dim=-1).values
-    indices[..., model.window :] = base + local + (chosen * ((position + 1) // model.ratio)).long()
+    if model.window:
+        newest = position if context <= local else model.window + position % (local - model.window)
+        indices[..., : model.window] = base + newest - model.window + 1 + torch.arange(model.window, device=device)
+    seen = (position + 1) // model.ratio
+    if model.all_visible:
+        row = torch.arange(model.top_k, device=device)
+        indices[..., model.window :] = torch.where(row < seen, base + local + row, -1)
+    else:
+        chosen = torch.rand((*shape, model.top_k), generator=generator, device=device).sort(dim=-1).values
+        indices[..., model.window :] = base + local + (chosen * seen).long()
     q = torch.empty((steps * tokens, model.heads, model.key_dim), dtype=torch.bfloat16, device=device)
     for part in q.split(tokens):
         part.copy_(torch.randn(part.shape, generator=generator, device=device))
@@ -138,7 +153,12 @@ def in_one_go(work: Callable[[], None], device: str) -> Callable[[], None]:
 
 def named(model: AttentionModel) -> str:
     """The model's name, and the heads if they are not all of its own."""
-    return model.name if model.heads == MODELS[model.name].heads else f"{model.name} {model.heads} heads"
+    return model.name if model.heads == models()[model.name].heads else f"{model.name} {model.heads} heads"
+
+
+def models() -> dict[str, AttentionModel]:
+    """All that can be measured, by name."""
+    return {**MODELS, V4_HCA.name: V4_HCA}
 
 
 def run_one(bench: AttentionBench, decode: Decode, name: str, baseline: DecodeRow | None) -> DecodeRow:
@@ -209,7 +229,7 @@ def run_model(bench: AttentionBench, model: AttentionModel, arguments) -> None:
     tokens = arguments.tokens_per_sequence or (QUICK_TOKENS_A_SEQUENCE if arguments.quick else TOKENS_A_SEQUENCE)
     for kv_format in formats_of(arguments, model):
         for count, each in ((count, each) for count in sequences for each in tokens):
-            context = CPU_CONTEXT if on_cpu else CONTEXT
+            context = CPU_CONTEXT if on_cpu else model.top_k * model.ratio if model.all_visible else CONTEXT
             decode = make_decode(model, count, each, context, kv_format, bench.device)
             baseline = None
             for name in usable(arguments, kv_format):
@@ -220,13 +240,13 @@ def run_model(bench: AttentionBench, model: AttentionModel, arguments) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     quick = f"{QUICK_SEQUENCES} sequences of one token"
-    parser = options(__doc__, quick=quick, models=list(MODELS), sizes="SEQUENCES")
+    parser = options(__doc__, quick=quick, models=list(models()), sizes="SEQUENCES")
     parser.add_argument("--tokens-per-sequence", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--heads", type=int, nargs="+", help="of one device; all of the model's if not given")
     arguments = parser.parse_args(argv)
     bench = begin(TABLE, arguments)
     for name in arguments.models:
-        model = MODELS[name]
+        model = models()[name]
         for heads in arguments.heads or [model.heads]:
             run_model(bench, replace(model, heads=heads), arguments)
     return bench.report.finish()

@@ -159,6 +159,34 @@ def test_sequences_attend_rows_of_their_own() -> None:
     assert (tokens[..., 1] - tokens[..., 0] == 1).all()
 
 
+def test_where_all_rows_are_visible_each_step_has_sequences_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_decode, "CONTEXT", 50)  # of 400 tokens only so many are there for windows
+    model = replace(TINY, ratio=8, top_k=50, all_visible=True)
+    decode = attention_decode.make_decode(model, 3, 2, 400, KvFormat.BF16, "cpu")
+    assert decode.whole.kv.rows == 2 * 3 * (50 + 50)
+    for token, row in enumerate(decode.whole.indices.view(2, 3, 2, 66).reshape(-1, 66)):
+        cache = token // 2
+        window, visible = row[:16] - 100 * cache, row[16:]
+        assert window.tolist() == [*range(int(window[0]), int(window[0]) + 16)]
+        assert 0 <= int(window[0]) <= 34
+        count = int((visible >= 0).sum())
+        assert 394 // 8 <= count <= 50
+        assert visible[:count].tolist() == [*range(100 * cache + 50, 100 * cache + 50 + count)]
+        assert (visible[count:] == -1).all()
+
+
+def test_decode_of_all_visible_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_decode, "V4_HCA", replace(TINY, name="V4-HCA", all_visible=True))
+    monkeypatch.setattr(attention_decode, "CPU_CONTEXT", 64)
+    rows = _run(
+        attention_decode.main, tmp_path, "--models", "V4-HCA", "--sizes", "2", "--formats", "bf16", "--heads", "2",
+    )  # fmt: skip
+    assert {row["model"] for row in rows} == {"V4-HCA"}
+    # both tokens have seen 63 of 64 tokens or all, 15 or 16 rows of ratio 4, and a window of 16
+    entries = rows[0]["gathered_bytes_s"] * rows[0]["seconds"] / 128
+    assert 2 * 31 <= round(entries * 2) / 2 <= 2 * 32
+
+
 def test_a_wrong_step_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention_decode.Decode.run_step
 
