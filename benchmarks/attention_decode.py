@@ -9,7 +9,8 @@ its share of a dense product in bf16. The note tells the bytes of gathered rows 
 of 1 GiB reads and writes in the same run. `--heads 8 16 32` measures one device of several that share out the heads of
 a model (tensor parallel) and hold all of its rows. The tokens of a sequence choose rows independently: a real search,
 whose draft tokens share rows, gathers less. V4-HCA is a layer of ratio 128 after a million tokens: the window and all
-8,192 compressed rows; as a sequence's tokens attend the same, each step has sequences of its own.
+8,192 compressed rows; as a sequence's tokens attend the same, each step has sequences of its own, and bytes that two
+tokens of a step share count for both.
 """
 
 import statistics
@@ -116,7 +117,7 @@ def make_decode(
     caches = sequences * (steps if model.all_visible else 1)
     kv = make_rows(model, caches * rows_each, kv_format, generator)
     shape = (steps, sequences, each)
-    earliest = context - context // 64 if model.all_visible else context // 2
+    earliest = min(context - context // 64, context - each) if model.all_visible else context // 2
     first = torch.randint(earliest, context - each + 1, (steps, sequences, 1), generator=generator, device=device)
     position = (first + torch.arange(each, device=device))[..., None]
     cache = torch.arange(caches, device=device).view(-1, sequences).expand(steps, sequences)

@@ -81,7 +81,7 @@ class MemoryRow(Row):
     fitting_rows_per_s: float = 0.0
     over_round_s: tuple[float, ...] = ()
     fitting_round_s: tuple[float, ...] = ()
-    ratio_error: float = 0.0
+    ratio_error: float | None = None
     failures: int = 0
     worker_restarts: int = 0
     promoted_pages: int = 0
@@ -147,15 +147,15 @@ def run_work(callers: Sequence[Caller], at_once: int, outcome: Outcome) -> None:
     outcome.indices = figures[0]["indices"]
 
 
-def ratio_error(one: Sequence[float], other: Sequence[float]) -> float:
-    """Standard error of sum(one) / sum(other), which are measured in turn; 0.0 for a single pair.
+def ratio_error(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Standard error of sum(one) / sum(other), which are measured in turn; None for a single pair, which tells none.
 
     From what the ratio is without each of the pairs (the jackknife: Efron, "The Jackknife, the Bootstrap and Other
     Resampling Plans", SIAM 1982).
     """
     pairs, ones, others = len(one), sum(one), sum(other)
     if pairs < 2:
-        return 0.0
+        return None
     without = [(ones - a) / (others - b) for a, b in zip(one, other, strict=True)]
     mean = sum(without) / pairs
     return math.sqrt((pairs - 1) / pairs * sum((each - mean) ** 2 for each in without))
@@ -182,7 +182,7 @@ def wrong_rows(outcomes: list[Outcome], sizes: Sizes, keys: np.ndarray, cache: K
 
 
 def measure(device: str, sizes: Sizes) -> MemoryRow:
-    """Start the service, upload, let every cache be searched once, then offer what fits and four times that in turn."""
+    """Start the service, upload, do the work both ways once, then offer what fits and four times that in turn."""
     model, on_gpu = sizes.model, device != "cpu"
     keys = np.random.default_rng(1).standard_normal((sizes.keys, model.head_dim), dtype=np.float32)
     keys = (keys.view(np.uint32) >> 16).astype(np.uint16)
@@ -225,6 +225,7 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
             print(service.log_tail(), file=sys.stderr)
     ratios = [fit / more for fit, more in zip(fits.seconds, over.seconds, strict=True)]
     error = ratio_error(fits.seconds, over.seconds)
+    said = "" if error is None else f"± {error:.3f}; "
     return MemoryRow(
         table=TABLE,
         case=f"{sizes.caches} callers, {sizes.caches * keys.nbytes // MIB} MiB of keys, budget "
@@ -238,7 +239,7 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
         peak_bytes=sampler.most - before,
         wrong_rows=wrong_rows([warm, fits, over], sizes, keys, next(iter(caches.values()))),
         repeats=sizes.rounds,
-        note=f"± {error:.3f}; {over.rows_per_s:,.0f} rows/s at {TIMES} times what fits, {fits.rows_per_s:,.0f} at what "
+        note=f"{said}{over.rows_per_s:,.0f} rows/s at {TIMES} times what fits, {fits.rows_per_s:,.0f} at what "
         f"fits, single rounds {min(ratios):.2f} to {max(ratios):.2f}; context {context / MIB:.0f} MiB, "
         f"{sampler.samples} samples",
         checked_rows=3,

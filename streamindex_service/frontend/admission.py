@@ -62,6 +62,23 @@ class HasViews(Protocol):
         """No tile of it will come any more."""
 
 
+class Place:
+    """Where an open call stands among the others, for its operations: these refer to it and not to the call, which
+    refers to them. What refers to itself waits for the garbage collector, which holds up all calls for as long as it
+    looks at the pages of all caches (decision 0037).
+    """
+
+    __slots__ = ("search",)
+
+    def __init__(self) -> None:
+        self.search: OpenSearch | None = None
+
+    def __call__(self) -> OpenSearch:
+        """The search that the governor knows."""
+        assert self.search is not None, "the call is not open"
+        return self.search
+
+
 class OpenCall:
     """An open call: snapshots of rows, its place among the others, and while it has tiles views on the worker.
 
@@ -76,13 +93,12 @@ class OpenCall:
         self._cache = cache
         self._snapshots: list[Snapshot] = []
         self._operations: list[HasViews] = []
-        self._search: OpenSearch | None = None
+        self._place = Place()
 
     @property
     def search(self) -> OpenSearch:
         """Its place among the others."""
-        assert self._search is not None, "the call is not open"
-        return self._search
+        return self._place()
 
     def _hold(self, layer: int, kind: RowKind = RowKind.KEYS) -> Snapshot:
         snapshot = self.service.caches.snapshot(self._cache, layer, kind)
@@ -90,7 +106,8 @@ class OpenCall:
         return snapshot
 
     def _open(self, snapshot: Snapshot, band: Band, least: Need, run_s: float, deadline_s: float | None) -> None:
-        self._search = self.service.governor.open(snapshot, self._cache.owner, band, least, run_s, deadline_s)
+        owner = self._cache.owner
+        self._place.search = self.service.governor.open(snapshot, owner, band, least, run_s, deadline_s)
         self._cache.busy += 1
 
     def _let_go(self) -> None:
@@ -148,7 +165,7 @@ class AdmittedSearch(OpenCall):
                 self.snapshot,
                 parameters,
                 lambda scored: BlockLayout.of(cache.spec, parameters.top_k, scored or among_others, block_bytes),
-                lambda: self.search,
+                self._place,
             )
             self._operations.append(self.tiles)
             self._open(

@@ -75,7 +75,7 @@ class AdmittedAttention(OpenCall):
                     self.keys,
                     parameters.search,
                     lambda scored: self._layout(parameters, scored or among_others).only(SEARCHED),
-                    lambda: self.search,
+                    self._place,
                 )
                 self._operations.append(self.index)
                 service.governor.refuse_what_never_fits(self.index.least)
@@ -87,7 +87,7 @@ class AdmittedAttention(OpenCall):
                 self.window if parameters.window else None,
                 parameters,
                 self.layout,
-                lambda: self.search,
+                self._place,
             )
             self._operations.append(self.attend)
             rows = max(1, parameters.row_count)

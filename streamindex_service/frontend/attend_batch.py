@@ -44,7 +44,7 @@ class BatchAttention:
         check_asked(request, service.settings)
         batch.check_size(service, request.items)
         response = pb.SparseAttendBatchResponse()
-        results = [response.results.add() for _ in request.items]  # in its memory: see `tiles.Fields`
+        results = [response.results.add() for _ in request.items]  # one piece of memory: see `tiles.Fields`
         members = [
             member
             for item, result in zip(request.items, results, strict=True)

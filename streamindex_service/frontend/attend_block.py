@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 from streamindex.framing import Chunk
@@ -81,12 +79,11 @@ class AttendFiller:
         self._window_rows = window_rows
         self._row_bytes = part_bytes(layout, parameters)
         kv = parameters.kv
-        self._checks: list[Callable[[Block, int, int, int], None]] = [
-            self._finite(Q, KeyFormat.BF16, kv.heads * kv.key_dim, "q")
-        ]
+        # must be finite: of each tensor its elements' format, how many a row has, and what messages call it
+        self._finite = [(Q, KeyFormat.BF16, kv.heads * kv.key_dim, "q")]
         if parameters.search is not None:
-            self._checks.append(self._finite(INDEX_Q, spec.key_format, spec.heads * spec.head_dim, "index_q"))
-            self._checks.append(self._finite(INDEX_W, KeyFormat.FP32, spec.heads, "index_w"))
+            self._finite.append((INDEX_Q, spec.key_format, spec.heads * spec.head_dim, "index_q"))
+            self._finite.append((INDEX_W, KeyFormat.FP32, spec.heads, "index_w"))
 
     def fill(self, chunk: Chunk, first: int, count: int, block: Block, block_row: int, row_offset: int) -> None:
         """Rows [first, first + count) of a chunk to a block; `row_offset` is the call's row of the first of them.
@@ -99,21 +96,13 @@ class AttendFiller:
             for tensor, size in zip(PART_TENSORS, self._row_bytes, strict=True)
         )
         tensors.copy_rows(chunk, [RowRange(first, count, targets)], self._row_bytes)
-        for check in self._checks:
-            check(block, block_row, count, row_offset)
+        for tensor, key_format, elements, name in self._finite:
+            part = layout.part(block, tensor, block_row, count)
+            tensors.check_finite(part, key_format, elements, name, row_offset)
         positions = layout.part(block, POSITIONS, block_row, count)
         fill_positions(positions, self._parameters.start_position, row_offset)
         if self._parameters.window:
             self._check_window(positions.view(np.int64), row_offset)
-
-    def _finite(
-        self, tensor: int, key_format: KeyFormat, elements: int, name: str
-    ) -> Callable[[Block, int, int, int], None]:
-        def check(block: Block, block_row: int, count: int, row_offset: int) -> None:
-            part = self._layout.part(block, tensor, block_row, count)
-            tensors.check_finite(part, key_format, elements, name, row_offset)
-
-        return check
 
     def _check_window(self, positions: npt.NDArray[np.int64], row_offset: int) -> None:
         beyond = positions >= self._window_rows

@@ -254,9 +254,10 @@ class DeviceWorker:
         worker = views[0].worker
         self._map(worker, block.shared)
         tile_id = worker.next_id()
+        asked = message(tile_id)
         if worker.alive:  # a search may not have learnt yet that its worker is gone
             self._outstanding[tile_id] = request_key
-        future = worker.request(message(tile_id), tile_id)
+        future = worker.request(asked, tile_id)
         for view in views:
             view.tiles += 1
         future.add_done_callback(lambda done: self._tile_done(tile_id, views, done))

@@ -146,6 +146,7 @@ class IngestLane:
                 timer.cancel()
         # Raised to the stream, it holds the stream's frames, and those this lane: a circle around their last chunk.
         self.failure = self._error = None
+        self._news = self._failed = _nothing  # the stream refers to this lane
 
     def _still_working(self) -> bool:
         """Whether a thread has work; then `_changed` will be set."""
@@ -248,6 +249,10 @@ class IngestLane:
             self._done += 1
             self._done_bytes += first.size_bytes
         return bool(self._done) and (self._awaited or self._done_bytes >= self._news_bytes)
+
+
+def _nothing() -> None:
+    """Is to be done any more."""
 
 
 def _do(pieces: list[_Piece]) -> None:

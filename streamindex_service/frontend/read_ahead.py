@@ -51,7 +51,7 @@ class ReadAhead:
         self._waiting: dict[Stream, tuple[asyncio.Future[None], float]] = {}  # and until when at the latest
         self._left_s: dict[Stream, float] = {}  # of each that has waited: for how long it still may
         self._seen = -1
-        self._listen_at = -math.inf  # or when one has waited for long enough; each stream is asked then
+        self._listen_at = -math.inf  # each stream is asked then, changed or not; also the end of the first wait
         self._timer: asyncio.TimerHandle | None = None
 
     async def next(self, stream: Stream, most_s: float) -> None:
@@ -88,8 +88,8 @@ class ReadAhead:
         now, changes = self._loop.time(), self._changes()
         try:
             if changes != self._seen or now >= self._listen_at:
-                changed, self._seen = changes != self._seen, changes
-                self._let_some_in(now, changed=changed)
+                self._let_some_in(now, changed=changes != self._seen)
+                self._seen = changes
                 self._listen_at = min((until for _, until in self._waiting.values()), default=math.inf)
                 self._listen_at = min(self._listen_at, now + _LISTEN_S)
         finally:

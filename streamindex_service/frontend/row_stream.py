@@ -224,6 +224,9 @@ class RowStream(ABC):
         for filling in self._at.fillings:
             self._service.blocks.release(filling.block)
         self._at.fillings.clear()
+        # They refer to this, and what stopped them to their frames.
+        self._at.tiles.clear()
+        self._tasks.clear()
 
     async def _read(self) -> None:
         pacing = self._service.pacing

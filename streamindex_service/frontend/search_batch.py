@@ -57,7 +57,7 @@ class BatchSearch:
         # All appends before any search: an item may search the rows that another has appended.
         request = self._request
         response = pb.SearchBatchResponse()
-        results = [response.results.add() for _ in request.items]  # in its memory: see `tiles.Fields`
+        results = [response.results.add() for _ in request.items]  # one piece of memory: see `tiles.Fields`
         for item, result in zip(request.items, results, strict=True):
             try:
                 await self._append(item, result)

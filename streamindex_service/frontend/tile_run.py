@@ -38,7 +38,7 @@ class TileRun:
         rows: int,
         keys: int,
         blame_key: str = "",
-        ended: Callable[[TileRun], None] = lambda run: None,
+        ended: Callable[[TileRun], None] | None = None,
     ) -> None:
         self.first = first
         self.rows = rows
@@ -53,7 +53,7 @@ class TileRun:
         self._block = block
         self._keys = keys
         self._blame_key = blame_key
-        self._ended = ended
+        self._ended = ended or _nobody
         self._pieces: TilePieces | None = None  # from the first grant on
         self._step = 0  # of those that the present piece takes
         self._cancelled = False
@@ -206,16 +206,25 @@ class TileRun:
         assert self._pieces is not None
         if self._pieces.current is None:
             self.done.set_result(None)
-            self._ended(self)
+            self._tell_ended()
         elif self._cancelled:
             self._fail(WorkerLostError("the tile was cancelled"))
         else:
             self._request(*self._pieces.current)
 
     def _fail(self, error: BaseException) -> None:
-        self._turn = None
         self.done.set_exception(error)
-        self._ended(self)
+        self._tell_ended()
+
+    def _tell_ended(self) -> None:
+        """`done` is done. A turn and whoever listens refer to this, and this no longer to them: else each tile would
+        wait for the garbage collector."""
+        ended, self._ended, self._turn = self._ended, _nobody, None
+        ended(self)
+
+
+def _nobody(run: TileRun) -> None:
+    """Listens."""
 
 
 def _reason(error: BaseException) -> str:

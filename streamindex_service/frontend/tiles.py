@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +16,10 @@ from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _SCORE_ORDER = 1  # streamindex.v1.ResultOrder: parts are merged in this order
 
-# Of a message that is part of a tile's. They are put into the tile's itself: protobuf frees each message that was made
-# by itself, and after every 10,000 pieces of memory has glibc give all that is free back to the system
-# (`upb_trim_allocfunc`). That takes the loop milliseconds, and what it receives next a page fault for each page.
-Fields = Mapping[str, Any]
+# Fields of a message inside a tile's message. They become part of that, and no message of their own: protobuf frees
+# each that was made by itself, and after every 10,000 pieces of memory has glibc give all that is free back to the
+# system (`upb_trim_allocfunc`). That takes the loop milliseconds, and what it receives next a page fault a page.
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,10 +48,23 @@ def test_four_times_what_fits_is_measured():
 
 
 def test_the_error_of_a_ratio_is_that_of_its_rounds():
-    assert governor_memory.ratio_error([1.0], [2.0]) == 0.0
+    assert governor_memory.ratio_error([1.0], [2.0]) is None
     assert governor_memory.ratio_error([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(0.0)  # each has the same
-    # without one of the two the ratio is that of the other: 1.5 and 0.5, their mean 1.0
-    assert governor_memory.ratio_error([1.0, 3.0], [2.0, 2.0]) == pytest.approx(0.5)
+    # without one of the three: 5/3, 4/4 and 3/3, their mean 11/9; 2/3 of the sum of (4/9)², (2/9)² and (2/9)²
+    assert governor_memory.ratio_error([1.0, 2.0, 3.0], [2.0, 1.0, 2.0]) == pytest.approx((2 / 3 * 24 / 81) ** 0.5)
+
+
+def test_the_work_is_done_both_ways_before_it_counts(monkeypatch):
+    sizes, seen = governor_memory.sizes_of("cpu", quick=True), []
+    right = governor_memory.run_work
+
+    def noted(callers, at_once, outcome):
+        seen.append(at_once)
+        right(callers, at_once, outcome)
+
+    monkeypatch.setattr(governor_memory, "run_work", noted)
+    governor_memory.measure("cpu", sizes)
+    assert seen == [sizes.fitting, sizes.caches] * (1 + sizes.rounds)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,11 @@ class _Copies:
     def commit(self) -> None:
         self._groups.append([])
 
+    @property
+    def nothing(self) -> bool:
+        """Whether there is none."""
+        return self._groups == [[]]
+
     def wait(self, pending: int) -> None:
         while len(self._groups) - 1 > pending:
             for smem, value in self._groups.pop(0):
@@ -238,8 +243,8 @@ def _garbage(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
 class Kernel:
     """`attend_kernel[grid](...)`, program by program."""
 
-    def __init__(self, body: Any, ids: list[int], programs: list[int]) -> None:
-        self.body, self.ids, self.programs = body, ids, programs
+    def __init__(self, body: Any, ids: list[int], programs: list[int], under_way: _Copies) -> None:
+        self.body, self.ids, self.programs, self.under_way = body, ids, programs, under_way
 
     def __getitem__(self, grid: tuple[int, int]) -> Any:
         def run(*arguments: Any, num_warps: int, **constants: Any) -> None:
@@ -248,6 +253,7 @@ class Kernel:
             for number in range(grid[0] * grid[1]):
                 self.ids[:] = [number % grid[0], number // grid[0]]
                 self.body(*given, **constants)
+                assert self.under_way.nothing, "a program ends and copies to its shared memory are still under way"
 
         return run
 
@@ -256,11 +262,12 @@ def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of the kernel, to be run here: `launch` fills tensors of the CPU."""
     ids, programs = [0, 0], [1, 1]
 
+    under_way = _Copies()
+
     def jit(function: Any = None, **_: Any) -> Any:
-        return (lambda body: Kernel(body, ids, programs)) if function is None else function
+        return (lambda body: Kernel(body, ids, programs, under_way)) if function is None else function
 
     language = _language(ids, programs)
-    under_way = _Copies()
     copies = {
         "async_copy_global_to_shared": under_way.start,
         "commit_group": under_way.commit,

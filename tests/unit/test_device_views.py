@@ -224,3 +224,19 @@ async def test_pages_that_lost_their_place_before_they_were_copied():
     ]
     assert copied == [(1024, 0), (2048, 2048)]
     extents.drop(1)
+
+
+async def test_a_view_of_many_pages_comes_in_several_messages(monkeypatch):
+    monkeypatch.setattr(frontend_device, "PAGES_PER_MESSAGE", 2)
+    device = DeviceWorker(HostExtents(lambda number: None, Ledger("host", 0)), 2, time.monotonic)
+    device.supervisor, device.governor = OneLink(), OneEpoch()
+    places = [PageSlot(7 + number // 3, 4096 * number) for number in range(5)]
+    pages = [Page(PageSlot(1, 0), 4096, ACCOUNT, None, device=place) for place in places]
+    device.view_of(None, Snapshot(), pages, 1234)
+    messages = sent(device, "define_view")
+    assert [list(zip(each.extent_ids, each.extent_offsets, strict=True)) for each in messages] == [
+        places[:2], places[2:4], places[4:],
+    ]  # fmt: skip
+    assert [each.complete for each in messages] == [False, False, True]
+    assert {(each.view_id, each.key_format, each.head_dim, each.length_keys) for each in messages} == {(1, 1, 16, 1234)}
+    assert len(device.supervisor.link.futures) == 1  # the last is answered

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import pytest
 
 from streamindex_service.core.band_queue import Band
-from streamindex_service.frontend.read_ahead import ReadAhead
+from streamindex_service.frontend.read_ahead import _LISTEN_S, _LOOK_S, ReadAhead
+from tests.support.virtual_loop import run_virtually
 
 PLACES = 8
 LONG_S = 60.0
+
+
+SOON_S = 1.1 * _LOOK_S
 
 
 @dataclass(eq=False)
@@ -21,11 +25,13 @@ class Stream:
     band: Band = Band.STANDARD
     lacks: bool = True
     brings: bool = True
+    asked: int = 0
 
     def lacks_layer(self):
         return self.lacks
 
     def brings_rows(self):
+        self.asked += 1
         return self.brings
 
 
@@ -38,35 +44,46 @@ class World:
         self.inside: list[Stream] = []
         self.tasks: dict[Stream, asyncio.Task[None]] = {}
 
-    async def come(self, *streams: Stream, most_s: float = LONG_S) -> None:
+    async def come(self, *streams: Stream, most_s: float = LONG_S, settle_s: float = 3 * _LISTEN_S) -> None:
         for stream in streams:
             self.tasks[stream] = asyncio.create_task(self._come(stream, most_s))
-        await self.settle()
+        await self.settle(settle_s)
 
     async def _come(self, stream: Stream, most_s: float) -> None:
         await self.read_ahead.next(stream, most_s)
         self.inside.append(stream)
 
-    async def settle(self) -> None:
-        """Long enough for several looks."""
-        await asyncio.sleep(0.05)
+    async def settle(self, seconds: float = 3 * _LISTEN_S) -> None:
+        """Long enough for several looks, if nothing else is said."""
+        await asyncio.sleep(seconds)
 
-    async def takes_part(self, stream: Stream) -> None:
+    async def takes_part(self, stream: Stream, settle_s: float = 3 * _LISTEN_S) -> None:
         stream.lacks = False
         self.changes += 1
-        await self.settle()
+        await self.settle(settle_s)
 
 
-@pytest.fixture
-async def world():
-    made = World()
-    yield made
-    for task in made.tasks.values():
-        task.cancel()
-    await asyncio.gather(*made.tasks.values(), return_exceptions=True)
-    assert not made.read_ahead._waiting
+def virtually(test):
+    """A test of a world, in virtual time."""
+
+    async def scenario() -> None:
+        world = World()
+        try:
+            await test(world)
+        finally:
+            for task in world.tasks.values():
+                task.cancel()
+            await asyncio.gather(*world.tasks.values(), return_exceptions=True)
+        assert not world.read_ahead._waiting
+
+    def run() -> None:
+        run_virtually(scenario())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
 
 
+@virtually
 async def test_so_many_are_ahead_and_one_more_for_each_layer_that_takes_part(world):
     streams = [Stream(age) for age in range(PLACES + 3)]
     await world.come(*streams)
@@ -79,6 +96,7 @@ async def test_so_many_are_ahead_and_one_more_for_each_layer_that_takes_part(wor
     assert world.inside == streams[: PLACES + 2]
 
 
+@virtually
 async def test_callers_come_in_turn_and_of_each_the_oldest(world):
     many = [Stream(age, "many") for age in range(PLACES + 2)]
     others = [Stream(100, "one"), Stream(101, "two"), Stream(102, "one")]
@@ -89,6 +107,7 @@ async def test_callers_come_in_turn_and_of_each_the_oldest(world):
     assert world.inside[PLACES:] == [others[0], others[1], others[2], many[PLACES]]
 
 
+@virtually
 async def test_a_band_waits_for_those_above_it_and_not_for_those_below(world):
     below = [Stream(age, band=Band.BATCH) for age in range(PLACES)]
     above = [Stream(100 + age, band=Band.INTERACTIVE) for age in range(PLACES)]
@@ -104,6 +123,7 @@ async def test_a_band_waits_for_those_above_it_and_not_for_those_below(world):
     assert world.inside[2 * PLACES :] == [late[1]]
 
 
+@virtually
 async def test_who_brings_nothing_keeps_nobody_from_it(world):
     silent = [Stream(age) for age in range(PLACES)]
     last = Stream(100)
@@ -114,6 +134,7 @@ async def test_who_brings_nothing_keeps_nobody_from_it(world):
     assert world.inside[-1] is last
 
 
+@virtually
 async def test_whose_layer_comes_for_another_does_not_wait_any_more(world):
     first = [Stream(age) for age in range(PLACES)]
     waits, same = Stream(100), Stream(101)
@@ -122,6 +143,7 @@ async def test_whose_layer_comes_for_another_does_not_wait_any_more(world):
     assert world.inside == [*first, same]
 
 
+@virtually
 async def test_nobody_waits_for_longer_than_it_may(world):
     streams = [Stream(age) for age in range(PLACES + 2)]
     await world.come(*streams[: PLACES + 1])
@@ -129,6 +151,7 @@ async def test_nobody_waits_for_longer_than_it_may(world):
     assert world.inside == [*streams[:PLACES], streams[-1]]
 
 
+@virtually
 async def test_a_stream_that_ended_while_it_waited_takes_no_place(world):
     streams = [Stream(age) for age in range(PLACES + 2)]
     await world.come(*streams)
@@ -137,6 +160,7 @@ async def test_a_stream_that_ended_while_it_waited_takes_no_place(world):
     assert world.inside == [*streams[:PLACES], streams[-1]]
 
 
+@virtually
 async def test_a_stream_waits_no_longer_in_all_than_once(world):
     """And afresh once it has had its layer."""
     streams = [Stream(age) for age in range(PLACES)]
@@ -151,6 +175,7 @@ async def test_a_stream_waits_no_longer_in_all_than_once(world):
         await asyncio.wait_for(world.read_ahead.next(late, LONG_S), 0.05)
 
 
+@virtually
 async def test_those_who_have_waited_long_enough_take_no_places(world):
     streams = [Stream(age) for age in range(PLACES)]
     herd, waits = [Stream(100 + age) for age in range(50)], Stream(200)
@@ -162,6 +187,7 @@ async def test_those_who_have_waited_long_enough_take_no_places(world):
     assert world.inside[-1] is waits
 
 
+@virtually
 async def test_a_look_that_fails_is_not_the_last(world):
     streams = [Stream(age) for age in range(PLACES + 1)]
     await world.come(*streams)
@@ -174,6 +200,54 @@ async def test_a_look_that_fails_is_not_the_last(world):
     assert world.inside == streams
 
 
+@virtually
+async def test_a_look_that_fails_forgets_nothing(world):
+    streams, waits = [Stream(age) for age in range(PLACES)], Stream(100)
+    await world.come(*streams, waits)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    streams[0].lacks_layer = lambda: 1 / 0
+    await world.takes_part(waits, SOON_S)
+    assert waits not in world.inside
+    del streams[0].lacks_layer
+    await world.settle(SOON_S)
+    assert world.inside[-1] is waits
+
+
+@virtually
+async def test_what_happens_is_seen_at_the_next_look(world):
+    streams = [Stream(age) for age in range(PLACES + 3)]
+    await world.come(*streams)
+    await world.takes_part(streams[0], SOON_S)
+    assert world.inside == streams[: PLACES + 1]
+    world.read_ahead.leave(streams[1])
+    await world.settle(SOON_S)
+    assert world.inside == streams[: PLACES + 2]
+    late = Stream(100)
+    await world.come(late, most_s=_LOOK_S / 2, settle_s=SOON_S)
+    assert world.inside == [*streams[: PLACES + 2], late]
+
+
+@virtually
+async def test_a_place_that_is_free_already_is_taken_at_once(world):
+    streams = [Stream(age) for age in range(PLACES + 1)]
+    await world.come(*streams[:PLACES])
+    streams[3].brings = False  # of which nobody tells
+    await world.come(streams[-1], settle_s=0.0)
+    await world.settle(0.0)
+    assert world.inside == streams
+
+
+@virtually
+async def test_nobody_is_asked_more_often_than_is_of_use(world):
+    streams = [Stream(age) for age in range(PLACES + 20)]
+    await world.come(*streams)
+    asked = [stream.asked for stream in streams]
+    await world.settle(1.0)
+    most = 1.0 / _LISTEN_S + 1
+    assert all(stream.asked - before <= most for stream, before in zip(streams, asked, strict=True))
+
+
+@virtually
 async def test_what_counts_is_the_time_that_a_stream_has_waited(world):
     """Not the time in which it had a place, and lost it because its caller thought."""
     streams = [Stream(age) for age in range(PLACES + 1)]
@@ -192,6 +266,7 @@ async def test_what_counts_is_the_time_that_a_stream_has_waited(world):
         await asyncio.wait_for(world.read_ahead.next(thinks, LONG_S), 0.03)
 
 
+@virtually
 async def test_a_band_above_comes_at_once_though_others_wait(world):
     below = [Stream(age, band=Band.BATCH) for age in range(PLACES + 1)]
     await world.come(*below)
