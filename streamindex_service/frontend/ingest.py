@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamindex_service.errors import HostMemoryError, ServiceError
+from streamindex_service.frontend.frames import let_go_of_frames
 from streamindex_service.frontend.host_memory import IngressBudget
 
 _AHEAD = 12  # chunks of one stream that wait for a thread or are worked on
@@ -280,14 +281,8 @@ def _try(pieces: list[_Piece]) -> Exception | None:
 
 
 def _let_go(error: Exception) -> None:
-    """Take the frames from an error, which lives as long as its stream.
-
-    They hold the chunks, and views of the segments: no segment could go before them. Where it was raised, if nobody
-    expected it, goes on as text, for the log.
-    """
+    """Take the frames from an error, which lives as long as its stream: no segment could go before the views that they
+    hold. Where it was raised, if nobody expected it, goes on as text, for the log."""
     if not isinstance(error, ServiceError):
         error.add_note("On an ingest thread:\n" + "".join(traceback.format_exception(error)))
-    each: BaseException | None = error
-    while each is not None:
-        each.__traceback__ = None
-        each = each.__cause__ or each.__context__
+    let_go_of_frames(error)

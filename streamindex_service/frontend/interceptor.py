@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import structlog
 from streamindex_service.errors import InternalError, ServiceError
 from streamindex_service.frontend.call import CURRENT, Call
 from streamindex_service.frontend.call_context import CallContext
+from streamindex_service.frontend.frames import let_go_of_frames
 from streamindex_service.frontend.futures import seen
 from streamindex_service.frontend.identity import Identify
 from streamindex_service.frontend.messages import REFUSAL_TIMEOUT_S, Malformed, MessageWriter, raise_malformed
@@ -178,18 +178,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._counters.refusals[error.reason] += 1
             log = self._log.error if isinstance(error, InternalError) else self._log.info
             log("refused", reason=error.reason, field=error.field, detail=error.detail, **error.metadata)
-            _clear_frames(error)
+            let_go_of_frames(error)
             await abort(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError) as error:
             code = "CANCELLED"
-            _clear_frames(error)
+            let_go_of_frames(error)
             raise
         except Exception as error:
             # Not a refusal but a defect of ours; the caller learns that and no more.
             code = reason = InternalError.reason
             self._counters.refusals[InternalError.reason] += 1
             self._log.error("call_failed", exc_info=True)
-            _clear_frames(error)
+            let_go_of_frames(error)
             await abort(context, InternalError())
         finally:
             record.counters.running -= 1
@@ -197,12 +197,3 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if record.span is not None:
                 record.span.ended(code, reason)
             self.running.discard(task)
-
-
-def _clear_frames(error: BaseException) -> None:
-    """Have the frames that it came through let go of what they hold: chunks, and streams that hold tasks that hold the
-    error. A circle like that waits for the garbage collector with all its memory (decision 0037)."""
-    each: BaseException | None = error
-    while each is not None:
-        traceback.clear_frames(each.__traceback__)
-        each = each.__cause__ or each.__context__
