@@ -101,7 +101,8 @@ class TileRun:
         except Exception as error:  # whoever waits for the end of this must hear of it
             self._refused(error if isinstance(error, ServiceError) else InternalError(repr(error)))
             return
-        self._turn = turn  # it may have been granted already
+        if not self.done.done():  # it may have been granted already, and refused by the device
+            self._turn = turn
 
     def _granted(self, grant: Grant) -> None:
         service = self._operation.service
