@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import streamindex_client
@@ -181,6 +182,22 @@ def wrong_rows(outcomes: list[Outcome], sizes: Sizes, keys: np.ndarray, cache: K
     return int(report.wrong_rows) + different + sum(outcome.changed for outcome in outcomes)
 
 
+def settings_of(device: str, sizes: Sizes, cache_bytes: int) -> dict[str, dict[str, Any]]:
+    """Of the service, whose caches have so many bytes each."""
+    return {
+        "worker": {"device": device},
+        "memory": {
+            "device_budget_bytes": sizes.budget_bytes,
+            "host_budget_bytes": 2 * sizes.caches * cache_bytes + 64 * MIB,
+            "extent_bytes": sizes.extent_bytes,
+            "ingress_budget_bytes": 1024 * MIB,
+        },
+        "scheduler": {"max_queued_bytes": 1024 * MIB},
+        "limits": {"max_caller_caches": 1},  # so each is a caller of its own, or is refused
+        "log": {"level": "warning"},
+    }
+
+
 def measure(device: str, sizes: Sizes) -> MemoryRow:
     """Start the service, upload, do the work both ways once, then offer what fits and four times that in turn."""
     model, on_gpu = sizes.model, device != "cpu"
@@ -190,20 +207,10 @@ def measure(device: str, sizes: Sizes) -> MemoryRow:
     if on_gpu:
         read = nvml_used_bytes(str(torch.cuda.get_device_properties(device).uuid))
     before = read()
-    settings = {
-        "worker": {"device": device},
-        "memory": {
-            "device_budget_bytes": sizes.budget_bytes,
-            "host_budget_bytes": 2 * sizes.caches * keys.nbytes + 64 * MIB,
-            "extent_bytes": sizes.extent_bytes,
-            "ingress_budget_bytes": 1024 * MIB,
-        },
-        "scheduler": {"max_queued_bytes": 1024 * MIB},
-        "limits": {"max_caller_caches": 1},  # so each is a caller of its own, or is refused
-        "log": {"level": "warning"},
-    }
     fits, over = Outcome(), Outcome()
-    with RunningService(settings, callers=[WATCH, *(f"caller-{n}" for n in range(sizes.caches))]) as service:
+    with RunningService(
+        settings_of(device, sizes, keys.nbytes), callers=[WATCH, *(f"caller-{n}" for n in range(sizes.caches))]
+    ) as service:
         ask = functools.partial(load_of, service.address, service.tokens[WATCH])
         if not on_gpu:
             read = lambda: next(each for each in ask().ledgers if each.name == "hbm").reserved_bytes  # noqa: E731
