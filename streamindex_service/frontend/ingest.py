@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamindex_service.errors import HostMemoryError, ServiceError
-from streamindex_service.frontend.frames import let_go_of_frames
+from streamindex_service.frontend.collector import let_go_of_frames
 from streamindex_service.frontend.host_memory import IngressBudget
 
 _AHEAD = 12  # chunks of one stream that wait for a thread or are worked on

@@ -15,7 +15,7 @@ import structlog
 from streamindex_service.errors import InternalError, ServiceError
 from streamindex_service.frontend.call import CURRENT, Call
 from streamindex_service.frontend.call_context import CallContext
-from streamindex_service.frontend.frames import let_go_of_frames
+from streamindex_service.frontend.collector import let_go_of_frames
 from streamindex_service.frontend.futures import seen
 from streamindex_service.frontend.identity import Identify
 from streamindex_service.frontend.messages import REFUSAL_TIMEOUT_S, Malformed, MessageWriter, raise_malformed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import resource
 import signal
@@ -26,6 +25,7 @@ from streamindex_service.config import Settings
 from streamindex_service.errors import DrainingError
 from streamindex_service.frontend.allocator import keep_message_buffers
 from streamindex_service.frontend.attention_servicer import AttentionServicer
+from streamindex_service.frontend.collector import spare_what_stays
 from streamindex_service.frontend.health import HealthServicer
 from streamindex_service.frontend.identity import Identify, authenticator, current
 from streamindex_service.frontend.interceptor import CallInterceptor
@@ -45,7 +45,6 @@ from streamindex_service.telemetry.spans import Tracing
 _PIECE_BYTES = 1 << 20
 _METADATA_BYTES = 16_384  # of a call's headers: a token, two ids
 _UNCOMPRESSED_ONLY = 1  # a bit for each of gRPC's compression algorithms; the lowest is for none
-_MIDDLE_BEFORE_FULL = 100  # collections of the middle generation before a full one; Python has 10
 
 
 @dataclass(frozen=True)
@@ -300,13 +299,7 @@ async def serve(settings: Settings, on_listening: Callable[[Listening], None] | 
     listening = await server.start()
     if on_listening is not None:
         on_listening(listening)
-    # What is there now stays: the collector need not look through it again and again (7 % of an upload's time). And
-    # calls leave nothing for a full collection (decision 0037), for which nobody is answered while it looks at the
-    # pages of all caches: one for every 700,000 objects that there are more, not for every 70,000.
-    gc.collect()
-    gc.freeze()
-    young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, _MIDDLE_BEFORE_FULL)
+    spare_what_stays()
     signalled = asyncio.create_task(signals.get())
     ends: list[asyncio.Future[Any]] = [signalled, server.service.unusable]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -17,7 +17,8 @@ import torch
 from streamindex_client.errors import NonFiniteError
 
 from streamindex_service.errors import ServiceError
-from tests.faults.test_connections import KEYS, KIND, WAYS
+from streamindex_service.frontend.collector import spare_what_stays
+from tests.faults.test_connections import KEYS, KIND, WAYS, alive
 from tests.support.attend_batch import ASKED, Sequence
 from tests.support.attention import Shape
 from tests.support.calls import Calls
@@ -36,12 +37,6 @@ def server() -> Iterator[InProcessServer]:
 
 
 @pytest.fixture
-def calls(server: InProcessServer) -> Iterator[Calls]:
-    with Calls(server.target) as connection:
-        yield connection
-
-
-@pytest.fixture
 def garbage(server: InProcessServer) -> Iterator[Callable[[Callable[[], object]], Counter[str]]]:
     """(work) -> what the collector finds of ours after it, by kind."""
 
@@ -55,7 +50,7 @@ def garbage(server: InProcessServer) -> Iterator[Callable[[Callable[[], object]]
             work()
         wait_for(lambda: not server.server._calls.running)
         # their last callbacks run on the loop
-        wait_for(lambda: sum(type(each).__name__ == "_ServicerContext" for each in gc.get_objects()) <= 1)
+        wait_for(lambda: alive("_ServicerContext") <= 1)
         gc.collect()
         return Counter(kind for each in gc.garbage if (kind := kind_of(each)))
 
@@ -74,8 +69,8 @@ def kind_of(found: object) -> str:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_call_leaves_nothing(garbage, calls, way):
-    with calls.cache(KIND, Draw(1).keys(KIND, KEYS)) as cache:
+def test_a_call_leaves_nothing(garbage, server, way):
+    with Calls(server.target) as calls, calls.cache(KIND, Draw(1).keys(KIND, KEYS)) as cache:
         assert garbage(lambda: way(calls, cache.id)) == Counter()
 
 
@@ -101,6 +96,17 @@ def test_a_call_of_attention_leaves_nothing(garbage, server, way):
         sequence = Sequence(client, Shape(), 600, 40, 1)
         assert garbage(lambda: way(sequence, client)) == Counter()
         sequence.cache.delete()
+
+
+def test_full_collections_are_rare_and_spare_what_was_there():
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    try:
+        spare_what_stays()
+        assert gc.get_threshold() == (*before[:2], 10 * before[2])
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
 
 
 def test_what_waits_for_the_collector_is_seen(garbage):

@@ -12,10 +12,7 @@ from streamindex_service.frontend.read_ahead import _LISTEN_S, _LOOK_S, ReadAhea
 from tests.support.virtual_loop import run_virtually
 
 PLACES = 8
-LONG_S = 60.0
-
-
-SOON_S = 1.1 * _LOOK_S
+LONG_S, SOON_S = 60.0, 1.1 * _LOOK_S
 
 
 @dataclass(eq=False)
