@@ -7,7 +7,6 @@ here it is a number and a length. The ledger is charged by the extent, so it say
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -244,8 +243,7 @@ class PagePool:
             self.ledger.release(slots * page_bytes)
             raise
         self._next_extent_id += 1
-        offsets = range((slots - 1) * page_bytes, -1, -page_bytes)
-        places = list(map(PageSlot._make, zip(itertools.repeat(extent_id), offsets)))  # thousands of them
+        places = [PageSlot(extent_id, slot * page_bytes) for slot in range(slots - 1, -1, -1)]
         self._extents[extent_id] = _Extent(page_bytes, slots, places)
         self._free_pages[page_bytes] = self._free_pages.get(page_bytes, 0) + slots
         return extent_id
