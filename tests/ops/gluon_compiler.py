@@ -75,7 +75,7 @@ def _attend(kv_format: KvFormat, heads: int, key_dim: int, splits: int) -> tuple
     plan = Plan(0, splits=splits, tiles=attention_tiles(kv_format.value, heads, key_dim, 512, kernel))
     if kernel is AttentionKernel.HOPPER:
         return hopper, "attend_kernel", lambda: hopper.launch(problem, plan, ends, out, lse, 132)
-    return hopper_few_heads, "attend_kernel", lambda: hopper_few_heads.launch(problem, plan, ends, out, lse)
+    return hopper_few_heads, "attend_kernel", lambda: hopper_few_heads.launch(problem, plan, ends, out, lse, 132)
 
 
 def _score(key_format: KeyFormat, positions: torch.Tensor | None) -> tuple[ModuleType, str, Callable[[], None]]:

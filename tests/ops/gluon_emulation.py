@@ -1,15 +1,17 @@
 """Gluon on a CPU, as far as the kernel of `hopper_few_heads.py` uses it: what a program computes, not how its threads
 share that out. Layouts are ignored, copies arrive when they are waited for and not before, and products are float32
-sums of operands as rounded.
+sums of operands as rounded. The partitions of a program are threads, and wait for each other as they do on a device.
 
-So its arithmetic is judged where no device is: f16's range, powers of two, masks, what is stored where. Barriers, banks
-and the order of sums are not.
+So its arithmetic is judged where no device is: f16's range, powers of two, masks, what is stored where, and who may
+write when. Barriers within a partition, banks and the order of sums are not.
 """
 
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+import threading
+from collections.abc import Callable, Iterator
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +20,10 @@ import torch
 from tests.ops.fresh_modules import import_afresh
 
 _OPS = "streamindex_service.ops"
+_LONGEST_WAIT_S = 60.0  # of a partition for another: longer and they wait for each other
 _MODULES = (
     f"{_OPS}.gluon_names",
+    f"{_OPS}.sparse_attention.hopper_items",
     f"{_OPS}.sparse_attention.hopper_few_heads_gather",
     f"{_OPS}.sparse_attention.hopper_few_heads_products",
     f"{_OPS}.sparse_attention.hopper_few_heads",
@@ -127,28 +131,86 @@ def _store(pointer: Pointer, value: Value, mask: Value) -> None:
     pointer.memory[places[here]] = values[here]
 
 
-class _Copies:
-    """Asynchronous copies: until their group is waited for there is nothing where they go."""
+class _Barrier:
+    """An mbarrier: its phase ends with the last of `count` arrivals."""
+
+    def __init__(self, count: int) -> None:
+        self.count = self.pending = count
+        self.phase = 0
+        self.copies: list[tuple[Shared, Value]] = []  # those that end with this phase
+
+
+class _Program:
+    """What the partitions of a program share. A wait for what never comes fails, and so does every wait after it."""
 
     def __init__(self) -> None:
-        self._groups: list[list[tuple[Shared, Value]]] = [[]]  # the last is not committed yet
+        self._barriers: dict[int, _Barrier] = {}
+        self._started = threading.local()
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
 
-    def start(self, smem: Shared, pointer: Pointer, mask: Value) -> None:
-        self._groups[-1].append((smem, _load(pointer, mask, 0)))
+    def init(self, smem: Shared, count: int) -> None:
+        self._barriers[smem.tensor.data_ptr()] = _Barrier(count)
+
+    def arrive(self, smem: Shared, count: int = 1) -> None:
+        with self._changed:
+            self._count(self._barriers[smem.tensor.data_ptr()], count)
+
+    def wait(self, smem: Shared, phase: Any) -> None:
+        barrier, parity = self._barriers[smem.tensor.data_ptr()], int(phase)
+        with self._changed:
+            ended = self._changed.wait_for(lambda: self._error or barrier.phase % 2 != parity, _LONGEST_WAIT_S)
+            assert ended, "the barrier's phase never ends"
+            assert not self._error, "another partition has failed"
+            for to, value in barrier.copies:
+                to.store(value)
+            barrier.copies.clear()
+
+    def start_copy(self, smem: Shared, pointer: Pointer, mask: Value) -> None:
+        self._copies.append((smem, _load(pointer, mask, 0)))
         smem.tensor.copy_(_garbage(smem.tensor.dtype, smem.shape))
 
-    def commit(self) -> None:
-        self._groups.append([])
+    def arrive_with_copies(self, smem: Shared, increment_count: bool) -> None:
+        assert not increment_count
+        with self._changed:
+            barrier = self._barriers[smem.tensor.data_ptr()]
+            barrier.copies += self._copies
+            self._copies.clear()
+            self._count(barrier, 128)  # threads
+
+    def specialize(self, partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
+        threads = [threading.Thread(target=self._run, args=each, daemon=True) for each in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        assert not any(each.copies for each in self._barriers.values()), "copies are still under way"
+        self._barriers.clear()
 
     @property
-    def nothing(self) -> bool:
-        """Whether there is none."""
-        return self._groups == [[]]
+    def _copies(self) -> list[tuple[Shared, Value]]:
+        """Those that this partition started and that belong to no barrier yet."""
+        if not hasattr(self._started, "copies"):
+            self._started.copies = []
+        return self._started.copies
 
-    def wait(self, pending: int) -> None:
-        while len(self._groups) - 1 > pending:
-            for smem, value in self._groups.pop(0):
-                smem.store(value)
+    def _count(self, barrier: _Barrier, count: int) -> None:
+        barrier.pending -= count
+        assert barrier.pending >= 0, "more arrivals than a phase has"
+        if barrier.pending == 0:
+            barrier.phase, barrier.pending = barrier.phase + 1, barrier.count
+            self._changed.notify_all()
+
+    def _run(self, partition: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        try:
+            partition(*arguments)
+            assert not self._copies, "a partition ends with copies that nobody waits for"
+        except BaseException as error:  # raised again where the program is
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
 
 
 def _elements(words: torch.Tensor) -> torch.Tensor:
@@ -197,7 +259,7 @@ def _where(mask: Any, a: Any, b: Any) -> Value:
     return Value(torch.where(_bare(mask), _bare(a), _bare(b)))
 
 
-def _language(ids: list[int], programs: list[int]) -> dict[str, Any]:
+def _language(ids: list[int], programs: list[int], program: _Program) -> dict[str, Any]:
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
@@ -208,6 +270,7 @@ def _language(ids: list[int], programs: list[int]) -> dict[str, Any]:
              "SharedLinearLayout", "DistributedLinearLayout"), nothing,
         ),
         "thread_barrier": lambda: None,
+        "warp_specialize": program.specialize,
         "constexpr": lambda x: x,
         "pointer_type": lambda dtype: dtype,
         "program_id": lambda axis: Value(torch.tensor(ids[axis])),
@@ -240,49 +303,53 @@ def _garbage(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
     return torch.full([*shape[:-1], shape[-1] * dtype.itemsize], 0xFF, dtype=torch.uint8).view(dtype)
 
 
+def _numbers(*bounds: Any) -> Iterator[Value]:
+    """`range` of a kernel, whose numbers are values."""
+    return (Value(torch.tensor(number)) for number in range(*(int(bound) for bound in bounds)))
+
+
+def _with_plain_numbers(function: Any) -> Any:
+    """What is computed while a kernel is compiled has Python's `range`."""
+    return FunctionType(function.__code__, {**function.__globals__, "range": range})
+
+
 class Kernel:
     """`attend_kernel[grid](...)`, program by program."""
 
-    def __init__(self, body: Any, ids: list[int], programs: list[int], under_way: _Copies) -> None:
-        self.body, self.ids, self.programs, self.under_way = body, ids, programs, under_way
+    def __init__(self, body: Any, ids: list[int], programs: list[int]) -> None:
+        self.body, self.ids, self.programs = body, ids, programs
 
-    def __getitem__(self, grid: tuple[int, int]) -> Any:
+    def __getitem__(self, grid: tuple[int]) -> Any:
         def run(*arguments: Any, num_warps: int, **constants: Any) -> None:
             given = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
             self.programs[:] = grid
-            for number in range(grid[0] * grid[1]):
-                self.ids[:] = [number % grid[0], number // grid[0]]
+            for number in range(grid[0]):
+                self.ids[:] = [number]
                 self.body(*given, **constants)
-                assert self.under_way.nothing, "a program ends and copies to its shared memory are still under way"
 
         return run
 
 
 def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of the kernel, to be run here: `launch` fills tensors of the CPU."""
-    ids, programs = [0, 0], [1, 1]
-
-    under_way = _Copies()
+    ids, programs, program = [0], [1], _Program()
 
     def jit(function: Any = None, **_: Any) -> Any:
-        return (lambda body: Kernel(body, ids, programs, under_way)) if function is None else function
+        return (lambda body: Kernel(body, ids, programs)) if function is None else function
 
-    language = _language(ids, programs)
-    copies = {
-        "async_copy_global_to_shared": under_way.start,
-        "commit_group": under_way.commit,
-        "wait_group": under_way.wait,
-    }
+    language = _language(ids, programs, program)
+    copies = {"async_copy_global_to_shared": program.start_copy, "mbarrier_arrive": program.arrive_with_copies}
+    mbarrier = SimpleNamespace(init=program.init, wait=program.wait, arrive=program.arrive, MBarrierLayout=lambda: None)
     path = "triton.experimental.gluon"
     modules = {
         "triton": {},
         "triton.experimental": {},
-        path: {"jit": jit, "constexpr_function": lambda function: function},
+        path: {"jit": jit, "constexpr_function": _with_plain_numbers},
         f"{path}.language": language,
         f"{path}.language.nvidia": {},
         f"{path}.language.nvidia.ampere": {"mma_v2": _mma},
         f"{path}.language.nvidia.ampere.async_copy": copies,
-        f"{path}.language.nvidia.hopper": {},
+        f"{path}.language.nvidia.hopper": {"mbarrier": mbarrier, "fence_async_shared": lambda: None},
     }
     for name, members in modules.items():
         module = ModuleType(name)
@@ -290,4 +357,7 @@ def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.setitem(sys.modules, name, module)
         if "." in name:
             setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], module)
-    return import_afresh(monkeypatch, *_MODULES)[-1]
+    kernels = import_afresh(monkeypatch, *_MODULES)
+    for kernel in kernels:
+        vars(kernel)["range"] = _numbers
+    return kernels[-1]

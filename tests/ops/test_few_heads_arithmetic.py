@@ -22,13 +22,15 @@ def attend(monkeypatch: pytest.MonkeyPatch) -> Attend:
     """(inputs, splits, ends) -> what the kernel makes of them; parts are combined here, in float64."""
     kernel = load_kernel(monkeypatch)
 
-    def run(inputs: Inputs, splits: int = 1, ends: torch.Tensor | None = None) -> AttentionResult:
+    def run(
+        inputs: Inputs, splits: int = 1, ends: torch.Tensor | None = None, processors: int = 132
+    ) -> AttentionResult:
         tokens, heads, key_dim = inputs.q.shape
         shape, dtype = (splits, tokens, heads), torch.bfloat16 if splits == 1 else torch.float32
         out, lse = torch.full((*shape, 512), torch.nan, dtype=dtype), torch.full(shape, torch.nan)
         problem = Problem(inputs.q, inputs.kv, inputs.indices, inputs.scale, inputs.sink, out[0], lse[0])
         tiles = attention_tiles(inputs.kv.format.value, heads, key_dim, 512, AttentionKernel.HOPPER_FEW_HEADS)
-        kernel.launch(problem, Plan(0, splits=splits, tiles=tiles), ends, out, lse)
+        kernel.launch(problem, Plan(0, splits=splits, tiles=tiles), ends, out, lse, processors)
         if splits == 1:
             return AttentionResult(out[0], lse[0])
         assert inputs.sink is None
@@ -79,6 +81,18 @@ def test_parts_and_ends(attend: Attend, kv_format: KvFormat) -> None:
     ends = (valid * torch.arange(1, 301, dtype=torch.int32)).amax(dim=1).int()
     assert ends[0] == 0
     assert_right(inputs, attend(inputs, ends=ends))
+
+
+@PACKED
+@pytest.mark.parametrize("processors", [1, 4])
+def test_one_item_after_another(attend: Attend, kv_format: KvFormat, processors: int) -> None:
+    inputs = packed_case(kv_format, tokens=5, heads=20, width=600, sink=False)
+    inputs.indices[1] = -1
+    inputs.indices[3, 70:] = -1
+    ends = torch.tensor([600, 0, 600, 70, 1], dtype=torch.int32)
+    inputs.indices[4, 1:] = -1
+    for splits in (1, 3):
+        assert_right(inputs, attend(inputs, splits=splits, ends=ends, processors=processors))
 
 
 @PACKED

@@ -51,12 +51,13 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> tuple[frozenset[AttentionKernel],
     ("owner", "names", "kernels", "scores"),
     [
         (COPIES, LOADS, set(), True),
-        (COPIES, ("commit_group",), set(), True),
+        (COPIES, ("commit_group",), {AttentionKernel.HOPPER_FEW_HEADS}, True),
+        (COPIES, ("mbarrier_arrive",), set(), True),
         (TILES, LOADS, {AttentionKernel.HOPPER_FEW_HEADS}, False),
         (GLUON, ("barrier", "thread_barrier"), set(), False),
         (f"{GLUON}.shared_memory_descriptor", ("reinterpret", "_reinterpret"), set(), True),
     ],
-    ids=["load_async", "commit_group", "load_tile", "barrier", "view"],
+    ids=["load_async", "commit_group", "mbarrier_arrive", "load_tile", "barrier", "view"],
 )
 def test_kernels_without_something_they_need_are_not_chosen(
     monkeypatch: pytest.MonkeyPatch, owner: str, names: tuple[str, ...], kernels: set, scores: bool, stays: bool

@@ -27,7 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from streamindex_service.ops import gluon_names
 from streamindex_service.ops.gluon_names import barrier, load_tile, missing
 from streamindex_service.ops.sparse_attention import hopper_gather
-from streamindex_service.ops.sparse_attention.hopper_gather import span
+from streamindex_service.ops.sparse_attention.hopper_gather import HEADS_AN_ITEM
+from streamindex_service.ops.sparse_attention.hopper_items import span
 from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
@@ -40,7 +41,6 @@ MISSING = missing(
 )
 _LOG2E = 1.4426950408889634
 _LN2 = gl.constexpr(0.6931471805599453)
-_HEADS = 64
 # ptxas takes no instruction with a larger output, whatever registers the partition has
 VALUE_COLUMNS = gl.constexpr(128)
 _VALUE_REGISTERS = 176
@@ -53,7 +53,7 @@ def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> Non
     """Fill `out` and `lse`, partial ones of plan.splits parts if there are several. ends: [tokens] int32, one past the
     last valid entry of each index row, or None for the width."""
     p, tiles = problem, plan.tiles
-    items = p.tokens * p.heads // _HEADS * plan.splits
+    items = p.tokens * p.heads // HEADS_AN_ITEM.value * plan.splits
     queries = p.q.view(-1, p.key_dim)
     tail = p.key_dim - p.value_dim
     q_desc = _describe(queries, p.value_dim)
@@ -82,7 +82,7 @@ def _views(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _describe(queries, columns: int) -> TensorDescriptor:
-    block = [_HEADS, columns]
+    block = [HEADS_AN_ITEM.value, columns]
     return TensorDescriptor.from_tensor(queries, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
 
 
@@ -166,7 +166,7 @@ def _weigh(
     turn = items * 0
     _ask(q_desc, q_tail_desc, gl.program_id(0), items, splits, q_smem, q_tail_smem, q_full, HEADS, DIM, TAIL)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, first_head, part, begin, end = span(ends, item, splits, width, HEADS // 64, BLOCK, HAS_ENDS)
+        token, first_head, part, begin, end = span(ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS)
         largest = gl.full((64,), float("-inf"), gl.float32, layout=by_head)
         total = gl.zeros((64,), gl.float32, layout=by_head)
         hopper.mbarrier.wait(q_full, turn & 1)
@@ -217,7 +217,7 @@ def _add_values(
     done = items * 0
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, first_head, part, begin, end = span(ends, item, splits, width, HEADS // 64, BLOCK, HAS_ENDS)
+        token, first_head, part, begin, end = span(ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS)
         acc = gl.zeros((64, COLUMNS), gl.float32, layout=mma)
         for _ in range(begin, end, BLOCK):
             slot, message = done % STAGES, done % MESSAGES

@@ -2,9 +2,20 @@
 triton.py, and no more work for what heads there are not.
 
 The kernel in hopper.py multiplies 64 heads at a time. Where a model's heads are shared out over several devices (tensor
-parallel), 8 to 32 are left, and most of its products would be of nothing. Here a program takes 16 heads of one token
-and a part of its index row, and multiplies with mma.sync, whose operands are registers: a gathered row is widened on
+parallel), 8 to 32 are left, and most of its products would be of nothing. Here an item is 16 heads of one token and a
+part of its index row, and products are those of mma.sync, whose operands are registers: a gathered row is widened on
 its way from shared memory to the matrix unit, and never written back.
+
+A block stays on its multiprocessor and takes one item after another. Its partitions hand blocks of rows to each other
+through a ring of stages in shared memory:
+
+- one brings rows in and takes their scales apart (hopper_few_heads_gather.py);
+- one multiplies queries with them and makes weights (the online softmax), which it leaves in the stage, with the factor
+  by which the outputs so far are to be multiplied;
+- one multiplies weights with values, and gives the stage back.
+
+So rows come in, and the weights of a block are found, while the values of the block before are added up: with few heads
+each of these waits more than it computes.
 
 Everything 8-bit is multiplied in f16, for which the device widens e4m3 in one instruction for two. f16 has seven bits
 more than e4m3 and holds every one of its numbers, so nothing is lost by that; what f16 lacks is range, which powers of
@@ -35,21 +46,23 @@ Written in Gluon, which is an experimental part of Triton and cannot be interpre
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import ampere
+from triton.experimental.gluon.language.nvidia import ampere, hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from streamindex_service.ops import gluon_names
 from streamindex_service.ops.gluon_names import barrier, missing, view
 from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
+    BEYOND,
+    COPY_THREADS,
+    ENTRIES,
+    HEADS_AN_ITEM,
     ROTARY_WORDS,
     SHARE_HEAD,
     WORDS,
+    any_beyond,
+    copy_rows,
     exponent_of,
-    load_entries,
-    load_exponents,
     power,
-    share_scales,
-    start_copies,
     word_layout,
 )
 from streamindex_service.ops.sparse_attention.hopper_few_heads_products import (
@@ -57,41 +70,48 @@ from streamindex_service.ops.sparse_attention.hopper_few_heads_products import (
     add_in_f16,
     hold_queries,
     load_queries,
+    load_shares,
     multiply,
 )
+from streamindex_service.ops.sparse_attention.hopper_items import span
 from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
 # What this module takes from Gluon and this Triton's does not have.
 MISSING = missing(
-    (gl, ("allocate_shared_memory", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout")),
-    (gl, ("SharedLinearLayout", "inline_asm_elementwise")),
+    (gl, ("warp_specialize", "allocate_shared_memory", "inline_asm_elementwise", "SharedLinearLayout")),
+    (gl, ("DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout")),
     (gluon, ("constexpr_function",)),
     (ampere, ("mma_v2",)),
-    (async_copy, ("commit_group", "wait_group")),
+    (hopper, ("mbarrier", "fence_async_shared")),
+    (async_copy, ("mbarrier_arrive",)),
     (gluon_names, ("barrier", "load_async", "view")),
 )
 _LOG2E = 1.4426950408889634
 _LN2 = gl.constexpr(0.6931471805599453)
-HEADS_A_PROGRAM = gl.constexpr(16)  # M of mma.sync
 VALUES = gl.constexpr(512)  # elements of a value, and of a key but for a tail
+# With eight warps that add up values, more of them wait for each other (docs/decisions/0035).
+_VALUE_WARPS = 4
+_VALUE_REGISTERS = 184
+_COPY_REGISTERS = 72
 _WEIGHT_HEAD = gl.constexpr(2.0**15)  # what weights in f16 are multiplied by: the range of f16 lies below
 
 
-def launch(problem: Problem, plan: Plan, ends, out, lse) -> None:
+def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> None:
     """Fill `out` and `lse`, partial ones of plan.splits parts if there are several. ends: [tokens] int32, one past the
     last valid entry of each index row, or None for the width."""
     p, tiles, packing = problem, plan.tiles, problem.kv.format.packed
     partial = plan.splits > 1
-    head_blocks = -(-p.heads // tiles.block_heads)
-    attend_kernel[(p.tokens * head_blocks, plan.splits)](
+    items = p.tokens * -(-p.heads // tiles.block_heads) * plan.splits
+    attend_kernel[(min(processors, items),)](
         p.q, p.kv.data.view(torch.int32), p.indices if p.kv.scales is None else p.kv.scales.view(torch.int64),
         p.indices, p.indices if ends is None else ends, p.indices if p.sink is None else p.sink, out,
-        p.indices if lse is None else lse, p.kv.rows, p.width, plan.splits, p.scale * _LOG2E,
+        p.indices if lse is None else lse, items, p.tokens, plan.splits, p.kv.rows, p.width, p.scale * _LOG2E,
         HEADS=p.heads, TAIL=p.key_dim - p.value_dim, BLOCK=tiles.block_entries, STAGES=tiles.stages,
         HELD_QUERIES=tiles.held_queries, HAS_ENDS=ends is not None, HAS_SINK=p.sink is not None and not partial,
         WANT_LSE=lse is not None, PARTIAL=partial, ROW=packing.row_bytes, NARROW=packing.narrow, GROUP=packing.group,
-        ROTARY=packing.rotary_offset, WARPS=tiles.warps, num_warps=tiles.warps,
+        ROTARY=packing.rotary_offset, WARPS=tiles.warps, VALUE_WARPS=_VALUE_WARPS, VALUE_REGISTERS=_VALUE_REGISTERS,
+        COPY_REGISTERS=_COPY_REGISTERS, num_warps=tiles.warps,
     )  # fmt: skip
 
 
@@ -100,14 +120,14 @@ def _weigh(products, rotary_products, scale_head, scale_log2, exponent, bias, la
     """One step of the online softmax. products: divided by 2^e and by a head's power of two; exponent: of 2^e.
 
     Returns weights with 2^e, at most 1, and without [16, BLOCK], the new `largest` [16], and the factor of all sums so
-    far [16, 1].
+    far [16].
     """
     above = (exponent - 127).to(gl.float32)
     logits = products * scale_head * power(exponent) + rotary_products * scale_log2 + bias
     new_largest = gl.maximum(largest, gl.max(logits + above, axis=1))
     # of a row without an entry so far: any finite number, for −inf − −inf is no number
     shift = gl.where(new_largest == float("-inf"), 0.0, new_largest)
-    fade = gl.expand_dims(gl.exp2(largest - shift), 1)
+    fade = gl.exp2(largest - shift)
     # e first: the difference is next to the logit itself, and what `shift` was rounded by comes back. Where logits are
     # so large that it does not, a weight may be anything, but not infinite.
     place = logits + (above - gl.expand_dims(shift, 1))
@@ -117,12 +137,11 @@ def _weigh(products, rotary_products, scale_head, scale_log2, exponent, bias, la
 
 @gluon.jit
 def _finish(
-    totals, largest, sink, lse, place, head, HEADS: gl.constexpr, HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr,
+    total, largest, sink, lse, place, head, HEADS: gl.constexpr, HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr,
     PARTIAL: gl.constexpr,
 ):  # fmt: skip
-    """Store the log-sum-exp; returns the reciprocals of the denominators as powers of two and the rest, [16, 1] each.
+    """Store the log-sum-exp; returns the reciprocals of the denominators as powers of two and the rest, [16] each.
     place: of head 0 in `lse`."""
-    total = gl.sum(totals, axis=1)
     nothing = total == 0.0
     # Whole powers of the total go to the whole number: without e it may be far from 1, where its logarithm would lose
     # bits and a sink could not be added.
@@ -138,7 +157,7 @@ def _finish(
     if HAS_SINK:
         logit = gl.load(sink + head, mask=head < HEADS, other=float("-inf")) * (1.0 / _LN2)
         total += gl.exp2(logit - largest)
-    return gl.expand_dims(down, 1), gl.expand_dims(1.0 / total, 1)
+    return down, 1.0 / total
 
 
 @gluon.jit
@@ -151,23 +170,17 @@ def _store(value, out, place, first_head, FIRST: gl.constexpr, STOP: gl.constexp
     gl.store(out + (gl.expand_dims((place + head) * VALUES, 1) + element), value.to(out.dtype.element_ty), mask=here)
 
 
-@gluon.jit(
-    do_not_specialize=["rows", "width", "splits", "scale_log2"],
-    do_not_specialize_on_alignment=["scales", "indices", "ends", "sink", "lse"],
-)
-def attend_kernel(
-    q, data, scales, indices, ends, sink, out, lse, rows, width, splits, scale_log2,
-    HEADS: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HELD_QUERIES: gl.constexpr,
-    HAS_ENDS: gl.constexpr, HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr, PARTIAL: gl.constexpr,
-    ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr, WARPS: gl.constexpr,
+@gluon.jit
+def _weigh_blocks(
+    q, ends, sink, lse, items, tokens, splits, width, scale_log2,
+    value_smem, rotary_smem, scale_smem, bias_smem, exponent_smem, share_smem, narrow_smem,
+    query_smem, weight_smem, plain_smem, fade_smem, final_smem, full, weighed, final_full, final_empty,
+    HEADS: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_ENDS: gl.constexpr,
+    HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr, PARTIAL: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr,
+    HELD_QUERIES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """16 heads of one token over its index row, or over a part of it. Grid: (tokens × head blocks, splits).
-
-    data: [rows, ROW / 4] int32; scales: [rows] int64, if they lie beside. NARROW: e4m3 elements of a row, GROUP of
-    which share a scale; ROTARY: byte of its bf16 elements, which belong to the value unless there is a TAIL.
-    HELD_QUERIES: queries stay in registers. Everything else as in triton.py's kernel.
-    """
-    HEAD_BLOCKS: gl.constexpr = (HEADS + HEADS_A_PROGRAM - 1) // HEADS_A_PROGRAM
+    """Logits and the online softmax of each block: weights [16, BLOCK], and the factor of all sums so far [16]; at the
+    end of an item what its sums are to be multiplied by, two [16]."""
     GROUPS: gl.constexpr = VALUES // GROUP  # the last of rows of 448 is none
     USED: gl.constexpr = NARROW // GROUP
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, WARPS], instr_shape=[16, 8])
@@ -175,10 +188,147 @@ def attend_kernel(
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     by_head: gl.constexpr = gl.SliceLayout(1, mma)
     by_key: gl.constexpr = gl.SliceLayout(0, mma)
+    eights: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    done = items * 0
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, first_head, part, begin, end = span(
+            ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS
+        )  # fmt: skip
+        down = load_queries(q, query_smem, token, first_head, HEADS, VALUES + TAIL, NARROW, WARPS)
+        scale_head = gl.convert_layout(gl.expand_dims(down, 1), mma) * scale_log2
+        queries = hold_queries(query_smem, GROUPS, USED if HELD_QUERIES else 0, left)
+        head = first_head + gl.arange(0, 16, layout=gl.SliceLayout(1, left))
+        element = gl.expand_dims(NARROW + gl.arange(0, 2 * ROTARY_WORDS, layout=gl.SliceLayout(0, left)), 0)
+        q_rotary = q + (gl.expand_dims((token * HEADS + head) * (VALUES + TAIL), 1) + element)
+        q_rotary = gl.load(q_rotary, mask=gl.expand_dims(head < HEADS, 1) & (element >= 0), other=0.0)
+        largest = gl.full((16,), float("-inf"), gl.float32, layout=by_head)
+        totals = gl.zeros((16, BLOCK), gl.float32, layout=mma)
+        for _ in range(begin, end, BLOCK):
+            slot = done % STAGES
+            hopper.mbarrier.wait(full.index(slot), (done // STAGES) & 1)
+            rotary = view(rotary_smem.index(slot), gl.bfloat16, [BLOCK, 2 * ROTARY_WORDS], eights)
+            zero = gl.zeros((16, BLOCK), gl.float32, layout=mma)
+            rotary_products = mma_v2(q_rotary, rotary.permute((1, 0)).load(right), zero)
+            products = multiply(
+                queries, query_smem, value_smem.index(slot), share_smem.index(slot), BLOCK, GROUPS, USED, HELD_QUERIES,
+                mma,
+            )  # fmt: skip
+            exponent = exponent_smem.index(slot).load(by_key) & (BEYOND - 1)
+            bias = gl.expand_dims(bias_smem.index(slot).load(by_key), 0)
+            weights, plain_weights, largest, fade = _weigh(
+                products, rotary_products, scale_head, scale_log2, gl.expand_dims(exponent, 0), bias, largest
+            )
+            totals = totals * gl.expand_dims(fade, 1) + plain_weights
+            if TAIL == 0:
+                plain_smem.index(slot).store(plain_weights.to(gl.bfloat16))
+            weights *= _WEIGHT_HEAD
+            if any_beyond(exponent_smem.index(slot), BLOCK, WARPS):
+                in_bf16 = view(weight_smem.index(slot), gl.bfloat16, [16, BLOCK], eights)
+                in_bf16.store(weights.to(gl.bfloat16))
+            else:
+                weight_smem.index(slot).store(weights.to(gl.float16))
+            fade_smem.index(slot).store(fade)
+            hopper.mbarrier.arrive(weighed.index(slot), count=1)
+            done += 1
+        place = (part.to(gl.int64) * tokens + token) * HEADS if PARTIAL else token * HEADS
+        head = first_head + gl.arange(0, 16, layout=by_head)
+        down, rest = _finish(
+            gl.sum(totals, axis=1), largest, sink, lse, place, head, HEADS, HAS_SINK, WANT_LSE, PARTIAL
+        )  # fmt: skip
+        hopper.mbarrier.wait(final_empty, (turn & 1) ^ 1)
+        final_smem.index(0).store(down)
+        final_smem.index(1).store(rest)
+        hopper.mbarrier.arrive(final_full, count=1)
+        turn += 1
+
+
+@gluon.jit
+def _add_values(
+    ends, out, items, tokens, splits, width,
+    value_smem, rotary_smem, exponent_smem, share_smem, narrow_smem, weight_smem, plain_smem, fade_smem, final_smem,
+    full, weighed, empty, final_full, final_empty,
+    HEADS: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_ENDS: gl.constexpr,
+    PARTIAL: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Weights times values, block by block, and at the end of an item the outputs."""
+    GROUPS: gl.constexpr = VALUES // GROUP
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, WARPS], instr_shape=[16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    by_head: gl.constexpr = gl.SliceLayout(1, mma)
+    eights: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    done = items * 0
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, first_head, part, begin, end = span(
+            ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS
+        )  # fmt: skip
+        acc_a = gl.zeros((16, WORDS), gl.float32, layout=mma)
+        acc_b = gl.zeros((16, WORDS), gl.float32, layout=mma)
+        acc_c = gl.zeros((16, WORDS), gl.float32, layout=mma)
+        acc_d = gl.zeros((16, WORDS), gl.float32, layout=mma)
+        acc_rotary = gl.zeros((16, 2 * ROTARY_WORDS), gl.float32, layout=mma)
+        for _ in range(begin, end, BLOCK):
+            slot = done % STAGES
+            hopper.mbarrier.wait(full.index(slot), (done // STAGES) & 1)
+            hopper.mbarrier.wait(weighed.index(slot), (done // STAGES) & 1)
+            shares = load_shares(narrow_smem.index(slot), BLOCK, GROUPS, WARPS, right)
+            fade = gl.expand_dims(fade_smem.index(slot).load(by_head), 1)
+            acc_a, acc_b, acc_c, acc_d = acc_a * fade, acc_b * fade, acc_c * fade, acc_d * fade
+            if any_beyond(exponent_smem.index(slot), BLOCK, WARPS):
+                acc_a, acc_b, acc_c, acc_d = add_in_bf16(
+                    weight_smem.index(slot), value_smem.index(slot), share_smem.index(slot), acc_a, acc_b, acc_c, acc_d,
+                    BLOCK, GROUPS, WARPS, mma,
+                )  # fmt: skip
+            else:
+                words = value_smem.index(slot).load(right)
+                acc_a, acc_b, acc_c, acc_d = add_in_f16(
+                    weight_smem.index(slot), words, shares, acc_a, acc_b, acc_c, acc_d, mma
+                )
+            if TAIL == 0:
+                rotary = view(rotary_smem.index(slot), gl.bfloat16, [BLOCK, 2 * ROTARY_WORDS], eights)
+                acc_rotary = mma_v2(plain_smem.index(slot).load(left), rotary.load(right), acc_rotary * fade)
+            hopper.mbarrier.arrive(empty.index(slot), count=1)
+            done += 1
+        hopper.mbarrier.wait(final_full, turn & 1)
+        down = gl.expand_dims(final_smem.index(0).load(by_head), 1)
+        rest = gl.expand_dims(final_smem.index(1).load(by_head), 1)
+        hopper.mbarrier.arrive(final_empty, count=1)
+        turn += 1
+        place = (part.to(gl.int64) * tokens + token) * HEADS if PARTIAL else token * HEADS
+        if TAIL == 0:
+            _store(acc_rotary * down * rest, out, place, first_head, NARROW, VALUES, HEADS)
+        down *= 1.0 / (_WEIGHT_HEAD * SHARE_HEAD)
+        # elements as words have them
+        even = gl.join(acc_a * down * rest, acc_c * down * rest)
+        odd = gl.join(acc_b * down * rest, acc_d * down * rest)
+        _store(gl.reshape(gl.join(even, odd), (16, VALUES)), out, place, first_head, 0, NARROW, HEADS)
+
+
+@gluon.jit(
+    do_not_specialize=["items", "tokens", "splits", "rows", "width", "scale_log2"],
+    do_not_specialize_on_alignment=["scales", "indices", "ends", "sink", "lse"],
+)
+def attend_kernel(
+    q, data, scales, indices, ends, sink, out, lse, items, tokens, splits, rows, width, scale_log2,
+    HEADS: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HELD_QUERIES: gl.constexpr,
+    HAS_ENDS: gl.constexpr, HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr, PARTIAL: gl.constexpr,
+    ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr, WARPS: gl.constexpr,
+    VALUE_WARPS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """All items. Grid: (multiprocessors,); WARPS warps, and those of the other partitions.
+
+    data: [rows, ROW / 4] int32; scales: [rows] int64, if they lie beside. NARROW: e4m3 elements of a row, GROUP of
+    which share a scale; ROTARY: byte of its bf16 elements, which belong to the value unless there is a TAIL.
+    HELD_QUERIES: queries stay in registers. Everything else as in triton.py's kernel.
+    """
+    GROUPS: gl.constexpr = VALUES // GROUP
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     fours: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     eights: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    entry_smem = gl.allocate_shared_memory(gl.int32, [ENTRIES // BLOCK, BLOCK], flat)
     value_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK, WORDS], word_layout(BLOCK))
     rotary_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK, ROTARY_WORDS], fours)
     if NARROW == 448:
@@ -186,92 +336,52 @@ def attend_kernel(
     else:
         scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES, GROUPS, BLOCK], plain)
     bias_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], flat)
-    exponent_smem = gl.allocate_shared_memory(gl.int32, [BLOCK], flat)
-    share_smem = gl.allocate_shared_memory(gl.float32, [GROUPS, BLOCK], plain)
-    narrow_smem = gl.allocate_shared_memory(gl.float16, [GROUPS, BLOCK], plain)
+    exponent_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK], flat)
+    share_smem = gl.allocate_shared_memory(gl.float32, [STAGES, GROUPS, BLOCK], plain)
+    narrow_smem = gl.allocate_shared_memory(gl.float16, [STAGES, GROUPS, BLOCK], plain)
     query_smem = gl.allocate_shared_memory(gl.float16, [4, 16, WORDS], eights)
-    weight_smem = gl.allocate_shared_memory(gl.float16, [16, BLOCK], eights)
+    weight_smem = gl.allocate_shared_memory(gl.float16, [STAGES, 16, BLOCK], eights)
+    plain_smem = weight_smem
     if TAIL == 0:
-        plain_smem = gl.allocate_shared_memory(gl.bfloat16, [16, BLOCK], eights)
-
-    token = (gl.program_id(0) // HEAD_BLOCKS).to(gl.int64)
-    first_head = gl.program_id(0) % HEAD_BLOCKS * HEADS_A_PROGRAM
-    part = gl.program_id(1)
-    end = gl.load(ends + token) if HAS_ENDS else width
-    blocks = (end + BLOCK - 1) // BLOCK
-    begin = blocks * part // splits * BLOCK
-    end = gl.minimum(blocks * (part + 1) // splits * BLOCK, end)
-    entries = indices + token * width
-    found = load_entries(entries, begin, end, BLOCK, WARPS)
-    for stage in gl.static_range(STAGES - 1):
-        start_copies(
-            data, scales, found, rows, value_smem.index(stage), rotary_smem.index(stage), scale_smem.index(stage),
-            bias_smem.index(stage), ROW, NARROW, ROTARY, WARPS,
-        )  # fmt: skip
-        found = load_entries(entries, begin + (stage + 1) * BLOCK, end, BLOCK, WARPS)
-
-    down = load_queries(q, query_smem, token, first_head, HEADS, VALUES + TAIL, NARROW, WARPS)
-    scale_head = gl.convert_layout(down, mma) * scale_log2
+        plain_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 16, BLOCK], eights)
+    fade_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 16], flat)
+    final_smem = gl.allocate_shared_memory(gl.float32, [2, 16], flat)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    weighed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    landed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    final_full = gl.allocate_shared_memory(gl.int64, [1], hopper.mbarrier.MBarrierLayout())
+    final_empty = gl.allocate_shared_memory(gl.int64, [1], hopper.mbarrier.MBarrierLayout())
+    hopper.mbarrier.init(final_full, count=1)
+    hopper.mbarrier.init(final_empty, count=1)
+    for slot in gl.static_range(STAGES):
+        hopper.mbarrier.init(landed.index(slot), count=COPY_THREADS)
+        hopper.mbarrier.init(full.index(slot), count=1)
+        hopper.mbarrier.init(weighed.index(slot), count=1)
+        hopper.mbarrier.init(empty.index(slot), count=1)
+    hopper.fence_async_shared()
     barrier()
-    queries = hold_queries(query_smem, GROUPS, USED if HELD_QUERIES else 0, left)
-    head = first_head + gl.arange(0, 16, layout=gl.SliceLayout(1, left))
-    element = gl.expand_dims(NARROW + gl.arange(0, 2 * ROTARY_WORDS, layout=gl.SliceLayout(0, left)), 0)
-    q_rotary = q + (gl.expand_dims((token * HEADS + head) * (VALUES + TAIL), 1) + element)
-    q_rotary = gl.load(q_rotary, mask=gl.expand_dims(head < HEADS, 1) & (element >= 0), other=0.0)
-
-    largest = gl.full((16,), float("-inf"), gl.float32, layout=by_head)
-    totals = gl.zeros((16, BLOCK), gl.float32, layout=mma)
-    acc_a = gl.zeros((16, WORDS), gl.float32, layout=mma)
-    acc_b = gl.zeros((16, WORDS), gl.float32, layout=mma)
-    acc_c = gl.zeros((16, WORDS), gl.float32, layout=mma)
-    acc_d = gl.zeros((16, WORDS), gl.float32, layout=mma)
-    acc_rotary = gl.zeros((16, 2 * ROTARY_WORDS), gl.float32, layout=mma)
-    done = end * 0
-    for start in range(begin, end, BLOCK):
-        slot, ahead = done % STAGES, (done + STAGES - 1) % STAGES
-        async_copy.wait_group(STAGES - 2)
-        barrier()
-        start_copies(
-            data, scales, found, rows, value_smem.index(ahead), rotary_smem.index(ahead), scale_smem.index(ahead),
-            bias_smem.index(ahead), ROW, NARROW, ROTARY, WARPS,
-        )  # fmt: skip
-        found = load_entries(entries, start + STAGES * BLOCK, end, BLOCK, WARPS)
-        values = value_smem.index(slot)
-        rotary = view(rotary_smem.index(slot), gl.bfloat16, [BLOCK, 2 * ROTARY_WORDS], eights)
-        share_scales(scale_smem.index(slot), exponent_smem, share_smem, narrow_smem, GROUPS, NARROW, GROUP, WARPS)
-        zero = gl.zeros((16, BLOCK), gl.float32, layout=mma)
-        rotary_products = mma_v2(q_rotary, rotary.permute((1, 0)).load(right), zero)
-        products = multiply(queries, query_smem, values, share_smem, BLOCK, GROUPS, USED, HELD_QUERIES, mma)
-        exponent, beyond = load_exponents(exponent_smem, BLOCK, WARPS, by_key)
-        bias = gl.expand_dims(bias_smem.index(slot).load(by_key), 0)
-        weights, plain_weights, largest, fade = _weigh(
-            products, rotary_products, scale_head, scale_log2, gl.expand_dims(exponent, 0), bias, largest
-        )
-        totals = totals * fade + plain_weights
-        if TAIL == 0:
-            plain_smem.store(plain_weights.to(gl.bfloat16))
-        weights *= _WEIGHT_HEAD
-        acc_a, acc_b, acc_c, acc_d = acc_a * fade, acc_b * fade, acc_c * fade, acc_d * fade
-        if beyond:
-            acc_a, acc_b, acc_c, acc_d = add_in_bf16(
-                weights, values, share_smem, weight_smem, acc_a, acc_b, acc_c, acc_d, BLOCK, GROUPS, WARPS, mma
-            )
-        else:
-            acc_a, acc_b, acc_c, acc_d = add_in_f16(
-                weights, values, narrow_smem, weight_smem, acc_a, acc_b, acc_c, acc_d, BLOCK, GROUPS, WARPS, mma
-            )
-        if TAIL == 0:
-            acc_rotary = mma_v2(plain_smem.load(left), rotary.load(right), acc_rotary * fade)
-        done += 1
-    async_copy.wait_group(0)
-
-    place = (part.to(gl.int64) * (gl.num_programs(0) // HEAD_BLOCKS) + token) * HEADS
-    head = first_head + gl.arange(0, 16, layout=by_head)
-    down, rest = _finish(totals, largest, sink, lse, place, head, HEADS, HAS_SINK, WANT_LSE, PARTIAL)
-    if TAIL == 0:
-        _store(acc_rotary * down * rest, out, place, first_head, NARROW, VALUES, HEADS)
-    down *= 1.0 / (_WEIGHT_HEAD * SHARE_HEAD)
-    # elements as words have them
-    even = gl.join(acc_a * down * rest, acc_c * down * rest)
-    odd = gl.join(acc_b * down * rest, acc_d * down * rest)
-    _store(gl.reshape(gl.join(even, odd), (16, VALUES)), out, place, first_head, 0, NARROW, HEADS)
+    # the tuples stand here in full: put into a variable, a constexpr becomes a tensor
+    gl.warp_specialize(
+        [
+            (_weigh_blocks, (
+                q, ends, sink, lse, items, tokens, splits, width, scale_log2,
+                value_smem, rotary_smem, scale_smem, bias_smem, exponent_smem, share_smem, narrow_smem,
+                query_smem, weight_smem, plain_smem, fade_smem, final_smem, full, weighed, final_full, final_empty,
+                HEADS, TAIL, BLOCK, STAGES, HAS_ENDS, HAS_SINK, WANT_LSE, PARTIAL, NARROW, GROUP, HELD_QUERIES,
+                WARPS,
+            )),
+            (_add_values, (
+                ends, out, items, tokens, splits, width,
+                value_smem, rotary_smem, exponent_smem, share_smem, narrow_smem, weight_smem, plain_smem, fade_smem,
+                final_smem, full, weighed, empty, final_full, final_empty,
+                HEADS, TAIL, BLOCK, STAGES, HAS_ENDS, PARTIAL, NARROW, GROUP, VALUE_WARPS,
+            )),
+            (copy_rows, (
+                data, scales, indices, ends, items, splits, rows, width,
+                entry_smem, value_smem, rotary_smem, scale_smem, bias_smem, exponent_smem, share_smem, narrow_smem,
+                landed, full, empty, HEADS, BLOCK, STAGES, HAS_ENDS, ROW, NARROW, GROUP, ROTARY, GROUPS,
+            )),
+        ],
+        [VALUE_WARPS, 4], [VALUE_REGISTERS, COPY_REGISTERS],
+    )  # fmt: skip

@@ -1,5 +1,5 @@
-"""What a program of the kernel for few heads does with rows before they are multiplied: it copies them into a ring of
-stages, as they are, and takes the scales of a block apart.
+"""The partition of the kernel for few heads that brings rows in: it copies them into a ring of stages, as they are,
+and takes the scales of a block apart before it hands the block over.
 
 A scale is 2^e times a share, 2^e being the power of two of the largest scale of the row. Shares of a row in f16 are as
 good as its scales if these lie within 2^20 of each other (2^12 if they are no powers of two), and e within what the
@@ -8,10 +8,16 @@ softmax's sums bear.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from streamindex_service.ops.gluon_names import load_async
+from streamindex_service.ops.gluon_names import load_async, view
+from streamindex_service.ops.sparse_attention.hopper_items import span
 
+HEADS_AN_ITEM = gl.constexpr(16)  # M of mma.sync
+ENTRIES = gl.constexpr(512)  # of an index row, brought in together
+COPY_WARPS = gl.constexpr(4)
+COPY_THREADS = gl.constexpr(32 * 4)
 WORDS = gl.constexpr(128)  # of four e4m3 of a row
 ROTARY_WORDS = gl.constexpr(32)  # of two bf16
 SHARE_HEAD = gl.constexpr(2.0**5)  # what shares in f16 are multiplied by: the range of f16 lies below
@@ -35,12 +41,12 @@ def word_layout(block):
 
 
 @gluon.constexpr_function
-def _copy_layouts(warps):
-    """How the threads share out copies of values, of rotary elements, and of scales [groups, rows]."""
+def _copy_layouts():
+    """How the threads share out copies of values, of rotary elements, of scales [groups, rows] and of entries."""
     return (
-        gl.BlockedLayout([1, 4], [1, 32], [warps, 1], [1, 0]),
-        gl.BlockedLayout([1, 4], [4, 8], [warps, 1], [1, 0]),
-        gl.BlockedLayout([1, 1], [1, 32], [4, warps // 4], [1, 0]),
+        gl.BlockedLayout([1, 4], [1, 32], [COPY_WARPS, 1], [1, 0]),
+        gl.BlockedLayout([1, 4], [4, 8], [COPY_WARPS, 1], [1, 0]),
+        gl.BlockedLayout([1, 1], [1, 32], [COPY_WARPS, 1], [1, 0]),
     )
 
 
@@ -57,55 +63,53 @@ def exponent_of(x):
 
 
 @gluon.jit
-def load_entries(entries, start, end, BLOCK: gl.constexpr, WARPS: gl.constexpr):
-    """A block of entries, −1 behind the end, three times: for each way of copying as its threads need them."""
-    layouts: gl.constexpr = _copy_layouts(WARPS)
-    for_values = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layouts[0]))
-    for_rotary = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layouts[1]))
-    for_scales = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layouts[2]))
-    return (
-        gl.load(entries + for_values, mask=for_values < end, other=-1),
-        gl.load(entries + for_rotary, mask=for_rotary < end, other=-1),
-        gl.load(entries + for_scales, mask=for_scales < end, other=-1),
-    )
+def _load_entries(entries, start, end, BLOCK: gl.constexpr, BLOCKS: gl.constexpr):
+    """Entries of BLOCKS blocks, −1 behind the end: [BLOCKS, BLOCK]."""
+    layout: gl.constexpr = _copy_layouts()[2]
+    block = gl.expand_dims(gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, layout)), 1)
+    place = start + block * BLOCK + gl.expand_dims(gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout)), 0)
+    return gl.load(entries + place, mask=place < end, other=-1)
 
 
 @gluon.jit
-def start_copies(
-    data, scales, found, rows, value_smem, rotary_smem, scale_smem, bias_smem,
-    ROW: gl.constexpr, NARROW: gl.constexpr, ROTARY: gl.constexpr, WARPS: gl.constexpr,
+def _start_copies(
+    data, scales, entry_smem, rows, value_smem, rotary_smem, scale_smem,
+    ROW: gl.constexpr, NARROW: gl.constexpr, ROTARY: gl.constexpr,
 ):  # fmt: skip
-    """Have the rows that load_entries `found` copied as they are, 16 bytes at a time, zeros where not valid; and write
-    their biases [BLOCK]: 0, or −inf where not valid."""
-    layouts: gl.constexpr = _copy_layouts(WARPS)
-    valid = (found[0] >= 0) & (found[0] < rows)
-    row = data + gl.expand_dims(gl.where(valid, found[0], 0).to(gl.int64) * (ROW // 4), 1)
+    """Have the rows of a block of entries copied as they are, 16 bytes at a time, zeros where not valid. Returns their
+    biases [BLOCK]: 0, or −inf where not valid."""
+    layouts: gl.constexpr = _copy_layouts()
+    found = entry_smem.load(gl.SliceLayout(1, layouts[0]))
+    valid = (found >= 0) & (found < rows)
+    row = data + gl.expand_dims(gl.where(valid, found, 0).to(gl.int64) * (ROW // 4), 1)
     word = gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, layouts[0])), 0)
     load_async(value_smem, row + word, mask=gl.expand_dims(valid, 1) & (word < NARROW // 4))
-    valid = (found[1] >= 0) & (found[1] < rows)
-    row = data + gl.expand_dims(gl.where(valid, found[1], 0).to(gl.int64) * (ROW // 4), 1)
+    found = entry_smem.load(gl.SliceLayout(1, layouts[1]))
+    valid = (found >= 0) & (found < rows)
+    row = data + gl.expand_dims(gl.where(valid, found, 0).to(gl.int64) * (ROW // 4), 1)
     word = gl.expand_dims(gl.arange(0, ROTARY_WORDS, layout=gl.SliceLayout(0, layouts[1])), 0)
     load_async(rotary_smem, row + (ROTARY // 4 + word), mask=gl.expand_dims(valid, 1) & (word >= 0))
-    valid = (found[2] >= 0) & (found[2] < rows)
-    index = gl.where(valid, found[2], 0).to(gl.int64)
+    found = entry_smem.load(gl.SliceLayout(0, layouts[2]))
+    valid = (found >= 0) & (found < rows)
+    index = gl.where(valid, found, 0).to(gl.int64)
     if NARROW == 448:  # eight exponent bytes beside the row
         load_async(scale_smem, scales + index, mask=valid)
     else:  # four float32 behind its values
         group = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, layouts[2])), 1)
         place = data + (gl.expand_dims(index * (ROW // 4) + NARROW // 4, 0) + group)
         load_async(scale_smem, place, mask=gl.expand_dims(valid, 0) & (group >= 0))
-    async_copy.commit_group()
-    bias_smem.store(gl.where(valid, 0.0, float("-inf")))
+    return gl.where(valid, 0.0, float("-inf"))
 
 
 @gluon.jit
-def share_scales(
+def _share_scales(
     scale_smem, exponent_smem, share_smem, narrow_smem,
-    GROUPS: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr,
+    GROUPS: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Take the scales of a block apart: exponents of 2^e [BLOCK] int32 as float32 has them, shares [GROUPS, BLOCK]
     float32, and the same in f16, times SHARE_HEAD. BEYOND is added where a row's shares in f16 will not do."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, WARPS], [0, 1])
+    # a row's scales in one thread: nothing is traded
+    layout: gl.constexpr = gl.BlockedLayout([GROUPS, 1], [1, 32], [1, COPY_WARPS], [0, 1])
     if NARROW == 448:  # an exponent byte is the exponent field of a float32; the eighth is padding
         group = gl.expand_dims(gl.arange(0, GROUPS, layout=gl.SliceLayout(1, layout)), 1)
         eight = gl.expand_dims(scale_smem.load(gl.SliceLayout(0, layout)), 0)
@@ -131,6 +135,66 @@ def share_scales(
     narrow_smem.store((share * SHARE_HEAD).to(gl.float16))
 
 
+@gluon.jit
+def _hand_over(
+    number, scale_smem, exponent_smem, share_smem, narrow_smem, landed, full,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Wait for the rows of block `number`, take their scales apart, and let the other partitions have it."""
+    slot = number % STAGES
+    hopper.mbarrier.wait(landed.index(slot), (number // STAGES) & 1)
+    _share_scales(
+        scale_smem.index(slot), exponent_smem.index(slot), share_smem.index(slot), narrow_smem.index(slot),
+        GROUPS, NARROW, GROUP,
+    )  # fmt: skip
+    hopper.mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def copy_rows(
+    data, scales, indices, ends, items, splits, rows, width,
+    entry_smem, value_smem, rotary_smem, scale_smem, bias_smem, exponent_smem, share_smem, narrow_smem,
+    landed, full, empty,
+    HEADS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_ENDS: gl.constexpr,
+    ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    """The partition that keeps the ring full. Entries come in many blocks at a time, the next of them meanwhile.
+
+    A block is handed over once the copies of the one after it have started, also if that is of another item.
+    """
+    BLOCKS: gl.constexpr = ENTRIES // BLOCK
+    together = view(entry_smem, gl.int32, [BLOCKS, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    done = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, _, _, begin, end = span(ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS)
+        entries = indices + token * width
+        following = _load_entries(entries, begin, end, BLOCK, BLOCKS)
+        block = items * 0
+        for start in range(begin, end, BLOCK):
+            if block == 0:
+                together.store(following)
+                following = _load_entries(entries, start + ENTRIES, end, BLOCK, BLOCKS)
+            slot = done % STAGES
+            hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
+            bias = _start_copies(
+                data, scales, entry_smem.index(block), rows, value_smem.index(slot), rotary_smem.index(slot),
+                scale_smem.index(slot), ROW, NARROW, ROTARY,
+            )  # fmt: skip
+            async_copy.mbarrier_arrive(landed.index(slot), increment_count=False)
+            bias_smem.index(slot).store(bias)
+            if done > 0:
+                _hand_over(
+                    done - 1, scale_smem, exponent_smem, share_smem, narrow_smem, landed, full,
+                    STAGES, GROUPS, NARROW, GROUP,
+                )  # fmt: skip
+            block = (block + 1) % BLOCKS
+            done += 1
+    if done > 0:
+        _hand_over(
+            done - 1, scale_smem, exponent_smem, share_smem, narrow_smem, landed, full, STAGES, GROUPS, NARROW, GROUP
+        )
+
+
 @gluon.constexpr_function
 def _everywhere(block, warps):
     """[BLOCK], all of it in every warp."""
@@ -141,8 +205,6 @@ def _everywhere(block, warps):
 
 
 @gluon.jit
-def load_exponents(exponent_smem, BLOCK: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
-    """What share_scales wrote: exponents [BLOCK], and whether it is BEYOND for any row of the block, which each warp
-    finds for itself: no barrier."""
-    beyond = gl.max(exponent_smem.load(_everywhere(BLOCK, WARPS)), axis=0) >= BEYOND
-    return exponent_smem.load(layout) & (BEYOND - 1), beyond
+def any_beyond(exponent_smem, BLOCK: gl.constexpr, WARPS: gl.constexpr):
+    """Whether an exponent [BLOCK] is BEYOND for any row of the block. Each warp finds it for itself: no barrier."""
+    return gl.max(exponent_smem.load(_everywhere(BLOCK, WARPS)), axis=0) >= BEYOND

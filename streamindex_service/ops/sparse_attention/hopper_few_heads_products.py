@@ -71,7 +71,7 @@ def load_queries(
     q, smem, token, first_head, HEADS: gl.constexpr, DIM: gl.constexpr, NARROW: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """Queries that meet 8-bit elements, as _WIDEN_KEYS lays keys out, in f16: into `smem` [4, 16, WORDS]. Returns the
-    power of two [16, 1] by which each head's were divided."""
+    power of two [16] by which each head's were divided."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     head = first_head + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
     word = gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, layout)), 0)
@@ -86,7 +86,7 @@ def load_queries(
     smem.index(1).store((b * up).to(gl.float16))
     smem.index(2).store((c * up).to(gl.float16))
     smem.index(3).store((d * up).to(gl.float16))
-    return gl.expand_dims(power(exponent - _QUERY_HEAD), 1)
+    return power(exponent - _QUERY_HEAD)
 
 
 @gluon.jit
@@ -101,8 +101,8 @@ def hold_queries(smem, GROUPS: gl.constexpr, USED: gl.constexpr, left: gl.conste
 
 @gluon.jit
 def multiply(
-    queries, query_smem, value_smem, share_smem,
-    BLOCK: gl.constexpr, GROUPS: gl.constexpr, USED: gl.constexpr, HELD_QUERIES: gl.constexpr, mma: gl.constexpr,
+    queries, query_smem, value_smem, share_smem, BLOCK: gl.constexpr, GROUPS: gl.constexpr, USED: gl.constexpr,
+    HELD_QUERIES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """Products of the queries with the 8-bit elements of a block of keys, times shares of scales: [16, BLOCK]."""
     EACH: gl.constexpr = WORDS // GROUPS
@@ -124,13 +124,12 @@ def multiply(
 
 
 @gluon.jit
-def _by_word(smem, kind: gl.constexpr, BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
-    """Bits of shares [GROUPS, BLOCK], integers of `kind`, as those of every word: [BLOCK, WORDS]."""
-    layout: gl.constexpr = _group_layout(BLOCK, GROUPS, WARPS)
-    few = view(smem, kind, [GROUPS, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).permute((1, 0))
-    few = gl.expand_dims(few.load(gl.SliceLayout(2, layout)), 2)
-    many = gl.zeros((BLOCK, GROUPS, WORDS // GROUPS), kind, layout=layout)
-    return gl.reshape(few | many, (BLOCK, WORDS))
+def _by_word(smem, BITS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
+    """Shares [GROUPS, ROWS] as those of every word, as integers of type BITS: [ROWS, WORDS]."""
+    layout: gl.constexpr = _group_layout(ROWS, GROUPS, WARPS)
+    few = gl.expand_dims(smem.permute((1, 0)).load(gl.SliceLayout(2, layout)), 2).to(BITS, bitcast=True)
+    many = gl.zeros((ROWS, GROUPS, WORDS // GROUPS), BITS, layout=layout)
+    return gl.reshape(few | many, (ROWS, WORDS))
 
 
 @gluon.jit
@@ -142,34 +141,39 @@ def _widen_values(words, shares):
 
 
 @gluon.jit
-def add_in_f16(
-    weights, values, narrow_smem, weight_smem, acc_a, acc_b, acc_c, acc_d,
-    BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """Add weights times values, of the four elements of a word each to a sum of its own."""
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    weight_smem.store(weights.to(gl.float16))
-    p = weight_smem.load(gl.DotOperandLayout(0, mma, 2))
+def load_shares(narrow_smem, BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr, right: gl.constexpr):
+    """Shares in f16 of every word: [BLOCK, WORDS]."""
     shares = gl.convert_layout(_by_word(narrow_smem, gl.int16, BLOCK, GROUPS, WARPS), right)
-    a, b, c, d = _widen_values(values.load(right), shares.to(gl.float16, bitcast=True))
+    return shares.to(gl.float16, bitcast=True)
+
+
+@gluon.jit
+def add_in_f16(weight_smem, words, shares, acc_a, acc_b, acc_c, acc_d, mma: gl.constexpr):
+    """Add weights times values, of the four elements of a word each to a sum of its own."""
+    p = weight_smem.load(gl.DotOperandLayout(0, mma, 2))
+    a, b, c, d = _widen_values(words, shares)
     return mma_v2(p, a, acc_a), mma_v2(p, b, acc_b), mma_v2(p, c, acc_c), mma_v2(p, d, acc_d)
 
 
 @gluon.jit
 def add_in_bf16(
-    weights, values, share_smem, weight_smem, acc_a, acc_b, acc_c, acc_d,
+    weight_smem, value_smem, share_smem, acc_a, acc_b, acc_c, acc_d,
     BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """The same where f16 does not hold the shares."""
+    """The same where f16 does not hold the shares: few rows at a time, for registers that the other way has no use
+    for would be lost to it."""
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    ROWS: gl.constexpr = 16
     weight_smem = view(weight_smem, gl.bfloat16, [16, BLOCK], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    weight_smem.store(weights.to(gl.bfloat16))
-    p = weight_smem.load(gl.DotOperandLayout(0, mma, 2))
-    shares = gl.convert_layout(_by_word(share_smem, gl.int32, BLOCK, GROUPS, WARPS), right)
-    shares = shares.to(gl.float32, bitcast=True) * SHARE_HEAD
-    a, b, c, d = _widen_values(values.load(right), gl.full((BLOCK, WORDS), 1.0, gl.float16, layout=right))
-    acc_a = mma_v2(p, (a.to(gl.float32) * shares).to(gl.bfloat16), acc_a)
-    acc_b = mma_v2(p, (b.to(gl.float32) * shares).to(gl.bfloat16), acc_b)
-    acc_c = mma_v2(p, (c.to(gl.float32) * shares).to(gl.bfloat16), acc_c)
-    acc_d = mma_v2(p, (d.to(gl.float32) * shares).to(gl.bfloat16), acc_d)
+    for first in gl.static_range(0, BLOCK, ROWS):
+        p = weight_smem.slice(first, ROWS, dim=1).load(gl.DotOperandLayout(0, mma, 2))
+        few = share_smem.slice(first, ROWS, dim=1)
+        shares = gl.convert_layout(_by_word(few, gl.int32, ROWS, GROUPS, WARPS), right)
+        shares = shares.to(gl.float32, bitcast=True) * SHARE_HEAD
+        words = value_smem.slice(first, ROWS, dim=0).load(right)
+        a, b, c, d = _widen_values(words, gl.full((ROWS, WORDS), 1.0, gl.float16, layout=right))
+        acc_a = mma_v2(p, (a.to(gl.float32) * shares).to(gl.bfloat16), acc_a)
+        acc_b = mma_v2(p, (b.to(gl.float32) * shares).to(gl.bfloat16), acc_b)
+        acc_c = mma_v2(p, (c.to(gl.float32) * shares).to(gl.bfloat16), acc_c)
+        acc_d = mma_v2(p, (d.to(gl.float32) * shares).to(gl.bfloat16), acc_d)
     return acc_a, acc_b, acc_c, acc_d

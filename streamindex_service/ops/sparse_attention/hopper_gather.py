@@ -17,7 +17,9 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from streamindex_service.ops.gluon_names import load_async, view
+from streamindex_service.ops.sparse_attention.hopper_items import span
 
+HEADS_AN_ITEM = gl.constexpr(64)
 _WORDS = gl.constexpr(16)  # of four e4m3 values, or 32 of two bf16: 64 elements, a column of the swizzled stage
 _TOGETHER = gl.constexpr(2)  # pieces of 64 elements that are widened between two barriers
 # Four e4m3 values to bf16: their bits, moved to where bf16 has them, are the value times 2^-120. Exact, subnormals too.
@@ -57,19 +59,6 @@ _FOUR_BF16 = gl.constexpr((gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16))
 
 
 @gluon.jit
-def span(
-    ends, item, splits, width, HEAD_BLOCKS: gl.constexpr, BLOCK: gl.constexpr, HAS_ENDS: gl.constexpr
-):  # fmt: skip
-    """What a work item is: (token, first head, part, first entry, end entry)."""
-    token = (item // HEAD_BLOCKS // splits).to(gl.int64)
-    part = item // HEAD_BLOCKS % splits
-    end = gl.load(ends + token) if HAS_ENDS else width
-    blocks = (end + BLOCK - 1) // BLOCK
-    begin = blocks * part // splits * BLOCK
-    return token, item % HEAD_BLOCKS * 64, part, begin, gl.minimum(blocks * (part + 1) // splits * BLOCK, end)
-
-
-@gluon.jit
 def copy_rows(
     data, indices, ends, items, splits, rows, width, key_smem, tail_smem, bias_smem, full, empty,
     HEADS: gl.constexpr, DIM: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
@@ -81,7 +70,7 @@ def copy_rows(
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
     done = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, _, _, begin, end = span(ends, item, splits, width, HEADS // 64, BLOCK, HAS_ENDS)
+        token, _, _, begin, end = span(ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS)
         entries = indices + token * width
         following = gl.load(entries + begin + lane, mask=begin + lane < end, other=-1)
         for start in range(begin, end, BLOCK):
@@ -206,7 +195,7 @@ def unpack_rows(
     lane = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
     done = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, _, _, begin, end = span(ends, item, splits, width, HEADS // 64, BLOCK, HAS_ENDS)
+        token, _, _, begin, end = span(ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS)
         entries = indices + token * width
         following = gl.load(entries + begin + lane, mask=begin + lane < end, other=-1)
         for start in range(begin, end, BLOCK):

@@ -274,7 +274,7 @@ def _launch(problem: Problem, plan: Plan, ends: Tensor | None, out: Tensor, lse:
     if tiles.kernel is AttentionKernel.HOPPER_FEW_HEADS:
         from streamindex_service.ops.sparse_attention import hopper_few_heads
 
-        hopper_few_heads.launch(p, plan, ends, out, lse)
+        hopper_few_heads.launch(p, plan, ends, out, lse, _multiprocessors(p.q.device))
         return
     head_blocks = triton.cdiv(p.heads, tiles.block_heads)
     attend_kernel[(p.tokens * head_blocks, plan.splits)](

@@ -1,0 +1,21 @@
+"""What one item of the Hopper kernels is: a block of heads of one token, and a part of its index row."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def span(
+    ends, item, splits, width, HEADS: gl.constexpr, HEADS_EACH: gl.constexpr, BLOCK: gl.constexpr,
+    HAS_ENDS: gl.constexpr,
+):  # fmt: skip
+    """(token, first head, part, first entry, end entry) of an item. Head blocks of one part follow each other: they
+    read the same rows."""
+    HEAD_BLOCKS: gl.constexpr = (HEADS + HEADS_EACH - 1) // HEADS_EACH
+    token = (item // HEAD_BLOCKS // splits).to(gl.int64)
+    part = item // HEAD_BLOCKS % splits
+    end = gl.load(ends + token) if HAS_ENDS else width
+    blocks = (end + BLOCK - 1) // BLOCK
+    begin = blocks * part // splits * BLOCK
+    end = gl.minimum(blocks * (part + 1) // splits * BLOCK, end)
+    return token, item % HEAD_BLOCKS * HEADS_EACH, part, begin, end
