@@ -9,6 +9,7 @@ judged in `benchmarks.judge`; `benchmarks.render` turns result files into tables
 import datetime
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -141,7 +142,7 @@ def header(device: str) -> dict[str, str]:
         # a tree that was copied without its history is told what it is
         "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(Path(each).name if "/" in each else each for each in sys.argv),  # no folder of the host
+        "command": shlex.join(Path(each).name if "/" in each else each for each in sys.argv),  # no folder of the host
     }
 
 

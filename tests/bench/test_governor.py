@@ -10,7 +10,7 @@ import pytest
 from benchmarks import governor_memory, governor_mix
 from benchmarks.device_memory import Sampler
 from benchmarks.governor_memory import MemoryRow
-from benchmarks.governor_mix import Sizes
+from benchmarks.governor_mix import MixRow, Sizes
 
 GOOD = MemoryRow(
     "t", "a case", "bf16", 1.0, None, None, 0.95, "what fits", peak_bytes=110, wrong_rows=0, budget_bytes=100,
@@ -35,6 +35,17 @@ def test_a_mix_is_measured():
     for figure in (row.rows_per_s, row.flood_rows_per_s, row.victim_alone_ms_p50, row.victim_beside_ms_p50):
         assert figure > 0
     assert row.victim_alone_ms_p99 >= row.victim_alone_ms_p50
+
+
+def test_a_step_that_waits_too_long_beside_floods_is_no_result():
+    row = MixRow(
+        "t", "a case", "bf16", 1.0, None, None, 0.5, "p99 alone", peak_bytes=1, wrong_rows=0, victim_alone_ms_p99=4.0,
+        victim_beside_ms_p99=8.0,
+    )  # fmt: skip
+    assert governor_mix.broken_promises(row) == []
+    slow = replace(row, ratio=0.49, victim_beside_ms_p99=8.2)
+    assert governor_mix.broken_promises(slow) == ["8.20 ms of p99 beside the floods, 4.00 ms alone"]
+    assert governor_mix.broken_promises(replace(slow, settings="worker.tile_s=0.05")) == []
 
 
 def test_four_times_what_fits_is_measured():

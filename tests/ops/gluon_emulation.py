@@ -2,8 +2,9 @@
 share that out. Layouts are ignored, copies arrive when they are waited for and not before, and products are float32
 sums of operands as rounded. The partitions of a program are threads, and wait for each other as they do on a device.
 
-So its arithmetic is judged where no device is: f16's range, powers of two, masks, what is stored where, and who may
-write when. Barriers within a partition, banks and the order of sums are not.
+So its arithmetic is judged where no device is: f16's range, powers of two, masks, what is stored where, and, as far as
+threads that change places often show it, who may write when. Barriers within a partition, banks and the order of sums
+are not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from tests.ops.fresh_modules import import_afresh
 
 _OPS = "streamindex_service.ops"
+_OFTEN_S = 1e-5  # between two partitions
 _LONGEST_WAIT_S = 60.0  # of a partition for another: longer and they wait for each other
 _MODULES = (
     f"{_OPS}.gluon_names",
@@ -180,10 +182,15 @@ class _Program:
 
     def specialize(self, partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
         threads = [threading.Thread(target=self._run, args=each, daemon=True) for each in partitions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(_OFTEN_S)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval_s)
         if self._error is not None:
             raise self._error
         assert not any(each.copies for each in self._barriers.values()), "copies are still under way"
@@ -273,7 +280,7 @@ def _language(ids: list[int], programs: list[int], program: _Program) -> dict[st
         "warp_specialize": program.specialize,
         "constexpr": lambda x: x,
         "pointer_type": lambda dtype: dtype,
-        "program_id": lambda axis: Value(torch.tensor(ids[axis])),
+        "program_id": lambda axis: Value(torch.tensor(ids[axis], dtype=torch.int32)),
         "num_programs": lambda axis: programs[axis],
         "static_range": range,
         "arange": lambda start, stop, layout: Value(torch.arange(start, stop, dtype=torch.int32)),
@@ -305,12 +312,13 @@ def _garbage(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
 
 def _numbers(*bounds: Any) -> Iterator[Value]:
     """`range` of a kernel, whose numbers are values."""
-    return (Value(torch.tensor(number)) for number in range(*(int(bound) for bound in bounds)))
+    return (Value(torch.tensor(number, dtype=torch.int32)) for number in range(*(int(bound) for bound in bounds)))
 
 
 def _with_plain_numbers(function: Any) -> Any:
     """What is computed while a kernel is compiled has Python's `range`."""
-    return FunctionType(function.__code__, {**function.__globals__, "range": range})
+    names = {**function.__globals__, "range": range}
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
 
 
 class Kernel:

@@ -19,7 +19,7 @@ PACKED = pytest.mark.parametrize("kv_format", [KvFormat.FP8_D512, KvFormat.FP8_D
 
 @pytest.fixture
 def attend(monkeypatch: pytest.MonkeyPatch) -> Attend:
-    """(inputs, splits, ends) -> what the kernel makes of them; parts are combined here, in float64."""
+    """(inputs, splits, ends, processors) -> what the kernel makes of them; parts are combined here, in float64."""
     kernel = load_kernel(monkeypatch)
 
     def run(

@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from streamindex_service.ops import gluon_names
 from streamindex_service.ops.gluon_names import barrier, load_tile, missing
 from streamindex_service.ops.sparse_attention import hopper_gather
-from streamindex_service.ops.sparse_attention.hopper_gather import HEADS_AN_ITEM
+from streamindex_service.ops.sparse_attention.hopper_gather import HEADS_AN_ITEM, ITEM_HEADS
 from streamindex_service.ops.sparse_attention.hopper_items import span
 from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
@@ -53,7 +53,7 @@ def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> Non
     """Fill `out` and `lse`, partial ones of plan.splits parts if there are several. ends: [tokens] int32, one past the
     last valid entry of each index row, or None for the width."""
     p, tiles = problem, plan.tiles
-    items = p.tokens * p.heads // HEADS_AN_ITEM.value * plan.splits
+    items = p.tokens * p.heads // ITEM_HEADS * plan.splits
     queries = p.q.view(-1, p.key_dim)
     tail = p.key_dim - p.value_dim
     q_desc = _describe(queries, p.value_dim)
@@ -82,7 +82,7 @@ def _views(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _describe(queries, columns: int) -> TensorDescriptor:
-    block = [HEADS_AN_ITEM.value, columns]
+    block = [ITEM_HEADS, columns]
     return TensorDescriptor.from_tensor(queries, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
 
 

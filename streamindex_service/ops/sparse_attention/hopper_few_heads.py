@@ -6,7 +6,7 @@ parallel), 8 to 32 are left, and most of its products would be of nothing. Here 
 part of its index row, and products are those of mma.sync, whose operands are registers: a gathered row is widened on
 its way from shared memory to the matrix unit, and never written back.
 
-A block stays on its multiprocessor and takes one item after another. Its partitions hand blocks of rows to each other
+A program stays on its multiprocessor and takes one item after another. Its partitions hand blocks of rows to each other
 through a ring of stages in shared memory:
 
 - one brings rows in and takes their scales apart (hopper_few_heads_gather.py);
@@ -14,8 +14,7 @@ through a ring of stages in shared memory:
   by which the outputs so far are to be multiplied;
 - one multiplies weights with values, and gives the stage back.
 
-So rows come in, and the weights of a block are found, while the values of the block before are added up: with few heads
-each of these waits more than it computes.
+So rows come in, and the weights of a block are found, while the values of the block before are added up.
 
 Everything 8-bit is multiplied in f16, for which the device widens e4m3 in one instruction for two. f16 has seven bits
 more than e4m3 and holds every one of its numbers, so nothing is lost by that; what f16 lacks is range, which powers of
@@ -56,6 +55,7 @@ from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
     COPY_THREADS,
     ENTRIES,
     HEADS_AN_ITEM,
+    ITEM_HEADS,
     ROTARY_WORDS,
     SHARE_HEAD,
     WORDS,
@@ -90,7 +90,7 @@ MISSING = missing(
 _LOG2E = 1.4426950408889634
 _LN2 = gl.constexpr(0.6931471805599453)
 VALUES = gl.constexpr(512)  # elements of a value, and of a key but for a tail
-# With eight warps that add up values, more of them wait for each other (docs/decisions/0035).
+# Eight that add up values were slower, and so were eight that weigh: docs/performance-attention.md, "Few heads".
 _VALUE_WARPS = 4
 _VALUE_REGISTERS = 184
 _COPY_REGISTERS = 72
@@ -102,7 +102,7 @@ def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> Non
     last valid entry of each index row, or None for the width."""
     p, tiles, packing = problem, plan.tiles, problem.kv.format.packed
     partial = plan.splits > 1
-    items = p.tokens * -(-p.heads // tiles.block_heads) * plan.splits
+    items = p.tokens * -(-p.heads // ITEM_HEADS) * plan.splits
     attend_kernel[(min(processors, items),)](
         p.q, p.kv.data.view(torch.int32), p.indices if p.kv.scales is None else p.kv.scales.view(torch.int64),
         p.indices, p.indices if ends is None else ends, p.indices if p.sink is None else p.sink, out,
@@ -173,7 +173,7 @@ def _store(value, out, place, first_head, FIRST: gl.constexpr, STOP: gl.constexp
 @gluon.jit
 def _weigh_blocks(
     q, ends, sink, lse, items, tokens, splits, width, scale_log2,
-    value_smem, rotary_smem, scale_smem, bias_smem, exponent_smem, share_smem, narrow_smem,
+    value_smem, rotary_smem, bias_smem, exponent_smem, share_smem,
     query_smem, weight_smem, plain_smem, fade_smem, final_smem, full, weighed, final_full, final_empty,
     HEADS: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_ENDS: gl.constexpr,
     HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr, PARTIAL: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr,
@@ -271,6 +271,7 @@ def _add_values(
         acc_rotary = gl.zeros((16, 2 * ROTARY_WORDS), gl.float32, layout=mma)
         for _ in range(begin, end, BLOCK):
             slot = done % STAGES
+            # ended long before `weighed`, and waited for all the same: the rows were copied by a third partition
             hopper.mbarrier.wait(full.index(slot), (done // STAGES) & 1)
             hopper.mbarrier.wait(weighed.index(slot), (done // STAGES) & 1)
             shares = load_shares(narrow_smem.index(slot), BLOCK, GROUPS, WARPS, right)
@@ -366,7 +367,7 @@ def attend_kernel(
         [
             (_weigh_blocks, (
                 q, ends, sink, lse, items, tokens, splits, width, scale_log2,
-                value_smem, rotary_smem, scale_smem, bias_smem, exponent_smem, share_smem, narrow_smem,
+                value_smem, rotary_smem, bias_smem, exponent_smem, share_smem,
                 query_smem, weight_smem, plain_smem, fade_smem, final_smem, full, weighed, final_full, final_empty,
                 HEADS, TAIL, BLOCK, STAGES, HAS_ENDS, HAS_SINK, WANT_LSE, PARTIAL, NARROW, GROUP, HELD_QUERIES,
                 WARPS,

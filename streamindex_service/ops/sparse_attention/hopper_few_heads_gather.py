@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from streamindex_service.ops.gluon_names import load_async, view
 from streamindex_service.ops.sparse_attention.hopper_items import span
 
-HEADS_AN_ITEM = gl.constexpr(16)  # M of mma.sync
+ITEM_HEADS = 16  # M of mma.sync
+HEADS_AN_ITEM = gl.constexpr(ITEM_HEADS)
 ENTRIES = gl.constexpr(512)  # of an index row, brought in together
 COPY_WARPS = gl.constexpr(4)
 COPY_THREADS = gl.constexpr(32 * 4)

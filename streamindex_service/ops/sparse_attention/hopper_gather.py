@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from streamindex_service.ops.gluon_names import load_async, view
 from streamindex_service.ops.sparse_attention.hopper_items import span
 
-HEADS_AN_ITEM = gl.constexpr(64)
+ITEM_HEADS = 64  # M of wgmma
+HEADS_AN_ITEM = gl.constexpr(ITEM_HEADS)
 _WORDS = gl.constexpr(16)  # of four e4m3 values, or 32 of two bf16: 64 elements, a column of the swizzled stage
 _TOGETHER = gl.constexpr(2)  # pieces of 64 elements that are widened between two barriers
 # Four e4m3 values to bf16: their bits, moved to where bf16 has them, are the value times 2^-120. Exact, subnormals too.

@@ -33,8 +33,9 @@ class AttentionKernel(StrEnum):
 class Tiles:
     """Compile-time shape of the attention kernel; depends on format, heads and dimensions, never on a length.
 
-    block_heads: heads of a program; block_entries: entries of an index row that are gathered at a time; stages: blocks
-    of them that are under way. messages: of the Hopper kernel, blocks of weights that may wait for their values.
+    block_heads: heads of a program, or of an item that a program takes; block_entries: entries of an index row that are
+    gathered at a time; stages: blocks of them that are under way; warps: of a program, or of its first partition.
+    messages: of the Hopper kernel, blocks of weights that may wait for their values.
     held_queries: of the kernel for few heads, whether queries stay in registers or in shared memory.
     """
 
