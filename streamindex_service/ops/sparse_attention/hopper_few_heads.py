@@ -214,6 +214,7 @@ def _weigh_blocks(
                 queries, query_smem, value_smem.index(slot), share_smem.index(slot), BLOCK, GROUPS, USED, HELD_QUERIES,
                 mma,
             )  # fmt: skip
+            beyond = any_beyond(exponent_smem.index(slot), BLOCK, WARPS)
             exponent = exponent_smem.index(slot).load(by_key) & (BEYOND - 1)
             bias = gl.expand_dims(bias_smem.index(slot).load(by_key), 0)
             weights, plain_weights, largest, fade = _weigh(
@@ -223,7 +224,7 @@ def _weigh_blocks(
             if TAIL == 0:
                 plain_smem.index(slot).store(plain_weights.to(gl.bfloat16))
             weights *= _WEIGHT_HEAD
-            if any_beyond(exponent_smem.index(slot), BLOCK, WARPS):
+            if beyond:
                 in_bf16 = view(weight_smem.index(slot), gl.bfloat16, [16, BLOCK], eights)
                 in_bf16.store(weights.to(gl.bfloat16))
             else:
@@ -275,9 +276,10 @@ def _add_values(
             hopper.mbarrier.wait(full.index(slot), (done // STAGES) & 1)
             hopper.mbarrier.wait(weighed.index(slot), (done // STAGES) & 1)
             shares = load_shares(narrow_smem.index(slot), BLOCK, GROUPS, WARPS, right)
+            beyond = any_beyond(exponent_smem.index(slot), BLOCK, WARPS)
             fade = gl.expand_dims(fade_smem.index(slot).load(by_head), 1)
             acc_a, acc_b, acc_c, acc_d = acc_a * fade, acc_b * fade, acc_c * fade, acc_d * fade
-            if any_beyond(exponent_smem.index(slot), BLOCK, WARPS):
+            if beyond:
                 acc_a, acc_b, acc_c, acc_d = add_in_bf16(
                     weight_smem.index(slot), value_smem.index(slot), share_smem.index(slot), acc_a, acc_b, acc_c, acc_d,
                     BLOCK, GROUPS, WARPS, mma,

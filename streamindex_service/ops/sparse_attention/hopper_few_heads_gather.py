@@ -190,9 +190,9 @@ def copy_rows(
                 )  # fmt: skip
             block = (block + 1) % BLOCKS
             done += 1
-    if done > 0:
+    for number in range(gl.maximum(done - 1, 0), done):  # the last, if there was any
         _hand_over(
-            done - 1, scale_smem, exponent_smem, share_smem, narrow_smem, landed, full, STAGES, GROUPS, NARROW, GROUP
+            number, scale_smem, exponent_smem, share_smem, narrow_smem, landed, full, STAGES, GROUPS, NARROW, GROUP
         )
 
 
