@@ -53,6 +53,7 @@ from streamindex_service.ops.gluon_names import barrier, missing, view
 from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
     BEYOND,
     COPY_THREADS,
+    COPY_WARPS,
     ENTRIES,
     HEADS_AN_ITEM,
     ITEM_HEADS,
@@ -386,5 +387,5 @@ def attend_kernel(
                 landed, full, empty, HEADS, BLOCK, STAGES, HAS_ENDS, ROW, NARROW, GROUP, ROTARY, GROUPS,
             )),
         ],
-        [VALUE_WARPS, 4], [VALUE_REGISTERS, COPY_REGISTERS],
+        [VALUE_WARPS, COPY_WARPS], [VALUE_REGISTERS, COPY_REGISTERS],
     )  # fmt: skip
