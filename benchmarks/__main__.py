@@ -29,6 +29,7 @@ BENCHMARKS = {
     "topk_ablations": True,
     "attention_prefill": False,
     "attention_decode": False,
+    "attention_pages": True,
     "attention_backward": False,
     "compressor": False,
     "csa_pipeline": False,

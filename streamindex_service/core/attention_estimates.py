@@ -16,8 +16,9 @@ from streamindex_service.core.sizes import (
 from streamindex_service.core.specs import KvSpec
 
 # Device memory of a tile beside rows and tensors as they are: see `AttentionWork.tile_bytes`.
-_QUERY_ROW_BYTES = 64  # of each query row: its position, and where its sequence, its window and its copies are
-_PART_BYTES = 512  # of each call's rows: the runs of rows to be copied, and the addresses of a few pages
+_QUERY_ROW_BYTES = 64  # of each query row: its position, and where the rows of its sequence and its window are
+_PART_BYTES = 512  # of each call's rows: runs of rows to be copied, and the addresses of a few pages
+# Where rows are copied:
 _KEPT_ENTRY_BYTES = 4  # of each entry of an index row: its place among the copies
 _WIDE_ENTRY_BYTES = 25  # and while that is looked for
 _CHOSEN_ENTRY_BYTES, _CHOSEN_ROW_BYTES = 13, 25  # of each entry and each copied row, while the latter are listed
@@ -41,6 +42,7 @@ class AttentionTerms:
     entry_dim_bytes: int = 0
     copied_row_bytes: int = 0
     index_entry_bytes: int = 0
+    reads_pages: bool = False
 
     def size_bytes(self, heads: int, key_dim: int, entries: int) -> int:
         """Of rows with so many entries, computed one at a time."""
@@ -79,27 +81,30 @@ class AttentionWork:
         return sum(align(rows * size) for size in sizes)
 
     def tile_bytes(self, rows: int, span: int) -> int:
-        """Device memory of so many query rows whose windows cover `span` tokens together, of their answers, and of the
-        rows that they attend, which are copied behind each other: each compressed row once, where not fewer are named.
+        """Device memory of so many query rows whose windows cover `span` tokens together, and of their answers.
 
-        The most of what is there at a time: the places of the copies are looked for, the rows to be copied are listed,
-        they are copied, they are attended. Only the last has answers.
+        Unless the kernels read rows in their pages, also of the rows that are attended, which are copied behind each
+        other: each compressed row once, where not fewer are named. Then it is the most of what is there at a time: the
+        places of the copies are looked for, the rows to be copied are listed, they are copied, they are attended. Only
+        the last has answers.
         """
+        asked = rows * (self.kv.heads * self.kv.key_dim * BF16_BYTES + self.width * INDEX_BYTES + _QUERY_ROW_BYTES)
+        asked += _PAGE_ADDRESS_BYTES * pages_of(self.kv_rows + span) + _PART_BYTES
+        attended = rows * ((self.width + self.window) * self.terms.index_entry_bytes + self._answer_bytes)
+        if self.terms.reads_pages:
+            return asked + attended
         entries = rows * self.width
         named = min(entries, self.kv_rows)
         copied = named + span
         form = self.kv.form
         copies = copied * (form.row_bytes + form.scale_bytes) + _KEPT_ENTRY_BYTES * entries
-        index_rows = rows * (self.width + self.window) * self.terms.index_entry_bytes
         most = max(
             _WIDE_ENTRY_BYTES * entries,
             _CHOSEN_ENTRY_BYTES * entries + _CHOSEN_ROW_BYTES * copied,
             copies + self.terms.copied_row_bytes * copied,
-            copies + index_rows + rows * self._answer_bytes,
+            copies + attended,
         )
-        addresses = _PAGE_ADDRESS_BYTES * pages_of(self.kv_rows + span)
-        asked = rows * (self.kv.heads * self.kv.key_dim * BF16_BYTES + self.width * INDEX_BYTES + _QUERY_ROW_BYTES)
-        return asked + addresses + _PART_BYTES + most
+        return asked + most
 
     @property
     def _answer_bytes(self) -> int:

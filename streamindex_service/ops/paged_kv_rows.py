@@ -1,5 +1,7 @@
 """KV rows in pages of 256, wherever the pages lie, as a cache holds them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +16,11 @@ from streamindex_service.ops.extent_pages import ExtentPages, addresses_of, to_d
 from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 
-_WORD_BYTES = 4  # rows are copied in words; the bytes of every format are a multiple of them
+# A place names a row wherever its page lies: units of bytes from an anchor to the page, and the row in it.
+PLACE_BITS = 8  # of the row
+PLACE_UNIT_BYTES = 16
+assert PAGE_KEYS == 1 << PLACE_BITS
+_ANY_PLACE = 1 << 62
 
 
 def row_sizes(kv_format: KvFormat, key_dim: int) -> tuple[int, int]:
@@ -86,19 +92,9 @@ class PagedKvRows:
         return tuple(page[start:].view(PAGE_KEYS, self.scale_bytes) for page in self.pages)
 
     @cached_property
-    def anchor(self) -> Tensor:
-        """The first page."""
-        return self.pages[0]
-
-    @cached_property
     def addresses(self) -> npt.NDArray[np.int64]:
         """[pages] int64, of each page."""
         return addresses_of(self.pages)
-
-    @cached_property
-    def word_table(self) -> Tensor:
-        """See JoinedKvRows."""
-        return JoinedKvRows((self,)).word_table
 
 
 @dataclass(frozen=True)
@@ -132,11 +128,6 @@ class JoinedKvRows:
         return PAGE_KEYS * sum(len(part.pages) for part in self.parts)
 
     @cached_property
-    def anchor(self) -> Tensor:
-        """The first page of all."""
-        return next(part.anchor for part in self.parts if part.length)
-
-    @cached_property
     def data(self) -> tuple[Tensor, ...]:
         """See PagedKvRows; of all parts."""
         return tuple(chain.from_iterable(part.data for part in self.parts))
@@ -146,8 +137,56 @@ class JoinedKvRows:
         """See PagedKvRows; of all parts."""
         return tuple(chain.from_iterable(part.scales for part in self.parts))
 
-    @cached_property
-    def word_table(self) -> Tensor:
-        """Where pages lie, for kernels: [pages] int64 on their device, in words of 4 bytes from the first page."""
+    def placed(self, device: torch.device) -> PlacedKvRows:
+        """The rows, for an operation that takes places; device: of the pages, if there are any."""
+        held = [part for part in self.parts if part.length]
+        anchor = torch.empty(0, dtype=torch.uint8, device=device)
+        if held:
+            lowest = min(held, key=lambda part: int(part.addresses.min()))
+            anchor = lowest.pages[int(lowest.addresses.argmin())]
+        return PlacedKvRows(self.parts[0].format, self.parts[0].key_dim, anchor)
+
+    def unit_table(self, device: torch.device) -> Tensor:
+        """Where pages lie, for kernels: [pages] int64, in units of 16 bytes from the one with the lowest address.
+        Raises ValueError for a page that is not aligned to these."""
         addresses = np.concatenate([part.addresses for part in self.parts])
-        return to_device((addresses - addresses[0]) // _WORD_BYTES, self.anchor.device)
+        if (addresses % PLACE_UNIT_BYTES).any():
+            raise ValueError(f"pages: not all of their addresses are multiples of {PLACE_UNIT_BYTES} bytes")
+        return to_device((addresses - addresses.min(initial=_ANY_PLACE)) // PLACE_UNIT_BYTES, device)
+
+
+@dataclass(frozen=True)
+class PlacedKvRows:
+    """Rows of one shared KV head in pages that lie anywhere on a device. What names one is no number but a place:
+
+    place = units << 8 | row: the page begins so many times 16 bytes behind the anchor, the row is one of its 256.
+
+    Negative places name nothing; which others name a row only those who make them know. anchor: [page_bytes] uint8, the
+    page with the lowest address; empty where there is none.
+    """
+
+    format: KvFormat
+    key_dim: int
+    anchor: Tensor
+
+    @property
+    def data(self) -> Tensor:
+        """Rows of the anchor, as elements of bf16 or, of a packed format, as bytes."""
+        rows = self.anchor[: PAGE_KEYS * row_sizes(self.format, self.key_dim)[0]]
+        return rows.view(torch.bfloat16) if self.format.packed is None else rows
+
+    @property
+    def scales(self) -> Tensor | None:
+        """Scales of the anchor, for a format that has them beside the rows: [2048] uint8, else None."""
+        row_bytes, scale_bytes = row_sizes(self.format, self.key_dim)
+        return self.anchor[PAGE_KEYS * row_bytes :] if scale_bytes else None
+
+    @property
+    def rows(self) -> int:
+        """A number that no place reaches."""
+        return _ANY_PLACE
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, scales included."""
+        return sum(row_sizes(self.format, self.key_dim))

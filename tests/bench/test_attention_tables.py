@@ -1,6 +1,7 @@
 """Every table of sparse attention, run as its command is, at sizes for a CPU."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, attention_backward, attention_decode, attention_prefill
+from benchmarks import attention, attention_backward, attention_decode, attention_pages, attention_prefill
 from benchmarks.attention import MODELS, AttentionModel, make_attention
 from streamindex_service.ops import KvFormat
+from streamindex_service.ops.cached_attention.places import Places
 
 TINY = AttentionModel("Tiny", 4, 64, 64, ratio=4, top_k=24, window=16, packed=KvFormat.FP8_D512)
 
@@ -127,6 +129,32 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # six tokens of 40 entries, of 128 bytes and 4 · 2 · 128 FLOP each
     assert row["gathered_bytes_s"] * row["seconds"] == pytest.approx(6 * 40 * 128)
     assert row["useful_tflops"] * row["seconds"] * 1e12 == pytest.approx(6 * 40 * 1024)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_rows_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (attention_decode, attention_pages):
+        monkeypatch.setattr(module, "CPU_CONTEXT", 300)  # ragged pages
+    monkeypatch.setattr(attention_pages, "HEADS", (2, None))
+    rows = _run(attention_pages.main, tmp_path, "--models", "Tiny", "--formats", "bf16")
+    assert {(row["shape"], row["heads"], row["implementation"]) for row in rows} == {
+        (shape, 4, way) for shape in ("decode", "prefill") for way in ("tensor", "copied", "pages")
+    }
+    assert all(row["ratio"] == 1.0 for row in rows if row["implementation"] == "copied")
+    assert all(row["call_s"] > 0 for row in rows if row["implementation"] == "pages")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_rows_read_elsewhere_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Places.entries
+    monkeypatch.setattr(attention_pages, "CPU_CONTEXT", 300)
+    monkeypatch.setattr(attention_decode, "CPU_CONTEXT", 300)
+    monkeypatch.setattr(attention_pages, "HEADS", (None,))
+    monkeypatch.setattr(Places, "entries", lambda self, indices: right(self, indices.flip(0)))
+    out = tmp_path / "table.json"
+    options = ["--device", "cpu", "--models", "Tiny", "--formats", "bf16", "--quick", "--out", str(out)]
+    assert attention_pages.main(options) == 1
+    assert not out.exists()
 
 
 def test_decode_with_a_part_of_the_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

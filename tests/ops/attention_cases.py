@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
+from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows, PlacedKvRows
 from streamindex_service.ops.sparse_attention import (
     AttentionResult,
     CheckReport,
@@ -34,6 +35,17 @@ class Inputs:
         return sparse_attention(
             self.q, self.kv, self.indices, scale=self.scale, sink=self.sink, value_dim=self.value_dim,
             implementation=implementation, out=out, out_lse=lse, plan=plan,
+        )  # fmt: skip
+
+    def attend_in_pages(self, plan: Plan | None = None, allocations: int = 1) -> AttentionResult:
+        """By the kernels, of the same rows in scattered pages."""
+        tokens, heads, _ = self.q.shape
+        kv, places = in_pages(self.kv, self.indices, allocations)
+        out = torch.full((tokens, heads, self.value_dim), torch.nan, dtype=torch.bfloat16, device=self.q.device)
+        lse = torch.full((tokens, heads), torch.nan, device=self.q.device)
+        return sparse_attention(
+            self.q, kv, places, scale=self.scale, sink=self.sink, value_dim=self.value_dim, implementation="triton",
+            out=out, out_lse=lse, plan=plan,
         )  # fmt: skip
 
     def judge(self, result: AttentionResult) -> CheckReport:
@@ -130,3 +142,31 @@ def one_row_each(
     indices[:, 1] = torch.arange(rows)
     q = torch.zeros((rows, heads, packing.key_dim), dtype=torch.bfloat16)
     return Inputs(q.to(device), kv, indices.to(device), None, 1.0, 512)
+
+
+def paged(rows: KvRows, allocations: int = 2) -> PagedKvRows:
+    """The rows in pages that lie scattered, in so many allocations, with nonsense behind the last row."""
+    data = rows.data.contiguous().view(torch.uint8)
+    size = 256 * rows.row_bytes
+    count = -(-rows.rows // 256)
+    extents = [torch.full((count * size,), 0xFF, dtype=torch.uint8, device=rows.device) for _ in range(allocations)]
+    pages = []
+    for number in range(count):
+        page = extents[number % allocations][(count - 1 - number) * size :][:size]
+        part = slice(256 * number, 256 * (number + 1))
+        held = data[part]
+        page[: held.numel()] = held.flatten()
+        if rows.scales is not None:
+            beside = rows.scales[part]
+            page[256 * data.shape[1] :][: beside.numel()] = beside.flatten()
+        pages.append(page)
+    return PagedKvRows(rows.format, rows.key_dim, rows.rows, tuple(pages))
+
+
+def in_pages(rows: KvRows, indices: Tensor, allocations: int = 1) -> tuple[PlacedKvRows, Tensor]:
+    """The rows in scattered pages, and the places of what the indices name."""
+    joined = JoinedKvRows((paged(rows, allocations),))
+    valid = (indices >= 0) & (indices < rows.rows)
+    row = torch.where(valid, indices, 0).long()
+    places = joined.unit_table(rows.device)[row >> 8] << 8 | row & 255
+    return joined.placed(rows.device), torch.where(valid, places, indices.long().clamp(max=-1))

@@ -27,7 +27,7 @@ from streamindex_service.ops.topk import Order
 from streamindex_service.ops.topk.plan import ScoreKernel, kernel_tiles
 from streamindex_service.ops.topk.problem import Problem as Search
 from tests.ops import cases
-from tests.ops.attention_cases import make_inputs
+from tests.ops.attention_cases import in_pages, make_inputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +54,11 @@ def _variants() -> dict[str, Callable[[], tuple[ModuleType, str, Callable[[], No
         "attend bf16 with a tail": lambda: _attend(KvFormat.BF16, 128, 576, 3),
         "attend fp8_d512": lambda: _attend(KvFormat.FP8_D512, 64, 512, 3),
         "attend fp8_d576": lambda: _attend(KvFormat.FP8_D576, 128, 576, 1),
+        "attend bf16 in pages": lambda: _attend(KvFormat.BF16, 128, 576, 1, placed=True),
+        "attend fp8_d512 in pages": lambda: _attend(KvFormat.FP8_D512, 64, 512, 1, placed=True),
+        "attend fp8_d576 in pages": lambda: _attend(KvFormat.FP8_D576, 64, 576, 1, placed=True),
+        "few heads fp8_d512 in pages": lambda: _attend(KvFormat.FP8_D512, 12, 512, 1, placed=True),
+        "few heads fp8_d576 in pages": lambda: _attend(KvFormat.FP8_D576, 12, 576, 1, placed=True),
         "few heads fp8_d512": lambda: _attend(KvFormat.FP8_D512, 12, 512, 3),
         "few heads fp8_d576": lambda: _attend(KvFormat.FP8_D576, 12, 576, 1),
         "scores bf16": lambda: _score(KeyFormat.BF16, None),
@@ -61,7 +66,9 @@ def _variants() -> dict[str, Callable[[], tuple[ModuleType, str, Callable[[], No
     }
 
 
-def _attend(kv_format: KvFormat, heads: int, key_dim: int, splits: int) -> tuple[ModuleType, str, Callable[[], None]]:
+def _attend(
+    kv_format: KvFormat, heads: int, key_dim: int, splits: int, *, placed: bool = False
+) -> tuple[ModuleType, str, Callable[[], None]]:
     from streamindex_service.ops.sparse_attention import hopper, hopper_few_heads
 
     kernel = AttentionKernel.HOPPER_FEW_HEADS if heads < 64 else AttentionKernel.HOPPER
@@ -71,7 +78,8 @@ def _attend(kv_format: KvFormat, heads: int, key_dim: int, splits: int) -> tuple
     shape = (splits, 2, heads)
     out = torch.zeros((*shape, 512), dtype=torch.bfloat16 if splits == 1 else torch.float32)
     lse, ends = torch.zeros(shape), torch.zeros(2, dtype=torch.int32)
-    problem = Problem(inputs.q, inputs.kv, inputs.indices, inputs.scale, inputs.sink, out[0], lse[0])
+    kv, entries = in_pages(inputs.kv, inputs.indices) if placed else (inputs.kv, inputs.indices)
+    problem = Problem(inputs.q, kv, entries, inputs.scale, inputs.sink, out[0], lse[0])
     plan = Plan(0, splits=splits, tiles=attention_tiles(kv_format.value, heads, key_dim, 512, kernel))
     if kernel is AttentionKernel.HOPPER:
         return hopper, "attend_kernel", lambda: hopper.launch(problem, plan, ends, out, lse, 132)

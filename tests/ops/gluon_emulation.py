@@ -321,6 +321,12 @@ def _with_plain_numbers(function: Any) -> Any:
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
 
 
+def _to_the_end(x: torch.Tensor) -> torch.Tensor:
+    """What it is the beginning of."""
+    left = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return x.as_strided((left,), (1,), x.storage_offset())
+
+
 class Kernel:
     """`attend_kernel[grid](...)`, program by program."""
 
@@ -330,6 +336,8 @@ class Kernel:
     def __getitem__(self, grid: tuple[int]) -> Any:
         def run(*arguments: Any, num_warps: int, **constants: Any) -> None:
             given = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            if constants["PLACED"]:  # rows, and scales beside them, may lie anywhere behind the anchor
+                given[1:3] = (Pointer(_to_the_end(x)) for x in arguments[1:3])
             self.programs[:] = grid
             for number in range(grid[0]):
                 self.ids[:] = [number]

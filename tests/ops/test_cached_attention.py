@@ -11,38 +11,11 @@ from streamindex_service.ops.cached_attention import CachedSequence, attend_cach
 from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import check_sparse_attention
+from tests.ops.attention_cases import paged
+from tests.support.attention import joined
 
 FORMATS = [(KvFormat.BF16, 64), (KvFormat.BF16, 576), (KvFormat.FP8_D512, 512), (KvFormat.FP8_D576, 576)]
 BY_FORMAT = pytest.mark.parametrize(("kv_format", "key_dim"), FORMATS, ids=[f"{f.value}-D{d}" for f, d in FORMATS])
-GATHER = pytest.mark.parametrize(
-    "implementation",
-    [
-        "torch",
-        pytest.param(
-            "triton",
-            marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
-        ),
-    ],
-)
-
-
-def paged(rows: KvRows) -> PagedKvRows:
-    """The rows in pages that lie scattered, in two allocations, with nonsense behind the last row."""
-    data = rows.data.contiguous().view(torch.uint8)
-    size = 256 * rows.row_bytes
-    count = -(-rows.rows // 256)
-    extents = [torch.full((count * size,), 0xFF, dtype=torch.uint8) for _ in range(2)]
-    pages = []
-    for number in range(count):
-        page = extents[number % 2][(count - 1 - number) * size :][:size]
-        part = slice(256 * number, 256 * (number + 1))
-        held = data[part]
-        page[: held.numel()] = held.flatten()
-        if rows.scales is not None:
-            beside = rows.scales[part]
-            page[256 * data.shape[1] :][: beside.numel()] = beside.flatten()
-        pages.append(page)
-    return PagedKvRows(rows.format, rows.key_dim, rows.rows, tuple(pages))
 
 
 def drawn(rows: int, key_dim: int, kv_format: KvFormat, seed: int) -> KvRows:
@@ -50,14 +23,13 @@ def drawn(rows: int, key_dim: int, kv_format: KvFormat, seed: int) -> KvRows:
 
 
 @BY_FORMAT
-@GATHER
-def test_rows_are_copied_out_of_their_pages(kv_format, key_dim, implementation):
+def test_rows_are_copied_out_of_their_pages(kv_format, key_dim):
     rows = drawn(700, key_dim, kv_format, 1)
     wanted = torch.tensor([699, 0, 256, 255, -1, 511, 700, 2**40, 3, 3])
     source = paged(rows)
     data = torch.full((len(wanted), source.row_bytes), 7, dtype=torch.uint8)
     scales = torch.full((len(wanted), 8), 7, dtype=torch.uint8) if source.scale_bytes else None
-    gather_rows(source, wanted, data, scales, implementation=implementation)
+    gather_rows(source, wanted, data, scales)
     flat = rows.data.contiguous().view(torch.uint8).view(700, -1)
     for place, row in enumerate(wanted.tolist()):
         held = 0 <= row < 700
@@ -138,20 +110,58 @@ def test_neighbours_and_chunks_change_no_bit():
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
-@pytest.mark.parametrize("width", [6, 200], ids=["picked", "all"])
-def test_the_kernels_together(width):
-    compressed, recent = drawn(300, 64, KvFormat.BF16, 10), drawn(600, 64, KvFormat.BF16, 11)
+@BY_FORMAT
+@pytest.mark.parametrize(("window", "width"), [(20, 6), (0, 70), (20, 0)], ids=["both", "indices", "window"])
+def test_the_kernels_read_rows_in_their_pages(kv_format, key_dim, window, width):
+    value_dim = 512 if key_dim >= 512 else key_dim
+    compressed, recent = drawn(300, key_dim, kv_format, 10), drawn(600, key_dim, kv_format, 11)
     generator = torch.Generator().manual_seed(12)
-    q = torch.randn((2, 3, 64), generator=generator).to(torch.bfloat16)
-    indices = torch.randint(-1, 310, (2, width), generator=generator, dtype=torch.int32)
-    positions = torch.tensor([5, 560])
+    q = torch.randn((3, 3, key_dim), generator=generator).to(torch.bfloat16)
+    indices = torch.randint(-1, 310, (3, width), generator=generator, dtype=torch.int32)
+    positions = torch.tensor([5, 560, 599])
+    pages = paged(recent, 3)
+    held = PagedKvRows(kv_format, key_dim, 600, pages.pages)
+    scale = key_dim**-0.5
     answer = attend_cached(
-        q, indices, positions, [CachedSequence(2, paged(compressed), paged(recent))], window=20, scale=0.125, sink=None,
-        value_dim=64, implementation="triton", workspace_bytes=16 << 20, want_lse=True,
+        q, indices, positions, [CachedSequence(3, paged(compressed), held)], window=window, scale=scale, sink=None,
+        value_dim=value_dim, implementation="triton", workspace_bytes=16 << 20, want_lse=True,
     )  # fmt: skip
-    both = KvRows(KvFormat.BF16, torch.cat([compressed.data, recent.data]))
-    tokens = positions[:, None] - 19 + torch.arange(20)
+    tokens = positions[:, None] - window + 1 + torch.arange(window)
     named = torch.where(indices < 300, indices, -1)
     flat = torch.cat([torch.where(tokens >= 0, tokens + 300, -1).to(torch.int32), named], dim=1).contiguous()
-    report = check_sparse_attention(answer.out, answer.lse, q, both, flat, scale=0.125, sink=None)
+    both = joined(compressed, recent)
+    report = check_sparse_attention(answer.out, answer.lse, q, both, flat, scale=scale, sink=None)
     assert report.wrong_rows == 0, report
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_what_a_sequence_does_not_hold_is_nobodys():
+    """Indices behind its rows, and windows before and behind what is held, name no row of the neighbour's."""
+    rows = drawn(10, 64, KvFormat.BF16, 1)
+    poison = KvRows(KvFormat.BF16, torch.full((512, 64), torch.nan, dtype=torch.bfloat16))
+    nobody = CachedSequence(1, paged(poison), paged(poison))
+    own = CachedSequence(3, paged(rows, 1), PagedKvRows(KvFormat.BF16, 64, 10, paged(rows, 1).pages), 256)
+    q = torch.ones((5, 2, 64), dtype=torch.bfloat16)
+    indices = torch.tensor([[0, 0, 0], [9, 10, 255], [256, 300, -7], [2**31 - 1, -(2**31), 3], [1, 1, 1]])
+    positions = torch.tensor([3, 256, 270, 258, 5])
+    answer = attend_cached(
+        q, indices.to(torch.int32), positions, [nobody, own, nobody], window=4, scale=0.125, sink=None, value_dim=64,
+        implementation="triton", workspace_bytes=16 << 20, want_lse=True,
+    )  # fmt: skip
+    flat = torch.tensor([[0, -1, -1, -1, 9], [-1, -1, -1, -1, -1], [0, 1, 2, -1, 3]], dtype=torch.int32)
+    report = check_sparse_attention(answer.out[1:4], answer.lse[1:4], q[1:4], rows, flat, scale=0.125, sink=None)
+    assert report.wrong_rows == 0, report
+    assert answer.out[0].isnan().all()
+    assert answer.out[4].isnan().all()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_nothing_is_held_at_all():
+    nothing = PagedKvRows(KvFormat.FP8_D512, 512, 0, ())
+    q = torch.ones((2, 3, 512), dtype=torch.bfloat16)
+    answer = attend_cached(
+        q, torch.zeros((2, 5), dtype=torch.int32), torch.tensor([0, 1]), [CachedSequence(2, nothing, nothing)],
+        window=7, scale=1.0, sink=None, value_dim=512, implementation="triton", workspace_bytes=16 << 20, want_lse=True,
+    )  # fmt: skip
+    assert not answer.out.any()
+    assert torch.isposinf(answer.lse).all()

@@ -13,7 +13,8 @@ from streamindex_service.ops.cached_attention import CachedSequence, attend_cach
 from streamindex_service.ops.kv_rows import KvFormat, KvRows
 from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
 from streamindex_service.ops.sparse_attention import check_sparse_attention
-from tests.ops.test_cached_attention import BY_FORMAT, drawn, paged
+from tests.ops.attention_cases import paged
+from tests.ops.test_cached_attention import BY_FORMAT, drawn
 from tests.support.attention import joined, part
 
 WIDTH = 20
@@ -166,5 +167,5 @@ def test_joined_rows_are_numbered_by_pages():
     assert joined.first_rows() == [0, 512, 512]
     assert joined.length == 768
     data = torch.zeros((2, 128), dtype=torch.uint8)
-    cached_attention.gather_rows(joined, torch.tensor([299, 516]), data, implementation="torch")
+    cached_attention.gather_rows(joined, torch.tensor([299, 516]), data)
     assert torch.equal(data.view(torch.bfloat16), torch.stack([first.data[299], other.data[4]]))

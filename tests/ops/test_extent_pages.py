@@ -8,7 +8,7 @@ from streamindex_service.ops.extent_pages import ExtentPages, addresses_of, to_d
 from streamindex_service.ops.formats import KeyFormat
 from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.paged_keys import PAGE_KEYS, PagedKeys
-from streamindex_service.ops.paged_kv_rows import PagedKvRows
+from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
 from streamindex_service.ops.topk import topk
 
 HEAD_DIM = 16
@@ -68,7 +68,10 @@ def test_kv_rows_of_them() -> None:
     pages = ExtentPages([extent], np.zeros(3, dtype=np.int64), starts, (size,), torch.uint8)
     by_number = PagedKvRows(KvFormat.BF16, HEAD_DIM, 600, pages)
     by_tensor = PagedKvRows(KvFormat.BF16, HEAD_DIM, 600, tuple(pages))
-    assert by_number.word_table.tolist() == by_tensor.word_table.tolist() == [0, -3 * size // 4, -2 * size // 4]
+    for rows in (by_number, by_tensor):
+        joined = JoinedKvRows((rows,))
+        assert joined.unit_table(extent.device).tolist() == [3 * size // 16, 0, size // 16]
+        assert joined.placed(extent.device).anchor.data_ptr() == extent.data_ptr()
     with pytest.raises(ValueError, match="expected"):
         PagedKvRows(KvFormat.BF16, 2 * HEAD_DIM, 600, pages)
 

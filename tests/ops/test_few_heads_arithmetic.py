@@ -10,7 +10,7 @@ from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.sparse_attention import AttentionKernel, AttentionResult, Plan
 from streamindex_service.ops.sparse_attention.plan import attention_tiles
 from streamindex_service.ops.sparse_attention.problem import Problem
-from tests.ops.attention_cases import Inputs, make_inputs, one_row_each, with_scales
+from tests.ops.attention_cases import Inputs, in_pages, make_inputs, one_row_each, with_scales
 from tests.ops.gluon_emulation import load_kernel
 
 Attend = Callable[..., AttentionResult]
@@ -81,6 +81,17 @@ def test_parts_and_ends(attend: Attend, kv_format: KvFormat) -> None:
     ends = (valid * torch.arange(1, 301, dtype=torch.int32)).amax(dim=1).int()
     assert ends[0] == 0
     assert_right(inputs, attend(inputs, ends=ends))
+
+
+@PACKED
+def test_rows_in_scattered_pages(attend: Attend, kv_format: KvFormat) -> None:
+    inputs = packed_case(kv_format, heads=20, width=700, rows=900)
+    inputs.indices[1] = -1
+    kv, places = in_pages(inputs.kv, inputs.indices)
+    expected, result = attend(inputs), attend(replace(inputs, kv=kv, indices=places))
+    assert_right(inputs, result)
+    assert torch.equal(result.out, expected.out)
+    assert torch.equal(result.lse, expected.lse)
 
 
 @PACKED

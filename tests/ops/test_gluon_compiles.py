@@ -34,6 +34,9 @@ def count(pattern: str, ptx: str) -> int:
         ("attend bf16 with a tail", 576, 36),
         ("attend fp8_d512", 512, 18),
         ("attend fp8_d576", 576, 20),
+        ("attend bf16 in pages", 576, 36),
+        ("attend fp8_d512 in pages", 512, 18),
+        ("attend fp8_d576 in pages", 576, 20),
     ],
 )
 def test_the_kernel_for_whole_blocks_of_heads_compiles(
@@ -47,9 +50,10 @@ def test_the_kernel_for_whole_blocks_of_heads_compiles(
     assert count(r"cp\.async\.bulk\.tensor", ptx) > 0
 
 
+@pytest.mark.parametrize("pages", ["", " in pages"])
 @pytest.mark.parametrize("name", ["few heads fp8_d512", "few heads fp8_d576"])
-def test_the_kernel_for_few_heads_compiles(variants: dict[str, dict[str, Any]], name: str) -> None:
-    ptx = ptx_of(variants, name)
+def test_the_kernel_for_few_heads_compiles(variants: dict[str, dict[str, Any]], name: str, pages: str) -> None:
+    ptx = ptx_of(variants, name + pages)
     assert count(r"cp\.async\.cg\.shared\.global .*, 0x10,", ptx) == 20
     assert count(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16", ptx) > 0
 

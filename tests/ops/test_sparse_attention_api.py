@@ -1,5 +1,6 @@
 """What sparse attention refuses, its plans, and the formats of its rows."""
 
+import os
 import sys
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ from streamindex_service.ops.sparse_attention.plan import (
     choose_attention_kernel,
     plan_triton,
 )
-from tests.ops.attention_cases import make_inputs
+from tests.ops.attention_cases import in_pages, make_inputs
 
 GOOD = make_inputs(tokens=2, heads=4, width=8)
 
@@ -55,6 +56,21 @@ def test_refusals_name_the_argument(field: str, changes) -> None:
             case.q, case.kv, case.indices, scale=1.0, sink=case.sink, value_dim=case.value_dim, implementation="chunked"
         )
     assert refusal.value.field == field
+
+
+def test_places_are_for_kernels_alone() -> None:
+    kv, places = in_pages(GOOD.kv, GOOD.indices)
+    with pytest.raises(AttentionInputError, match="not places") as refusal:
+        sparse_attention(GOOD.q, kv, places, scale=1.0, value_dim=64, implementation="chunked")
+    assert refusal.value.field == "kv"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_rows_in_pages_are_named_by_places() -> None:
+    kv, _ = in_pages(GOOD.kv, GOOD.indices)
+    with pytest.raises(AttentionInputError, match="int64") as refusal:
+        sparse_attention(GOOD.q, kv, GOOD.indices, scale=1.0, value_dim=64, implementation="triton")
+    assert refusal.value.field == "indices"
 
 
 def test_outputs_must_fit() -> None:

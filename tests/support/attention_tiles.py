@@ -31,7 +31,7 @@ FORMATS = {
 TILES = [
     (V4, 512, 128, [(1, 9000, 2250)]),
     (V4, 512, 128, [(200, 200_000, 50_000)]),  # fewer named than there are
-    (V4, 512, 128, [(300, 16_000, 4_000)]),  # all of them copied
+    (V4, 512, 128, [(300, 16_000, 4_000)]),  # more
     (V4, 512, 0, [(300, 300_000, 75_000)]),
     (V4, 2048, 128, [(1000, 40_000, 10_000)]),
     (V4_PACKED, 512, 128, [(400, 800_000, 200_000)]),
@@ -40,9 +40,9 @@ TILES = [
     (GLM, 2048, 0, [(1024, 200_000, 200_000)]),
     (SMALL, 300, 128, [(4000, 60_000, 15_000)]),  # the lists of rows are most of it
     (SMALL, 2048, 128, [(500, 3_000_000, 750_000)]),
-    (NARROW, 2048, 0, [(2000, 2_200_000, 2_200_000)]),  # and the lists of what is copied
+    (NARROW, 2048, 0, [(2000, 2_200_000, 2_200_000)]),
     (V4, 512, 128, [(1, 4000 + 5000 * number, 1000 + 1250 * number) for number in range(128)]),  # a decode step
-    (V4, 512, 128, [(2, 900_000, 225_000)] * 50 + [(40, 8_000, 2_000)] * 3),  # some pick, some copy all
+    (V4, 512, 128, [(2, 900_000, 225_000)] * 50 + [(40, 8_000, 2_000)] * 3),
     (GLM, 2048, 128, [(4, 100_000, 100_000)] * 16),
 ]
 
@@ -91,12 +91,17 @@ class Tile:
         return q, indices, torch.cat([torch.arange(tokens - count, tokens) for count, tokens, _ in self.parts])
 
     def attend(
-        self, q: torch.Tensor, indices: torch.Tensor, positions: torch.Tensor, sequences: list[CachedSequence]
+        self,
+        q: torch.Tensor,
+        indices: torch.Tensor,
+        positions: torch.Tensor,
+        sequences: list[CachedSequence],
+        implementation: str = "triton",
     ) -> AttentionResult:
         """The operation, as the worker asks for it."""
         return attend_cached(
             q, indices, positions, sequences, window=self.window, scale=1.0, sink=None, want_lse=self.want_lse,
-            value_dim=self.spec.value_dim, implementation="triton", workspace_bytes=WORKSPACE_BYTES,
+            value_dim=self.spec.value_dim, implementation=implementation, workspace_bytes=WORKSPACE_BYTES,
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -82,15 +82,24 @@ def test_a_tile_copies_each_row_once_and_no_more_than_are_named():
     assert work(kv_rows=100).tile_bytes(200, 0) < work().tile_bytes(200, 0)
 
 
-def test_a_tile_takes_the_most_that_is_there_at_a_time():
+def test_a_tile_that_copies_takes_the_most_that_is_there_at_a_time():
     """Wide index rows: while they are made, or while few rows are attended."""
+    copying = replace(terms("triton"), reads_pages=False, copied_row_bytes=8, index_entry_bytes=4)
     small = KvSpec(KvFormat.BF16, 80, 64, 1)
-    lists = AttentionWork(small, 1000, 4096, 0, False, terms("triton"))
+    lists = AttentionWork(small, 1000, 4096, 0, False, copying)
     entries = 1000 * 4096
     assert 29 * entries < lists.tile_bytes(1000, 0) < 30 * entries  # 25 an entry, and 4 of the indices themselves
-    wide = AttentionWork(KvSpec(KvFormat.BF16, 512, 512, 128), 1000, 512, 0, True, terms("triton"))
+    wide = AttentionWork(KvSpec(KvFormat.BF16, 512, 512, 128), 1000, 512, 0, True, copying)
     answers = 1000 * 128 * (2 * 1024 + 4) + 1_024_000
     assert answers < wide.tile_bytes(1000, 0) < 1.05 * answers
+
+
+def test_a_tile_whose_rows_are_read_in_their_pages_takes_none_of_them():
+    in_pages = AttentionWork(V4, 65_536, 512, 128, False, terms("triton"))
+    of_a_row = 64 * 2 * 1024 + 512 * 4 + 640 * 8 + 64  # query, answer, indices, places, where its rows are
+    table = 8 * (65_536 + 1024) // 256
+    assert in_pages.tile_bytes(200, 1024) == 200 * of_a_row + table + 512
+    assert in_pages.tile_bytes(200, 1024) < work().tile_bytes(200, 1024) / 3
 
 
 def test_a_kernel_uses_little_of_its_workspace_and_torch_all_that_it_can_use():

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from streamindex_service.core.meter import LARGE_BYTES
-from streamindex_service.ops.cached_attention import api, copies
+from streamindex_service.ops import paged_kv_rows
+from streamindex_service.ops.cached_attention import api, copies, places
 from streamindex_service.ops.sparse_attention import AttentionResult
 from tests.support.allocations import Allocations
 from tests.support.attention_tiles import TERMS, TILES, Tile
 
-EXACT_TERMS = replace(TERMS, fixed_bytes=1 << 20)  # here no block is larger than the tensor that has it
+# here no block is larger than the tensor that has it
+IN_PAGES = replace(TERMS, fixed_bytes=1 << 20)
+# of an implementation that reads rows of one tensor, and takes nothing to copy them but a list
+COPIED = replace(IN_PAGES, reads_pages=False, copied_row_bytes=8, index_entry_bytes=4)
 
 
 @pytest.fixture
@@ -23,9 +28,11 @@ def as_on_a_gpu(monkeypatch):
     def to_device(values, device):
         return torch.from_numpy(values).clone()
 
-    def gather_rows(source, wanted, data, scales, *, implementation):
-        table = to_device(source.word_table.numpy(), None)
-        assert len(table)
+    def place(self, indices):
+        return torch.empty((len(indices), self.window + indices.shape[1]), dtype=torch.int64)
+
+    def gather_rows(source, wanted, data, scales):
+        assert len(source.unit_table(wanted.device))
 
     def assemble_index_rows(found, positions, *, window, **_):
         positions.clone()  # on the device
@@ -39,23 +46,27 @@ def as_on_a_gpu(monkeypatch):
         assert len(ends) == len(entries)
         return AttentionResult(out, lse)
 
-    monkeypatch.setattr(copies, "to_device", to_device)
+    for module in (copies, places, paged_kv_rows):
+        monkeypatch.setattr(module, "to_device", to_device)
+    monkeypatch.setattr(places.Places, "entries", place)
+    monkeypatch.setattr(api, "find_implementation", lambda name, *_: SimpleNamespace(takes_places=name == "triton"))
     for replaced in (gather_rows, assemble_index_rows, sparse_attention):
         monkeypatch.setattr(api, replaced.__name__, replaced)
     monkeypatch.setattr(api, "plan_for", lambda *_, **__: None)
 
 
+@pytest.mark.parametrize(("implementation", "terms"), [("triton", IN_PAGES), ("chunked", COPIED)])
 @pytest.mark.parametrize("want_lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize(("spec", "width", "window", "parts"), TILES)
-def test_a_tile_takes_what_is_reserved_for_it(as_on_a_gpu, spec, width, window, parts, want_lse):
+def test_a_tile_takes_what_is_reserved_for_it(as_on_a_gpu, spec, width, window, parts, want_lse, implementation, terms):
     tile = Tile(spec, width, window, parts, want_lse)
     estimate, sequences, (q, indices, positions) = (
-        tile.estimate_bytes(EXACT_TERMS),
+        tile.estimate_bytes(terms),
         tile.sequences("cpu"),
         tile.inputs(),
     )
     with Allocations() as allocations:
-        answer = tile.attend(q.clone(), indices.clone(), positions, sequences)
+        answer = tile.attend(q.clone(), indices.clone(), positions, sequences, implementation)
     assert answer.out.shape == (tile.rows, spec.heads, spec.value_dim)
     ratio = allocations.peak_bytes / estimate
     assert ratio <= 1.0, f"{allocations.peak_bytes} bytes, reserved were {estimate}"

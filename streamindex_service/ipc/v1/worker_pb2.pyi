@@ -317,7 +317,7 @@ class AttentionSupport(_message.Message):
     def __init__(self, implementation: _Optional[str] = ..., kv_formats: _Optional[_Iterable[int]] = ..., terms: _Optional[_Union[AttentionTerms, _Mapping]] = ...) -> None: ...
 
 class AttentionTerms(_message.Message):
-    __slots__ = ("least_bytes", "fixed_bytes", "head_bytes", "head_dim_bytes", "entry_bytes", "entry_head_bytes", "entry_dim_bytes", "copied_row_bytes", "index_entry_bytes")
+    __slots__ = ("least_bytes", "fixed_bytes", "head_bytes", "head_dim_bytes", "entry_bytes", "entry_head_bytes", "entry_dim_bytes", "copied_row_bytes", "index_entry_bytes", "reads_pages")
     LEAST_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIXED_BYTES_FIELD_NUMBER: _ClassVar[int]
     HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +327,7 @@ class AttentionTerms(_message.Message):
     ENTRY_DIM_BYTES_FIELD_NUMBER: _ClassVar[int]
     COPIED_ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
     INDEX_ENTRY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READS_PAGES_FIELD_NUMBER: _ClassVar[int]
     least_bytes: int
     fixed_bytes: int
     head_bytes: int
@@ -336,7 +337,8 @@ class AttentionTerms(_message.Message):
     entry_dim_bytes: int
     copied_row_bytes: int
     index_entry_bytes: int
-    def __init__(self, least_bytes: _Optional[int] = ..., fixed_bytes: _Optional[int] = ..., head_bytes: _Optional[int] = ..., head_dim_bytes: _Optional[int] = ..., entry_bytes: _Optional[int] = ..., entry_head_bytes: _Optional[int] = ..., entry_dim_bytes: _Optional[int] = ..., copied_row_bytes: _Optional[int] = ..., index_entry_bytes: _Optional[int] = ...) -> None: ...
+    reads_pages: bool
+    def __init__(self, least_bytes: _Optional[int] = ..., fixed_bytes: _Optional[int] = ..., head_bytes: _Optional[int] = ..., head_dim_bytes: _Optional[int] = ..., entry_bytes: _Optional[int] = ..., entry_head_bytes: _Optional[int] = ..., entry_dim_bytes: _Optional[int] = ..., copied_row_bytes: _Optional[int] = ..., index_entry_bytes: _Optional[int] = ..., reads_pages: bool = ...) -> None: ...
 
 class WorkspaceTerms(_message.Message):
     __slots__ = ("fixed_bytes", "row_bytes", "row_element_bytes", "row_entry_bytes", "row_key_32nds", "row_key_head_bytes", "key_bytes", "key_dim_bytes", "filter_keys", "filter_entries", "survivor_bytes", "survivors", "entry_survivors", "marked_row_bytes", "marked_key_32nds")

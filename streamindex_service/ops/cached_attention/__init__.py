@@ -5,12 +5,11 @@ from streamindex_service.ops.cached_attention.api import (
     AttentionTerms,
     attend_cached,
 )
-from streamindex_service.ops.cached_attention.copies import CachedSequence
-from streamindex_service.ops.cached_attention.gather import GATHERS, gather_rows
+from streamindex_service.ops.cached_attention.gather import gather_rows
+from streamindex_service.ops.cached_attention.sequences import CachedSequence
 
 __all__ = [
     "ATTENTION_TERMS",
-    "GATHERS",
     "AttentionTerms",
     "CachedSequence",
     "attend_cached",

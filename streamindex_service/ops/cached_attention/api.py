@@ -1,8 +1,8 @@
 """`attend_cached`: attention of query rows over a window of recent rows ‖ the compressed rows that indices name.
 
-The attention kernels read rows of one tensor by absolute indices. So the rows of several sequences are copied behind
-each other, by one copy through a table of all their pages, and attended in one run: what is launched does not depend on
-how many sequences there are.
+The kernels read rows in their pages, which a table of the pages of all sequences tells them. Implementations in torch
+read rows of one tensor: for them the rows are copied behind each other. Both attend in one run: what is launched does
+not depend on how many sequences there are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,15 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from streamindex_service.ops.cached_attention.copies import CachedSequence, Copies, lay_out
+from streamindex_service.ops.cached_attention.copies import lay_out
 from streamindex_service.ops.cached_attention.gather import gather_rows
+from streamindex_service.ops.cached_attention.places import Places
+from streamindex_service.ops.cached_attention.sequences import CachedSequence
 from streamindex_service.ops.index_rows import assemble_index_rows
 from streamindex_service.ops.kv_rows import KvRows
-from streamindex_service.ops.sparse_attention import AttentionResult, plan_for, sparse_attention
+from streamindex_service.ops.paged_kv_rows import PlacedKvRows
+from streamindex_service.ops.sparse_attention import AttentionResult, find_implementation, plan_for, sparse_attention
 from streamindex_service.ops.sparse_attention.plan import MIN_WORKSPACE_BYTES
-
-# Which way of copying rows, and of assembling index rows, goes with which implementation of attention.
-_GATHERS = {"reference": "torch", "chunked": "torch", "triton": "triton"}
-_INDEX_ROWS = {"reference": "reference", "chunked": "reference", "triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class AttentionTerms:
     """The least workspace of an implementation for one query row, as terms of a sum; beside rows and outputs.
 
     Of anything, of each head, of each (head, element of a key), of each entry of an index row, of each (entry, head),
-    of each (entry, element of a key). `least_bytes` is what it takes in any case. Beside the workspace, of each row
-    that is copied, while it is (the copy itself apart), and of each entry of an index row (the row itself among it).
+    of each (entry, element of a key). `least_bytes` is what it takes in any case. Beside the workspace, of each entry
+    of an index row (the row itself among it), and unless rows are read in their pages, of each row that is copied,
+    while it is (the copy itself apart).
     """
 
     least_bytes: int = MIN_WORKSPACE_BYTES
@@ -40,8 +40,9 @@ class AttentionTerms:
     entry_bytes: int = 0
     entry_head_bytes: int = 0
     entry_dim_bytes: int = 0
-    copied_row_bytes: int = 8
-    index_entry_bytes: int = 4
+    copied_row_bytes: int = 0
+    index_entry_bytes: int = 8
+    reads_pages: bool = True
 
 
 # Upper bounds of what `sparse_attention.plan` computes; a value has no more elements than its key.
@@ -56,6 +57,7 @@ ATTENTION_TERMS: Mapping[str, AttentionTerms] = MappingProxyType(
             entry_dim_bytes=14,
             copied_row_bytes=96,
             index_entry_bytes=48,
+            reads_pages=False,
         ),
         # A block of the allocator may be larger by up to 1 MiB than the tensor that has it, and a tile has about ten.
         "triton": AttentionTerms(fixed_bytes=10 << 20),
@@ -89,19 +91,18 @@ def attend_cached(
             to p, its own among them. 0: no window.
         sequences: at least one, of one format; their query rows, in this order, are those of `q`.
         scale, sink, value_dim, implementation, out, out_lse, want_lse: as for `sparse_attention`.
-        workspace_bytes: for the attention itself. The rows are copied behind each other beside it, of each sequence
+        workspace_bytes: for the attention itself. Where rows are copied, they are beside it, of each sequence
             min(tokens · width, compressed.length) and those of its window, each once.
 
     Index rows are never split over programs: a query's answer is then the same sequence of operations whatever other
     queries are computed with it. Raises ValueError if the sequences disagree, and what `sparse_attention` raises.
     """
-    width = indices.shape[1]
-    copies = lay_out(sequences, positions, width, window, q.device)
-    kv, found = _copy(copies, indices, implementation)
-    entries = assemble_index_rows(
-        found, positions.to(q.device, non_blocking=True),
-        window=window, window_row=copies.window_row, compressed_row=0, implementation=_INDEX_ROWS[implementation],
-    )  # fmt: skip
+    kv: KvRows | PlacedKvRows
+    if find_implementation(implementation, q.device, sequences[0].compressed.format).takes_places:
+        places = Places.of(sequences, positions, window, q.device)
+        kv, entries = places.rows, places.entries(indices)
+    else:
+        kv, entries = _copy(sequences, positions, indices, window)
     tokens, heads, key_dim = q.shape
     plan = plan_for(
         implementation, q.device, kv.format,
@@ -115,16 +116,25 @@ def attend_cached(
     )  # fmt: skip
 
 
-def _copy(copies: Copies, indices: Tensor, implementation: str) -> tuple[KvRows, Tensor]:
-    """The rows that are attended as one tensor, and where in it each index lies: [tokens, width] int32."""
+def _copy(
+    sequences: Sequence[CachedSequence], positions: Tensor, indices: Tensor, window: int
+) -> tuple[KvRows, Tensor]:
+    """The rows that are attended as one tensor, and index rows of it."""
+    device = indices.device
+    copies = lay_out(sequences, positions, indices.shape[1], window, device)
     wanted, found = copies.rows(indices)
     source = copies.source
-    data = torch.empty((len(wanted), source.row_bytes), dtype=torch.uint8, device=indices.device)
+    data = torch.empty((len(wanted), source.row_bytes), dtype=torch.uint8, device=device)
     scales = None
     if source.scale_bytes:
-        scales = torch.empty((len(wanted), source.scale_bytes), dtype=torch.uint8, device=indices.device)
-    gather_rows(source, wanted, data, scales, implementation=_GATHERS[implementation])
+        scales = torch.empty((len(wanted), source.scale_bytes), dtype=torch.uint8, device=device)
+    gather_rows(source, wanted, data, scales)
+    del wanted  # before there are index rows
     kv_format = source.parts[0].format
     if kv_format.packed is None:
         data = data.view(torch.bfloat16)
-    return KvRows(kv_format, data, scales), found
+    entries = assemble_index_rows(
+        found, positions.to(device, non_blocking=True),
+        window=window, window_row=copies.window_row, compressed_row=0, implementation="reference",
+    )  # fmt: skip
+    return KvRows(kv_format, data, scales), entries

@@ -7,22 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamindex_service.ops.cached_attention.sequences import CachedSequence, join
 from streamindex_service.ops.extent_pages import to_device
-from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
-
-
-@dataclass(frozen=True)
-class CachedSequence:
-    """`tokens` query rows that follow each other, and what they attend.
-
-    compressed: rows that their indices name; window_rows: uncompressed rows, of which row 0 is token
-    `first_window_row`: they must hold what the window of every query needs as far as it exists.
-    """
-
-    tokens: int
-    compressed: PagedKvRows
-    window_rows: PagedKvRows
-    first_window_row: int = 0
+from streamindex_service.ops.paged_kv_rows import JoinedKvRows
 
 
 @dataclass(frozen=True)
@@ -79,11 +66,7 @@ def lay_out(
     """
     counts = [sequence.tokens for sequence in sequences]
     compressed = [sequence.compressed for sequence in sequences]
-    if sum(counts) != len(positions):
-        raise ValueError(f"sequences: they have {sum(counts)} queries, there are {len(positions)} positions")
-    if len({(part.format, part.key_dim) for each in sequences for part in (each.compressed, each.window_rows)}) != 1:
-        raise ValueError("sequences: their rows have different formats")
-    source = JoinedKvRows((*compressed, *(sequence.window_rows for sequence in sequences)))
+    source = join(sequences, len(positions))
     first_rows = source.first_rows()
     picks = [tokens * width < part.length for tokens, part in zip(counts, compressed, strict=True)]
     picked = width * sum(tokens for tokens, pick in zip(counts, picks, strict=True) if pick)

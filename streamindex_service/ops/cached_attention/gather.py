@@ -1,7 +1,4 @@
-"""Rows of scattered pages, copied behind each other: the attention kernels read rows of one tensor."""
-
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+"""Rows of scattered pages, copied behind each other, for implementations that read rows of one tensor."""
 
 import torch
 from torch import Tensor
@@ -10,10 +7,15 @@ from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
 from streamindex_service.ops.row_threads import share_rows
 
-Rows = PagedKvRows | JoinedKvRows
 
+def gather_rows(rows: PagedKvRows | JoinedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None = None) -> None:
+    """Copy rows out of their pages.
 
-def _gather_torch(rows: Rows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
+    wanted: [n] int64, on the device of the pages; what is negative or not below rows.length is passed over, and its
+    place in the outputs keeps what it held. data: [n, row_bytes] uint8; scales: [n, scale_bytes] uint8 for a format
+    with scales beside the rows, else None.
+    """
+
     def copy(start: int, stop: int) -> None:
         part = slice(start, stop)
         _copy_by_pages(rows, wanted[part], data[part], None if scales is None else scales[part])
@@ -24,7 +26,7 @@ def _gather_torch(rows: Rows, wanted: Tensor, data: Tensor, scales: Tensor | Non
         share_rows(copy, 0, len(wanted))
 
 
-def _copy_by_pages(rows: Rows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
+def _copy_by_pages(rows: PagedKvRows | JoinedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
     """Takes no memory but a list of the rows."""
     places = torch.nonzero((wanted >= 0) & (wanted < rows.length)).flatten()
     places = places[torch.argsort(wanted[places], stable=True)]
@@ -37,27 +39,3 @@ def _copy_by_pages(rows: Rows, wanted: Tensor, data: Tensor, scales: Tensor | No
         if scales is not None:
             scales[part] = rows.scales[page][inside]
         start += count
-
-
-def _gather_triton(rows: Rows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
-    # imported here: Triton need not be installed where it is not asked for
-    from streamindex_service.ops.cached_attention.triton import run_gather
-
-    run_gather(rows, wanted, data, scales)
-
-
-GATHERS: Mapping[str, Callable[[Rows, Tensor, Tensor, Tensor | None], None]] = MappingProxyType(
-    {"torch": _gather_torch, "triton": _gather_triton}
-)
-
-
-def gather_rows(rows: Rows, wanted: Tensor, data: Tensor, scales: Tensor | None = None, *, implementation: str) -> None:
-    """Copy rows out of their pages.
-
-    wanted: [n] int64, on the device of the pages; what is negative or not below rows.length is passed over, and its
-    place in the outputs keeps what it held. data: [n, row_bytes] uint8; scales: [n, scale_bytes] uint8 for a format
-    with scales beside the rows, else None. implementation: a name in GATHERS; raises KeyError for another.
-    """
-    run = GATHERS[implementation]
-    if len(wanted) and rows.length:
-        run(rows, wanted, data, scales)

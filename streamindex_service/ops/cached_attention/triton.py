@@ -1,6 +1,6 @@
-"""The copy of rows out of scattered pages as a kernel. With TRITON_INTERPRET=1 it runs on CPU tensors, for tests.
+"""The places of rows as a kernel. With TRITON_INTERPRET=1 it runs on CPU tensors, for tests.
 
-Rows are copied as words of 4 bytes. Neither the number of rows nor that of pages is a compile-time constant.
+Neither the number of queries, nor that of entries or pages, is a compile-time constant or specialised upon.
 """
 
 import torch
@@ -9,53 +9,51 @@ import triton.language as tl
 from torch import Tensor
 
 from streamindex_service.ops.compiled import variants
-from streamindex_service.ops.paged_keys import PAGE_KEYS
-from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
+from streamindex_service.ops.paged_kv_rows import PLACE_BITS
 
-_WORD_BYTES = 4
-_TILE_WORDS = 4096  # words that a program has under way
+_BLOCK = 1024
+_BITS = tl.constexpr(PLACE_BITS)
+_ROW = tl.constexpr((1 << PLACE_BITS) - 1)  # the bits of the row
 
 
-@triton.jit(do_not_specialize=["length", "count"])
-def gather_kernel(
-    anchor, table, wanted, out, length, count,
-    WORDS: tl.constexpr, SKIP: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Copy WORDS of each wanted row. Grid: (count / ROWS).
-
-    anchor: the first page, int32; table: [pages] int64, words from it; wanted: [count] int64; out: [count, WORDS]
-    int32. SKIP: word of a page at which the copied part of its row 0 begins.
-    """
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    word = tl.arange(0, BLOCK)
-    row = tl.load(wanted + place, mask=place < count, other=-1)
-    valid = (row >= 0) & (row < length)
-    row = tl.where(valid, row, 0)
-    source = tl.load(table + row // PAGE, mask=valid, other=0) + SKIP + row % PAGE * WORDS
-    wide = valid[:, None] & (word < WORDS)[None, :]
-    words = tl.load(anchor + source[:, None] + word[None, :], mask=wide, other=0)  # [ROWS, BLOCK]
-    tl.store(out + place[:, None] * WORDS + word[None, :], words, mask=wide)
+@triton.jit(
+    do_not_specialize=["queries", "window", "width"],
+    do_not_specialize_on_alignment=["found", "positions", "columns", "table"],
+)
+def place_kernel(found, positions, columns, table, out, queries, window, width, BLOCK: tl.constexpr):
+    """Grid: (queries,). found: [queries, width] int32; columns, table and the rest: see Places; out: [queries, window +
+    width] int64."""
+    query = tl.program_id(0).to(tl.int64)
+    step = queries.to(tl.int64)
+    length = tl.load(columns + query)
+    first = tl.load(columns + step + query)
+    window_length = tl.load(columns + 2 * step + query)
+    window_first = tl.load(columns + 3 * step + query)
+    first_token = tl.load(columns + 4 * step + query)
+    position = tl.load(positions + query)
+    entries = window + width
+    for start in range(0, entries, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        is_local = entry < window
+        chosen = (entry >= window) & (entry < entries)
+        index = tl.load(found + query * width + (entry - window), mask=chosen, other=-1).to(tl.int64)
+        row = tl.where(is_local, position - window + 1 + entry - first_token, index)
+        held = (row >= 0) & (row < tl.where(is_local, window_length, length))
+        number = tl.where(held, row + tl.where(is_local, window_first, first), 0)
+        unit = tl.load(table + (number >> _BITS), mask=held, other=0)
+        place = (unit << _BITS) | (number & _ROW)
+        tl.store(out + query * entries + entry, tl.where(held, place, -1), mask=entry < entries)
 
 
 def compiled_variants() -> int:
     """How many kernel variants this process has compiled: flat once warm, whatever the lengths."""
-    return variants((gather_kernel,))
+    return variants((place_kernel,))
 
 
-def run_gather(rows: PagedKvRows | JoinedKvRows, wanted: Tensor, data: Tensor, scales: Tensor | None) -> None:
-    """See `gather_rows`. Does not wait for the device."""
-    with torch.cuda.device_of(data):  # kernels start on the current device, which need not be the tensors'
-        _launch(rows, wanted, data, rows.row_bytes, 0)
-        if scales is not None:
-            _launch(rows, wanted, scales, rows.scale_bytes, PAGE_KEYS * rows.row_bytes)
-
-
-def _launch(rows: PagedKvRows | JoinedKvRows, wanted: Tensor, out: Tensor, row_bytes: int, skip_bytes: int) -> None:
-    words = row_bytes // _WORD_BYTES
-    block = triton.next_power_of_2(words)
-    at_once = max(1, _TILE_WORDS // block)
-    gather_kernel[(triton.cdiv(len(wanted), at_once),)](
-        rows.anchor.view(torch.int32), rows.word_table, wanted, out.view(torch.int32), rows.length, len(wanted),
-        WORDS=words, SKIP=skip_bytes // _WORD_BYTES, PAGE=PAGE_KEYS, ROWS=at_once, BLOCK=block,
-        num_warps=4,
-    )  # fmt: skip
+def run_places(indices: Tensor, positions: Tensor, columns: Tensor, table: Tensor, out: Tensor) -> None:
+    """See `Places.entries`. Does not wait for the device."""
+    queries, width = indices.shape
+    with torch.cuda.device_of(out):  # kernels start on the current device, which need not be the tensors'
+        place_kernel[(queries,)](
+            indices, positions, columns, table, out, queries, out.shape[1] - width, width, BLOCK=_BLOCK, num_warps=4
+        )

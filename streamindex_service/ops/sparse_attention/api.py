@@ -12,9 +12,15 @@ from torch import Tensor
 
 from streamindex_service.ops.implementations import Runnable, by_name, find
 from streamindex_service.ops.kv_rows import KvFormat, KvRows
+from streamindex_service.ops.paged_kv_rows import PlacedKvRows
 from streamindex_service.ops.sparse_attention import plan as planning
 from streamindex_service.ops.sparse_attention.plan import AttentionKernel, Plan, Shape, choose_attention_kernel
-from streamindex_service.ops.sparse_attention.problem import Problem, check_inputs, check_output
+from streamindex_service.ops.sparse_attention.problem import (
+    AttentionInputError,
+    Problem,
+    check_inputs,
+    check_output,
+)
 from streamindex_service.ops.sparse_attention.reference import run_reference
 from streamindex_service.ops.sparse_attention.torch_chunked import run_chunked
 
@@ -32,12 +38,14 @@ class AttentionResult(NamedTuple):
 class Implementation(Runnable):
     """One way to compute the operation, and what it is good for.
 
-    plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled.
+    plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled. takes_places: also takes rows that are
+    named by places.
     """
 
     function: Callable[[Problem, Plan | None], None]
     formats: frozenset[KvFormat] = frozenset(KvFormat)
     plan: Callable[[Shape, int, torch.device], Plan] | None = None
+    takes_places: bool = False
 
     def supports(self, device: torch.device | str, kv_format: KvFormat) -> bool:
         """Whether it runs here on that kind of device, and takes rows of that format."""
@@ -99,6 +107,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = by_name(
         name="triton",
         function=_triton,
         plan=_plan_triton,
+        takes_places=True,
         requires="triton",
         cpu_only_interpreted=True,
     ),
@@ -143,7 +152,7 @@ def plan_for(
 
 def sparse_attention(
     q: Tensor,
-    kv: KvRows,
+    kv: KvRows | PlacedKvRows,
     indices: Tensor,
     *,
     scale: float,
@@ -164,7 +173,8 @@ def sparse_attention(
         q: [tokens, heads, key_dim] bf16, contiguous.
         kv: the rows: key_dim elements each, of which the first value_dim are the value.
         indices: [tokens, width] int32. Entries that are negative or not below kv.rows are skipped; one that stands
-            twice counts twice. Order matters to rounding alone.
+            twice counts twice. Order matters to rounding alone. Of placed rows, int64 places: those that are not
+            negative must be of rows that there are, for nothing here can tell.
         scale: of the logits.
         sink: [heads] float32, a logit that is not scaled and adds to the denominator alone; −inf is none, +inf makes
             the output 0.
@@ -185,6 +195,8 @@ def sparse_attention(
     Source: DeepSeek-V3.2 (sparse MLA) and DeepSeek-V4 (compressed sparse attention, sinks).
     """
     found = find_implementation(implementation, q.device, kv.format)
+    if isinstance(kv, PlacedKvRows) and not found.takes_places:
+        raise AttentionInputError("kv", f"{implementation} takes rows of one tensor, not places")
     check_inputs(q, kv, indices, sink, value_dim)
     tokens, heads, key_dim = q.shape
     if out is None:

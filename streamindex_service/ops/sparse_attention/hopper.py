@@ -65,7 +65,7 @@ def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> Non
         p.indices if lse is None else lse, items, p.tokens, plan.splits, p.kv.rows, p.width, p.scale * _LOG2E,
         HEADS=p.heads, DIM=p.value_dim, TAIL=tail, BLOCK=tiles.block_entries, STAGES=tiles.stages,
         MESSAGES=tiles.messages, HAS_ENDS=ends is not None, HAS_SINK=p.sink is not None and not partial,
-        WANT_LSE=lse is not None, PARTIAL=partial,
+        WANT_LSE=lse is not None, PARTIAL=partial, PLACED=p.placed,
         ROW=packing.row_bytes if packing else 0, NARROW=packing.narrow if packing else 0,
         GROUP=packing.group if packing else 0, ROTARY=packing.rotary_offset if packing else 0,
         VALUE_REGISTERS=_UNPACK_VALUE_REGISTERS if packing else _VALUE_REGISTERS,
@@ -256,7 +256,7 @@ def attend_kernel(
     HEADS: gl.constexpr, DIM: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     MESSAGES: gl.constexpr, HAS_ENDS: gl.constexpr, HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr,
     PARTIAL: gl.constexpr, ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
+    PLACED: gl.constexpr, VALUE_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All items. Grid: (multiprocessors,); 4 warps, and those of the other partitions.
 
@@ -319,7 +319,7 @@ def attend_kernel(
                 )),
                 (hopper_gather.copy_rows, (
                     data, indices, ends, items, splits, rows, width, key_smem, tail_smem, bias_smem, full, empty,
-                    HEADS, DIM, TAIL, BLOCK, STAGES, HAS_ENDS,
+                    HEADS, DIM, TAIL, BLOCK, STAGES, HAS_ENDS, PLACED,
                 )),
             ],
             [4, 4, 4], [VALUE_REGISTERS, VALUE_REGISTERS, GATHER_REGISTERS],
@@ -345,7 +345,7 @@ def attend_kernel(
                 )),
                 (hopper_gather.unpack_rows, (
                     data, scales, indices, ends, items, splits, rows, width, key_smem, tail_smem, bias_smem,
-                    full, empty, HEADS, DIM, BLOCK, STAGES, HAS_ENDS, ROW, NARROW, GROUP, ROTARY,
+                    full, empty, HEADS, DIM, BLOCK, STAGES, HAS_ENDS, ROW, NARROW, GROUP, ROTARY, PLACED,
                 )),
             ],
             [4, 4, 4], [VALUE_REGISTERS, VALUE_REGISTERS, GATHER_REGISTERS],

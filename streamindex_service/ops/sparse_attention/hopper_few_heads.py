@@ -111,8 +111,8 @@ def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> Non
         HEADS=p.heads, TAIL=p.key_dim - p.value_dim, BLOCK=tiles.block_entries, STAGES=tiles.stages,
         HELD_QUERIES=tiles.held_queries, HAS_ENDS=ends is not None, HAS_SINK=p.sink is not None and not partial,
         WANT_LSE=lse is not None, PARTIAL=partial, ROW=packing.row_bytes, NARROW=packing.narrow, GROUP=packing.group,
-        ROTARY=packing.rotary_offset, WARPS=tiles.warps, VALUE_WARPS=_VALUE_WARPS, VALUE_REGISTERS=_VALUE_REGISTERS,
-        COPY_REGISTERS=_COPY_REGISTERS, num_warps=tiles.warps,
+        ROTARY=packing.rotary_offset, PLACED=p.placed, WARPS=tiles.warps, VALUE_WARPS=_VALUE_WARPS,
+        VALUE_REGISTERS=_VALUE_REGISTERS, COPY_REGISTERS=_COPY_REGISTERS, num_warps=tiles.warps,
     )  # fmt: skip
 
 
@@ -318,12 +318,12 @@ def attend_kernel(
     q, data, scales, indices, ends, sink, out, lse, items, tokens, splits, rows, width, scale_log2,
     HEADS: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HELD_QUERIES: gl.constexpr,
     HAS_ENDS: gl.constexpr, HAS_SINK: gl.constexpr, WANT_LSE: gl.constexpr, PARTIAL: gl.constexpr,
-    ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr, WARPS: gl.constexpr,
-    VALUE_WARPS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
+    ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr, PLACED: gl.constexpr,
+    WARPS: gl.constexpr, VALUE_WARPS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All items. Grid: (multiprocessors,); WARPS warps, and those of the other partitions.
 
-    data: [rows, ROW / 4] int32; scales: [rows] int64, if they lie beside. NARROW: e4m3 elements of a row, GROUP of
+    data: rows of ROW / 4 int32; scales: of an int64, if they lie beside. NARROW: e4m3 elements of a row, GROUP of
     which share a scale; ROTARY: byte of its bf16 elements, which belong to the value unless there is a TAIL.
     HELD_QUERIES: queries stay in registers. Everything else as in triton.py's kernel.
     """
@@ -332,7 +332,7 @@ def attend_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     fours: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     eights: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    entry_smem = gl.allocate_shared_memory(gl.int32, [ENTRIES // BLOCK, BLOCK], flat)
+    entry_smem = gl.allocate_shared_memory(gl.int64 if PLACED else gl.int32, [ENTRIES // BLOCK, BLOCK], flat)
     value_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK, WORDS], word_layout(BLOCK))
     rotary_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK, ROTARY_WORDS], fours)
     if NARROW == 448:
@@ -384,7 +384,7 @@ def attend_kernel(
             (copy_rows, (
                 data, scales, indices, ends, items, splits, rows, width,
                 entry_smem, value_smem, rotary_smem, scale_smem, bias_smem, exponent_smem, share_smem, narrow_smem,
-                landed, full, empty, HEADS, BLOCK, STAGES, HAS_ENDS, ROW, NARROW, GROUP, ROTARY, GROUPS,
+                landed, full, empty, HEADS, BLOCK, STAGES, HAS_ENDS, ROW, NARROW, GROUP, ROTARY, GROUPS, PLACED,
             )),
         ],
         [VALUE_WARPS, COPY_WARPS], [VALUE_REGISTERS, COPY_REGISTERS],

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from streamindex_service.ops.gluon_names import load_async, view
-from streamindex_service.ops.sparse_attention.hopper_items import span
+from streamindex_service.ops.sparse_attention.hopper_items import first_element, span
 
 ITEM_HEADS = 16  # M of mma.sync
 HEADS_AN_ITEM = gl.constexpr(ITEM_HEADS)
@@ -75,29 +75,29 @@ def _load_entries(entries, start, end, BLOCK: gl.constexpr, BLOCKS: gl.constexpr
 @gluon.jit
 def _start_copies(
     data, scales, entry_smem, rows, value_smem, rotary_smem, scale_smem,
-    ROW: gl.constexpr, NARROW: gl.constexpr, ROTARY: gl.constexpr,
+    ROW: gl.constexpr, NARROW: gl.constexpr, ROTARY: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     """Have the rows of a block of entries copied as they are, 16 bytes at a time, zeros where not valid. Returns their
     biases [BLOCK]: 0, or −inf where not valid."""
     layouts: gl.constexpr = _copy_layouts()
     found = entry_smem.load(gl.SliceLayout(1, layouts[0]))
     valid = (found >= 0) & (found < rows)
-    row = data + gl.expand_dims(gl.where(valid, found, 0).to(gl.int64) * (ROW // 4), 1)
+    row = data + gl.expand_dims(first_element(gl.where(valid, found, 0), ROW // 4, 4, PLACED), 1)
     word = gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, layouts[0])), 0)
     load_async(value_smem, row + word, mask=gl.expand_dims(valid, 1) & (word < NARROW // 4))
     found = entry_smem.load(gl.SliceLayout(1, layouts[1]))
     valid = (found >= 0) & (found < rows)
-    row = data + gl.expand_dims(gl.where(valid, found, 0).to(gl.int64) * (ROW // 4), 1)
+    row = data + gl.expand_dims(first_element(gl.where(valid, found, 0), ROW // 4, 4, PLACED), 1)
     word = gl.expand_dims(gl.arange(0, ROTARY_WORDS, layout=gl.SliceLayout(0, layouts[1])), 0)
     load_async(rotary_smem, row + (ROTARY // 4 + word), mask=gl.expand_dims(valid, 1) & (word >= 0))
     found = entry_smem.load(gl.SliceLayout(0, layouts[2]))
     valid = (found >= 0) & (found < rows)
-    index = gl.where(valid, found, 0).to(gl.int64)
+    index = gl.where(valid, found, 0)
     if NARROW == 448:  # eight exponent bytes beside the row
-        load_async(scale_smem, scales + index, mask=valid)
+        load_async(scale_smem, scales + first_element(index, 1, 2, PLACED), mask=valid)
     else:  # four float32 behind its values
         group = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, layouts[2])), 1)
-        place = data + (gl.expand_dims(index * (ROW // 4) + NARROW // 4, 0) + group)
+        place = data + (gl.expand_dims(first_element(index, ROW // 4, 4, PLACED) + NARROW // 4, 0) + group)
         load_async(scale_smem, place, mask=gl.expand_dims(valid, 0) & (group >= 0))
     return gl.where(valid, 0.0, float("-inf"))
 
@@ -158,13 +158,15 @@ def copy_rows(
     landed, full, empty,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_ENDS: gl.constexpr,
     ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr, GROUPS: gl.constexpr,
+    PLACED: gl.constexpr,
 ):  # fmt: skip
     """The partition that keeps the ring full. Entries come in many blocks at a time, the next of them meanwhile.
 
     A block is handed over once the copies of the one after it have started, also if that is of another item.
     """
     BLOCKS: gl.constexpr = ENTRIES // BLOCK
-    together = view(entry_smem, gl.int32, [BLOCKS, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    together = view(entry_smem, gl.int64 if PLACED else gl.int32, [BLOCKS, BLOCK], flat)
     done = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         token, _, _, begin, end = span(ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS)
@@ -179,7 +181,7 @@ def copy_rows(
             hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
             bias = _start_copies(
                 data, scales, entry_smem.index(block), rows, value_smem.index(slot), rotary_smem.index(slot),
-                scale_smem.index(slot), ROW, NARROW, ROTARY,
+                scale_smem.index(slot), ROW, NARROW, ROTARY, PLACED,
             )  # fmt: skip
             async_copy.mbarrier_arrive(landed.index(slot), increment_count=False)
             bias_smem.index(slot).store(bias)

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from streamindex_service.ops.gluon_names import load_async, view
-from streamindex_service.ops.sparse_attention.hopper_items import span
+from streamindex_service.ops.sparse_attention.hopper_items import first_element, span
 
 ITEM_HEADS = 64  # M of wgmma
 HEADS_AN_ITEM = gl.constexpr(ITEM_HEADS)
@@ -63,9 +63,9 @@ _FOUR_BF16 = gl.constexpr((gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16))
 def copy_rows(
     data, indices, ends, items, splits, rows, width, key_smem, tail_smem, bias_smem, full, empty,
     HEADS: gl.constexpr, DIM: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    HAS_ENDS: gl.constexpr,
+    HAS_ENDS: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
-    """Keep the ring full with bf16 rows [rows, DIM + TAIL]."""
+    """Keep the ring full with bf16 rows of DIM + TAIL elements."""
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     lane = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, wide))
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
@@ -79,8 +79,7 @@ def copy_rows(
             index = following
             following = gl.load(entries + start + BLOCK + lane, mask=start + BLOCK + lane < end, other=-1)
             valid = (index >= 0) & (index < rows)
-            place = gl.where(valid, index, 0).to(gl.int64) * (DIM + TAIL)
-            row = data + gl.expand_dims(place, 1)
+            row = data + gl.expand_dims(first_element(gl.where(valid, index, 0), DIM + TAIL, 8, PLACED), 1)
             mask = gl.expand_dims(valid, 1)
             hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
             load_async(key_smem.index(slot), row + gl.expand_dims(dim, 0), mask=mask & (gl.expand_dims(dim, 0) >= 0))
@@ -94,12 +93,12 @@ def copy_rows(
 
 
 @gluon.jit
-def _load_scales(data, scales, index, valid, NARROW: gl.constexpr, ROW: gl.constexpr):
+def _load_scales(data, scales, index, valid, NARROW: gl.constexpr, ROW: gl.constexpr, PLACED: gl.constexpr):
     """The scales of a block of rows: 8 exponent bytes as one number, or four float32 numbers as they are in memory."""
     if NARROW == 448:
-        found = (gl.load(scales + index, mask=valid, other=0),)
+        found = (gl.load(scales + first_element(index, 1, 2, PLACED), mask=valid, other=0),)
     else:
-        place = data + index * (ROW // 4) + NARROW // 4
+        place = data + first_element(index, ROW // 4, 4, PLACED) + NARROW // 4
         found = (
             gl.load(place, mask=valid, other=0),
             gl.load(place + 1, mask=valid, other=0),
@@ -119,14 +118,14 @@ def _packed_pieces(keys, BLOCK: gl.constexpr, DIM: gl.constexpr):
 @gluon.jit
 def _start_copies(
     data, index, valid, keys, tail, NARROW: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr, ROW: gl.constexpr,
-    ROTARY: gl.constexpr, layout: gl.constexpr,
+    ROTARY: gl.constexpr, PLACED: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Have a block of rows copied: piece i of the packed values to where column (PIECES + i) / 2 of the stage will be,
     rotary values to their place. Zeros where not valid. As words: bytes would be copied one by one."""
     PIECES: gl.constexpr = NARROW // 64
     # the layout of the stage, in words of two elements
     as_words: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    row = data + gl.expand_dims(index * (ROW // 4), 1)
+    row = data + gl.expand_dims(first_element(index, ROW // 4, 4, PLACED), 1)
     column = gl.expand_dims(gl.arange(0, _WORDS, layout=gl.SliceLayout(0, layout)), 0)
     mask = gl.expand_dims(valid, 1)
     pieces = _packed_pieces(keys, BLOCK, DIM)
@@ -189,9 +188,9 @@ def _widen_in_place(
 def unpack_rows(
     data, scales, indices, ends, items, splits, rows, width, key_smem, tail_smem, bias_smem, full, empty,
     HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_ENDS: gl.constexpr,
-    ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr,
+    ROW: gl.constexpr, NARROW: gl.constexpr, GROUP: gl.constexpr, ROTARY: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
-    """Keep the ring full with packed rows, widened. data: [rows, ROW / 4] int32; scales: [rows] int64, if beside."""
+    """Keep the ring full with packed rows, widened. data: rows of ROW / 4 int32; scales: of an int64, if beside."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
     lane = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
     done = items * 0
@@ -202,12 +201,14 @@ def unpack_rows(
         for start in range(begin, end, BLOCK):
             slot = done % STAGES
             valid = (following >= 0) & (following < rows)
-            index = gl.where(valid, following, 0).to(gl.int64)
-            scale = _load_scales(data, scales, index, valid, NARROW, ROW)
+            index = gl.where(valid, following, 0)
+            scale = _load_scales(data, scales, index, valid, NARROW, ROW, PLACED)
             following = gl.load(entries + start + BLOCK + lane, mask=start + BLOCK + lane < end, other=-1)
             hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
             keys = key_smem.index(slot)
-            _start_copies(data, index, valid, keys, tail_smem.index(slot), NARROW, BLOCK, DIM, ROW, ROTARY, layout)
+            _start_copies(
+                data, index, valid, keys, tail_smem.index(slot), NARROW, BLOCK, DIM, ROW, ROTARY, PLACED, layout
+            )
             bias_smem.index(slot).store(gl.where(valid, 0.0, float("-inf")))
             async_copy.wait_group(0)
             _widen_in_place(keys, scale, BLOCK, DIM, NARROW, GROUP, layout)

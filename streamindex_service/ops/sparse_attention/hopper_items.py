@@ -1,7 +1,22 @@
-"""What one item of the Hopper kernels is: a block of heads of one token, and a part of its index row."""
+"""What one item of the Hopper kernels is, a block of heads of one token and a part of its index row; and where the rows
+lie that its entries name."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from streamindex_service.ops import paged_kv_rows
+
+_PLACE_BITS = gl.constexpr(paged_kv_rows.PLACE_BITS)
+_PLACE_ROW = gl.constexpr((1 << paged_kv_rows.PLACE_BITS) - 1)  # the bits of the row
+
+
+@gluon.jit
+def first_element(index, ROW: gl.constexpr, UNIT: gl.constexpr, PLACED: gl.constexpr):
+    """How many elements lie before the row of an entry: rows have ROW of them. PLACED: entries are places, in units of
+    16 bytes, which have UNIT elements (see PlacedKvRows)."""
+    if PLACED:
+        return (index >> _PLACE_BITS) * UNIT + (index & _PLACE_ROW) * ROW
+    return index.to(gl.int64) * ROW
 
 
 @gluon.jit

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from streamindex_service.ops.kv_rows import KvRows
+from streamindex_service.ops.paged_kv_rows import PlacedKvRows
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,23 @@ class AttentionInputError(ValueError):
 class Problem:
     """Checked inputs and the places for the outputs.
 
-    q: [tokens, heads, key_dim] bf16; indices: [tokens, width] int32; sink: [heads] float32 or None.
+    q: [tokens, heads, key_dim] bf16; indices: [tokens, width] int32, or int64 of placed rows; sink: [heads] float32 or
+    None.
     out: [tokens, heads, value_dim] bf16; out_lse: [tokens, heads] float32 or None. All contiguous.
     """
 
     q: Tensor
-    kv: KvRows
+    kv: KvRows | PlacedKvRows
     indices: Tensor
     scale: float
     sink: Tensor | None
     out: Tensor
     out_lse: Tensor | None
+
+    @property
+    def placed(self) -> bool:
+        """Whether entries are places, not numbers of rows."""
+        return isinstance(self.kv, PlacedKvRows)
 
     @property
     def tokens(self) -> int:
@@ -74,7 +81,7 @@ class Problem:
         return self.indices.shape[1]
 
 
-def check_inputs(q: Tensor, kv: KvRows, indices: Tensor, sink: Tensor | None, value_dim: int) -> None:
+def check_inputs(q: Tensor, kv: KvRows | PlacedKvRows, indices: Tensor, sink: Tensor | None, value_dim: int) -> None:
     """Raise AttentionInputError for the first argument that disagrees with another one or with LIMITS."""
     if q.dim() != 3 or q.dtype != torch.bfloat16 or not q.is_contiguous():
         raise AttentionInputError(
@@ -91,8 +98,9 @@ def check_inputs(q: Tensor, kv: KvRows, indices: Tensor, sink: Tensor | None, va
         raise AttentionInputError("value_dim", f"{value_dim}, limits are powers of two from 16 to 512")
     if key_dim - value_dim not in LIMITS.tail_dims:
         raise AttentionInputError("value_dim", f"{value_dim} of a key_dim of {key_dim}: may differ by 0, 16, 32 or 64")
-    _check_indices(indices, tokens)
-    if kv.rows > LIMITS.max_rows:
+    placed = isinstance(kv, PlacedKvRows)
+    _check_indices(indices, tokens, torch.int64 if placed else torch.int32)
+    if not placed and kv.rows > LIMITS.max_rows:
         raise AttentionInputError("kv", f"{kv.rows} rows, the most is {LIMITS.max_rows}")
     if sink is not None and (tuple(sink.shape) != (heads,) or sink.dtype != torch.float32 or not sink.is_contiguous()):
         raise AttentionInputError("sink", f"expected contiguous [{heads}] float32, got {list(sink.shape)} {sink.dtype}")
@@ -101,9 +109,11 @@ def check_inputs(q: Tensor, kv: KvRows, indices: Tensor, sink: Tensor | None, va
             raise AttentionInputError(name, f"not on {q.device}, where q is")
 
 
-def _check_indices(indices: Tensor, tokens: int) -> None:
-    if indices.dim() != 2 or indices.shape[0] != tokens or indices.dtype != torch.int32 or not indices.is_contiguous():
-        raise AttentionInputError("indices", f"expected contiguous [{tokens}, width] int32, got {list(indices.shape)}")
+def _check_indices(indices: Tensor, tokens: int, dtype: torch.dtype) -> None:
+    if indices.dim() != 2 or indices.shape[0] != tokens or indices.dtype != dtype or not indices.is_contiguous():
+        raise AttentionInputError(
+            "indices", f"expected contiguous [{tokens}, width] {dtype}, got {list(indices.shape)} {indices.dtype}"
+        )
     if indices.shape[1] > LIMITS.max_width:
         raise AttentionInputError("indices", f"{indices.shape[1]} entries a row, the most is {LIMITS.max_width}")
 

@@ -66,6 +66,7 @@ def attend_gathered(
 def run_reference(problem: Problem) -> None:
     """Fill the outputs. Raises ReferenceTooLargeError beyond MAX_GATHERED_BYTES."""
     p = problem
+    assert isinstance(p.kv, KvRows)
     needed, limit = 8 * p.tokens * p.width * (p.key_dim + 2 * p.heads), MAX_GATHERED_BYTES[p.q.device.type]
     if needed > limit:
         raise ReferenceTooLargeError(needed, limit)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from streamindex_service.ops.kv_rows import KvRows
 from streamindex_service.ops.row_threads import share_rows
 from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
@@ -30,6 +31,7 @@ def _fill_one_by_one(problem: Problem, start: int, stop: int) -> None:
 
 def _fill(problem: Problem, start: int, stop: int) -> None:
     p = problem
+    assert isinstance(p.kv, KvRows)
     indices = p.indices[start:stop]
     valid = (indices >= 0) & (indices < p.kv.rows)
     keys = p.kv.gather(indices.long().masked_fill_(~valid, 0), torch.float32)

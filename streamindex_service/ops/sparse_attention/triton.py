@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from streamindex_service.ops.compiled import variants
+from streamindex_service.ops.paged_kv_rows import PLACE_BITS
 from streamindex_service.ops.sparse_attention.plan import MAX_SPLITS, AttentionKernel, Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
@@ -26,6 +27,8 @@ _LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
 _ENDS_BLOCK = 1024
 _COMBINE_DIMS = 128
+_PLACE_BITS = tl.constexpr(PLACE_BITS)
+_PLACE_ROW = tl.constexpr((1 << PLACE_BITS) - 1)  # the bits of the row
 
 
 @triton.jit(do_not_specialize=["rows", "width"])
@@ -50,16 +53,25 @@ def to_bf16(x, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _first_element(index, ROW: tl.constexpr, UNIT: tl.constexpr, PLACED: tl.constexpr):
+    """How many elements lie before the row of an entry: rows have ROW of them. PLACED: entries are places, in units of
+    16 bytes, which have UNIT elements (see PlacedKvRows)."""
+    if PLACED:
+        return (index >> _PLACE_BITS) * UNIT + (index & _PLACE_ROW) * ROW
+    return index.to(tl.int64) * ROW
+
+
+@triton.jit
 def _load_rows(
     data, scales, index, valid, DIM: tl.constexpr, FIRST: tl.constexpr, ROW: tl.constexpr, NARROW: tl.constexpr,
-    GROUP: tl.constexpr, ROTARY: tl.constexpr, SCALES_BESIDE: tl.constexpr,
+    GROUP: tl.constexpr, ROTARY: tl.constexpr, SCALES_BESIDE: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """Elements FIRST to FIRST + DIM of the rows `index`, zero where not valid: [BN, DIM] bf16.
 
     NARROW: e4m3 values of a packed row (0: rows are bf16), GROUP of which share a scale. ROTARY: byte of its bf16 part.
     """
     dim = FIRST + tl.arange(0, DIM)
-    row = data + index.to(tl.int64) * ROW  # [BN]
+    row = data + _first_element(index, ROW, 16 if NARROW else 8, PLACED)  # [BN]
     if NARROW == 0:
         return tl.load(row[:, None] + dim[None, :], mask=valid[:, None], other=0.0)
     rotary_row = (row + ROTARY).to(tl.pointer_type(tl.bfloat16))
@@ -69,11 +81,12 @@ def _load_rows(
     wanted = valid[:, None] & is_narrow[None, :]
     value = tl.load(row.to(tl.pointer_type(tl.float8e4nv))[:, None] + dim[None, :], mask=wanted, other=0.0)
     if SCALES_BESIDE:  # an exponent byte is the exponent field of a float32
-        exponent = tl.load(scales + (index.to(tl.int64) * 8)[:, None] + (dim // GROUP)[None, :], mask=wanted, other=127)
+        scale_row = scales + _first_element(index, 8, 16, PLACED)
+        exponent = tl.load(scale_row[:, None] + (dim // GROUP)[None, :], mask=wanted, other=127)
         scale = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     else:
-        scale_row = (row + NARROW).to(tl.pointer_type(tl.float32))
-        scale = tl.load(scale_row[:, None] + (dim // GROUP)[None, :], mask=wanted, other=1.0)
+        wide_row = (row + NARROW).to(tl.pointer_type(tl.float32))
+        scale = tl.load(wide_row[:, None] + (dim // GROUP)[None, :], mask=wanted, other=1.0)
     wide = (value.to(tl.float32) * scale).to(tl.bfloat16)
     if FIRST + DIM > NARROW:
         rotary = tl.load(
@@ -88,8 +101,8 @@ def attend_kernel(
     q, data, scales, indices, ends, sink, out, lse, rows, width, splits, scale_log2,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,
     BLOCK: tl.constexpr, ROW: tl.constexpr, NARROW: tl.constexpr, GROUP: tl.constexpr, ROTARY: tl.constexpr,
-    SCALES_BESIDE: tl.constexpr, HAS_ENDS: tl.constexpr, HAS_SINK: tl.constexpr, WANT_LSE: tl.constexpr,
-    PARTIAL: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    SCALES_BESIDE: tl.constexpr, PLACED: tl.constexpr, HAS_ENDS: tl.constexpr, HAS_SINK: tl.constexpr,
+    WANT_LSE: tl.constexpr, PARTIAL: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A block of heads of one token over its index row, or over a part of it. Grid: (tokens × head blocks, splits).
 
@@ -123,13 +136,17 @@ def attend_kernel(
         valid = (following >= 0) & (following < rows)
         index = tl.where(valid, following, 0)
         following = tl.load(entries + start + BLOCK + lane, mask=start + BLOCK + lane < end, other=-1)
-        keys = _load_rows(data, scales, index, valid, DIM, 0, ROW, NARROW, GROUP, ROTARY, SCALES_BESIDE)  # [BN, DIM]
+        keys = _load_rows(  # [BN, DIM]
+            data, scales, index, valid, DIM, 0, ROW, NARROW, GROUP, ROTARY, SCALES_BESIDE, PLACED
+        )
         if WIDEN:
             logits = tl.dot(q_tile.to(tl.float32), tl.trans(keys.to(tl.float32)), input_precision="ieee")
         else:
             logits = tl.dot(q_tile, tl.trans(keys))  # [BH, BN] float32
         if TAIL > 0:
-            key_tail = _load_rows(data, scales, index, valid, TAIL, DIM, ROW, NARROW, GROUP, ROTARY, SCALES_BESIDE)
+            key_tail = _load_rows(
+                data, scales, index, valid, TAIL, DIM, ROW, NARROW, GROUP, ROTARY, SCALES_BESIDE, PLACED
+            )
             if WIDEN:
                 logits = tl.dot(
                     q_tail.to(tl.float32), tl.trans(key_tail.to(tl.float32)), logits, input_precision="ieee"
@@ -252,13 +269,15 @@ def format_constants(problem: Problem) -> dict[str, int | bool]:
     """What the kernels need to know of the rows' format."""
     packing = problem.kv.format.packed
     if packing is None:
-        return {"ROW": problem.key_dim, "NARROW": 0, "GROUP": 1, "ROTARY": 0, "SCALES_BESIDE": False}
+        constants = {"ROW": problem.key_dim, "NARROW": 0, "GROUP": 1, "ROTARY": 0, "SCALES_BESIDE": False}
+        return {**constants, "PLACED": problem.placed}
     return {
         "ROW": packing.row_bytes,
         "NARROW": packing.narrow,
         "GROUP": packing.group,
         "ROTARY": packing.rotary_offset,
         "SCALES_BESIDE": problem.kv.scales is not None,
+        "PLACED": problem.placed,
     }
 
 

@@ -1,0 +1,66 @@
+"""Where the rows of several sequences lie that are attended: the kernels read them in their pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamindex_service.ops.cached_attention.sequences import CachedSequence, join
+from streamindex_service.ops.extent_pages import to_device
+from streamindex_service.ops.paged_kv_rows import PlacedKvRows
+
+COLUMNS = 5
+
+
+@dataclass(frozen=True)
+class Places:
+    """Rows of all sequences, and what is needed to find those that a query attends; tensors are on their device.
+
+    table: [pages] int64, of all pages behind each other, units of bytes from the anchor.
+    columns: [5, queries] int64, of each query's sequence: compressed rows, and the number of the first in the order of
+        pages; window rows, the number of the first, and the token that it is of.
+    positions: [queries] int64. window: tokens.
+    """
+
+    rows: PlacedKvRows
+    table: Tensor
+    columns: Tensor
+    positions: Tensor
+    window: int
+
+    @classmethod
+    def of(cls, sequences: Sequence[CachedSequence], positions: Tensor, window: int, device: torch.device) -> Places:
+        """positions: [queries] int64 on the CPU. Raises ValueError if the sequences disagree."""
+        joined = join(sequences, len(positions))
+        first_rows = joined.first_rows()
+        of_sequences = [
+            (each.compressed.length, compressed, each.window_rows.length, recent, each.first_window_row)
+            for each, compressed, recent in zip(
+                sequences, first_rows[: len(sequences)], first_rows[len(sequences) :], strict=True
+            )
+        ]
+        columns = np.array(of_sequences, dtype=np.int64).T.repeat([each.tokens for each in sequences], axis=1)
+        return cls(
+            joined.placed(device),
+            joined.unit_table(device),
+            to_device(np.ascontiguousarray(columns), device),
+            positions.to(device, non_blocking=True),
+            window,
+        )
+
+    def entries(self, indices: Tensor) -> Tensor:
+        """Index rows of places, [queries, window + width] int64, −1 for none: the window of each query, its own token
+        last, then what its indices [queries, width] int32 name, in their order. No entries where there are no rows."""
+        # imported here: Triton need not be installed where it is not asked for
+        from streamindex_service.ops.cached_attention.triton import run_places
+
+        queries, width = indices.shape
+        entries = self.window + width if len(self.table) else 0
+        out = torch.empty((queries, entries), dtype=torch.int64, device=indices.device)
+        if out.numel():
+            run_places(indices, self.positions, self.columns, self.table, out)
+        return out

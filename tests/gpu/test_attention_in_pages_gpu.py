@@ -1,0 +1,152 @@
+"""Attention over rows in scattered pages on a CUDA device: every kernel reads what lies there, bit for bit as if it
+were one tensor, however far apart the pages are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from streamindex_service.ops.cached_attention import CachedSequence, attend_cached
+from streamindex_service.ops.extent_pages import ExtentPages
+from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
+from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
+from streamindex_service.ops.sparse_attention import plan_for, sparse_attention
+from tests.ops.attention_cases import Inputs, make_inputs, paged
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(300),
+]
+# tokens, heads, width, key_dim, format
+SHAPES = [
+    (300, 64, 640, 512, KvFormat.BF16),
+    (150, 128, 2048, 576, KvFormat.BF16),
+    (300, 33, 333, 576, KvFormat.BF16),
+    (300, 5, 333, 512, KvFormat.BF16),
+    (300, 64, 640, 512, KvFormat.FP8_D512),
+    (150, 128, 2048, 576, KvFormat.FP8_D576),
+    (300, 33, 333, 512, KvFormat.FP8_D512),
+    (300, 33, 333, 576, KvFormat.FP8_D576),
+    (33, 16, 640, 512, KvFormat.FP8_D512),
+    (33, 20, 2048, 576, KvFormat.FP8_D576),
+    (1, 8, 1152, 512, KvFormat.FP8_D512),
+]
+
+
+def _case(shape, **changes) -> Inputs:
+    tokens, heads, width, key_dim, kv_format = shape
+    inputs = make_inputs(
+        tokens=tokens, heads=heads, width=width, rows=20_000, key_dim=key_dim, value_dim=512, kv_format=kv_format,
+        device="cuda", **changes,
+    )  # fmt: skip
+    if tokens > 2:
+        inputs.indices[0] = -1
+        inputs.indices[1, width // 3 :] = -1
+        inputs.indices[2, : width // 2] = 20_000
+    return inputs
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda each: f"T{each[0]}-H{each[1]}-W{each[2]}-D{each[3]}-{each[4].value}"
+)
+def test_rows_in_pages_give_the_bits_of_rows_in_one_tensor(shape, splits):
+    inputs = _case(shape)
+    tokens, heads, width, key_dim, kv_format = shape
+    plan = plan_for(
+        "triton", "cuda", kv_format, tokens=tokens, heads=heads, key_dim=key_dim, value_dim=512, width=width,
+        rows=20_000,
+    )  # fmt: skip
+    assert plan is not None
+    plan = replace(plan, splits=splits)
+    expected = inputs.attend("triton", plan)
+    report = inputs.judge(expected)
+    assert report.wrong_rows == 0, report
+    result = inputs.attend_in_pages(plan, allocations=3)
+    assert torch.equal(result.out, expected.out)
+    assert result.lse is not None
+    assert expected.lse is not None
+    assert torch.equal(result.lse, expected.lse)
+
+
+def test_pages_that_lie_far_apart():
+    """72 GiB between the first page and the last: no distance in rows or bytes fits 32 bits."""
+    size_bytes = 72 << 30
+    if torch.cuda.mem_get_info()[0] < size_bytes + (10 << 30):
+        pytest.skip("needs 82 GiB of free device memory")
+    extent = torch.empty(size_bytes, dtype=torch.uint8, device="cuda")
+    try:
+        for kv_format, key_dim, heads in [
+            (KvFormat.BF16, 512, 64),
+            (KvFormat.BF16, 512, 16),
+            (KvFormat.FP8_D512, 512, 64),
+            (KvFormat.FP8_D512, 512, 16),
+            (KvFormat.FP8_D512, 512, 40),
+            (KvFormat.FP8_D576, 576, 128),
+            (KvFormat.FP8_D576, 576, 8),
+        ]:
+            _attend_far_apart(extent, kv_format, key_dim, heads)
+    finally:
+        del extent
+        torch.cuda.empty_cache()
+
+
+def _attend_far_apart(extent: torch.Tensor, kv_format: KvFormat, key_dim: int, heads: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = pack_rows(torch.randn((512, key_dim), generator=generator), kv_format)
+    kv = KvRows(kv_format, rows.data.cuda(), None if rows.scales is None else rows.scales.cuda())
+    near = paged(kv, 1)
+    starts = np.array([extent.numel() - near.page_bytes, 0], dtype=np.int64) // 512 * 512
+    for page, start in zip(near.pages, starts.tolist(), strict=True):
+        extent[start : start + near.page_bytes] = page
+    pages = ExtentPages([extent], np.zeros(2, dtype=np.int64), starts, (near.page_bytes,), torch.uint8)
+    sequence = CachedSequence(3, PagedKvRows(kv_format, key_dim, 512, pages), PagedKvRows(kv_format, key_dim, 0, ()))
+    q = torch.randn((3, heads, key_dim), generator=generator).bfloat16().cuda()
+    indices = torch.randint(-1, 520, (3, 200), generator=generator, dtype=torch.int32).cuda()
+    answer = attend_cached(
+        q, indices, torch.zeros(3, dtype=torch.int64), [sequence], window=0, scale=0.05, sink=None, value_dim=512,
+        implementation="triton", workspace_bytes=16 << 20, want_lse=True,
+    )  # fmt: skip
+    plan = plan_for(
+        "triton", "cuda", kv_format, tokens=3, heads=heads, key_dim=key_dim, value_dim=512, width=200, rows=512
+    )
+    assert plan is not None
+    expected = sparse_attention(
+        q, kv, indices, scale=0.05, value_dim=512, implementation="triton", want_lse=True, plan=replace(plan, splits=1)
+    )
+    assert torch.equal(answer.out, expected.out), (kv_format, heads)
+    assert answer.lse is not None
+    assert expected.lse is not None
+    assert torch.equal(answer.lse, expected.lse), (kv_format, heads)
+
+
+def test_a_new_length_compiles_nothing():
+    from streamindex_service.ops import compiled
+
+    def attend(rows: int, tokens: int, width: int) -> None:
+        kv = pack_rows(torch.randn((rows, 512)), KvFormat.FP8_D512)
+        kv = KvRows(kv.format, kv.data.cuda(), None if kv.scales is None else kv.scales.cuda())
+        q = torch.randn((tokens, 16, 512)).bfloat16().cuda()
+        indices = torch.randint(0, rows, (tokens, width), dtype=torch.int32).cuda()
+        attend_cached(
+            q, indices, torch.arange(tokens), [CachedSequence(tokens, paged(kv), paged(kv))], window=20, scale=0.05,
+            sink=None, value_dim=512, implementation="triton", workspace_bytes=16 << 20,
+        )  # fmt: skip
+
+    attend(300, 3, 17)
+    attend(300, 300, 17)  # more rows than multiprocessors: where they end is looked for
+    known = compiled.count()
+    for rows, tokens, width in [(1, 1, 1), (256, 16, 16), (5000, 33, 640), (4096, 256, 64), (300, 1, 1024)]:
+        attend(rows, tokens, width)
+    assert compiled.count() == known
+
+
+def test_a_page_that_is_not_aligned_is_refused():
+    extent = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    page = PagedKvRows(KvFormat.BF16, 64, 1, (extent[8 : 8 + 256 * 128],))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        JoinedKvRows((page,)).unit_table(torch.device("cuda"))
