@@ -144,7 +144,7 @@ class JoinedKvRows:
         if held:
             lowest = min(held, key=lambda part: int(part.addresses.min()))
             anchor = lowest.pages[int(lowest.addresses.argmin())]
-        return PlacedKvRows(self.parts[0].format, self.parts[0].key_dim, anchor)
+        return PlacedKvRows(self, anchor)
 
     def unit_table(self, device: torch.device) -> Tensor:
         """Where pages lie, for kernels: [pages] int64, in units of 16 bytes from the one with the lowest address.
@@ -161,25 +161,33 @@ class PlacedKvRows:
 
     place = units << 8 | row: the page begins so many times 16 bytes behind the anchor, the row is one of its 256.
 
-    Negative places name nothing; which others name a row only those who make them know. anchor: [page_bytes] uint8, the
-    page with the lowest address; empty where there is none.
+    Negative places name nothing; which others name a row only those who make them know. pages: all that places may be
+    in, kept alive by this. anchor: [page_bytes] uint8, the page with the lowest address; empty where there is none.
     """
 
-    format: KvFormat
-    key_dim: int
+    pages: JoinedKvRows
     anchor: Tensor
+
+    @property
+    def format(self) -> KvFormat:
+        """Of all rows."""
+        return self.pages.parts[0].format
+
+    @property
+    def key_dim(self) -> int:
+        """Elements of a key."""
+        return self.pages.parts[0].key_dim
 
     @property
     def data(self) -> Tensor:
         """Rows of the anchor, as elements of bf16 or, of a packed format, as bytes."""
-        rows = self.anchor[: PAGE_KEYS * row_sizes(self.format, self.key_dim)[0]]
+        rows = self.anchor[: PAGE_KEYS * self.pages.row_bytes]
         return rows.view(torch.bfloat16) if self.format.packed is None else rows
 
     @property
     def scales(self) -> Tensor | None:
         """Scales of the anchor, for a format that has them beside the rows: [2048] uint8, else None."""
-        row_bytes, scale_bytes = row_sizes(self.format, self.key_dim)
-        return self.anchor[PAGE_KEYS * row_bytes :] if scale_bytes else None
+        return self.anchor[PAGE_KEYS * self.pages.row_bytes :] if self.pages.scale_bytes else None
 
     @property
     def rows(self) -> int:
@@ -189,4 +197,4 @@ class PlacedKvRows:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, scales included."""
-        return sum(row_sizes(self.format, self.key_dim))
+        return self.pages.row_bytes + self.pages.scale_bytes

@@ -25,7 +25,8 @@ pytestmark = [
 MIB = 1 << 20
 DEVICE = "cuda:0"
 TOP_K, WINDOW = 512, 128
-TRIES = 30  # steps until the service has seen how fast they are, and takes them whole
+TRIES = 30  # until the service has seen how fast a stream is, and takes large tiles
+STEPS = 5
 
 V4 = Shape(KvFormat.BF16, 512, 512, heads=64, index_heads=64, index_dim=128)
 PACKED = Shape(KvFormat.FP8_D512, 512, 512, heads=128, index_heads=64, index_dim=128)
@@ -98,21 +99,16 @@ def test_tiles_of_sparse_attend_take_what_the_governor_reserves(shape, tokens, l
 
 @pytest.mark.parametrize("kv_format", [KvFormat.BF16, KvFormat.FP8_D512], ids=lambda each: each.value)
 def test_tiles_of_a_decode_step_take_what_the_governor_reserves(kv_format):
-    """Rows of many sequences in one tile, their KV rows copied behind each other."""
+    """Rows of many sequences in one tile. What a block holds of them is no more than 64 MiB: their KV rows stay where
+    they are."""
     shape = Shape(kv_format, 512, 512, heads=64, index_heads=64, index_dim=128)
     asked = {"top_k": TOP_K, "window": WINDOW, "scale": shape.scale}
     with RunningService(SETTINGS) as service, streamindex_client.connect(service.address) as client:
-        # ragged: from sequences whose rows are all copied to such that pick theirs
         made = [Sequence(client, shape, 1500 + 13 * number, 1 + number % 2, number, **asked) for number in range(128)]
         items = [each.item() for each in made]
-        for _ in range(TRIES):
+        for _ in range(STEPS):
             results = client.sparse_attend_batch(items, **asked, want_lse=True)
             assert all(result.error is None for result in results)
-            memory = ratios(service)
-            if memory.large_tiles > 1:
-                break
+        memory = ratios(service)
     assert 0.0 < memory.most_ratio_of_any <= 1.0, memory
-    if kv_format is KvFormat.BF16:  # a block holds too few rows for as much in packed ones
-        assert memory.large_tiles > 0, "no tile had enough rows"
-        assert memory.least_ratio >= LEAST_RATIO, memory
     assert memory.failures == 0
