@@ -334,7 +334,7 @@ class Kernel:
         self.body, self.ids, self.programs = body, ids, programs
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        def run(*arguments: Any, num_warps: int, **constants: Any) -> None:
+        def run(*arguments: Any, num_warps: int, launch_pdl: bool, **constants: Any) -> None:
             given = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
             if constants["PLACED"]:  # rows, and scales beside them, may lie anywhere behind the anchor
                 given[1:3] = (Pointer(_to_the_end(x)) for x in arguments[1:3])
@@ -362,6 +362,9 @@ def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "triton.experimental": {},
         path: {"jit": jit, "constexpr_function": _with_plain_numbers},
         f"{path}.language": language,
+        "triton.language": {},
+        "triton.language.extra": {},
+        "triton.language.extra.cuda": {"gdc_wait": lambda: None},
         f"{path}.language.nvidia": {},
         f"{path}.language.nvidia.ampere": {"mma_v2": _mma},
         f"{path}.language.nvidia.ampere.async_copy": copies,

@@ -28,7 +28,7 @@ from streamindex_service.ops import gluon_names
 from streamindex_service.ops.gluon_names import barrier, load_tile, missing
 from streamindex_service.ops.sparse_attention import hopper_gather
 from streamindex_service.ops.sparse_attention.hopper_gather import HEADS_AN_ITEM, ITEM_HEADS
-from streamindex_service.ops.sparse_attention.hopper_items import span
+from streamindex_service.ops.sparse_attention.hopper_items import span, wait_for_inputs
 from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
@@ -69,7 +69,7 @@ def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> Non
         ROW=packing.row_bytes if packing else 0, NARROW=packing.narrow if packing else 0,
         GROUP=packing.group if packing else 0, ROTARY=packing.rotary_offset if packing else 0,
         VALUE_REGISTERS=_UNPACK_VALUE_REGISTERS if packing else _VALUE_REGISTERS,
-        GATHER_REGISTERS=_UNPACK_REGISTERS if packing else _COPY_REGISTERS, num_warps=4,
+        GATHER_REGISTERS=_UNPACK_REGISTERS if packing else _COPY_REGISTERS, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -296,6 +296,7 @@ def attend_kernel(
         hopper.mbarrier.init(weight_full.index(message), count=1)
         hopper.mbarrier.init(weight_empty.index(message), count=2)
     hopper.fence_async_shared()
+    wait_for_inputs()
     barrier()
     # the tuples stand here in full: put into a variable, a constexpr becomes a tensor
     if NARROW == 0:

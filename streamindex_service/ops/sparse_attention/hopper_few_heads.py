@@ -74,7 +74,7 @@ from streamindex_service.ops.sparse_attention.hopper_few_heads_products import (
     load_shares,
     multiply,
 )
-from streamindex_service.ops.sparse_attention.hopper_items import span
+from streamindex_service.ops.sparse_attention.hopper_items import span, wait_for_inputs
 from streamindex_service.ops.sparse_attention.plan import Plan
 from streamindex_service.ops.sparse_attention.problem import Problem
 
@@ -113,6 +113,7 @@ def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> Non
         WANT_LSE=lse is not None, PARTIAL=partial, ROW=packing.row_bytes, NARROW=packing.narrow, GROUP=packing.group,
         ROTARY=packing.rotary_offset, PLACED=p.placed, WARPS=tiles.warps, VALUE_WARPS=_VALUE_WARPS,
         VALUE_REGISTERS=_VALUE_REGISTERS, COPY_REGISTERS=_COPY_REGISTERS, num_warps=tiles.warps,
+        launch_pdl=True,
     )  # fmt: skip
 
 
@@ -364,6 +365,7 @@ def attend_kernel(
         hopper.mbarrier.init(weighed.index(slot), count=1)
         hopper.mbarrier.init(empty.index(slot), count=1)
     hopper.fence_async_shared()
+    wait_for_inputs()
     barrier()
     # the tuples stand here in full: put into a variable, a constexpr becomes a tensor
     gl.warp_specialize(

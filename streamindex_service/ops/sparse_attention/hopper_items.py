@@ -3,11 +3,19 @@ lie that its entries name."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 from streamindex_service.ops import paged_kv_rows
 
 _PLACE_BITS = gl.constexpr(paged_kv_rows.PLACE_BITS)
 _PLACE_ROW = gl.constexpr((1 << paged_kv_rows.PLACE_BITS) - 1)  # the bits of the row
+
+
+@gluon.jit
+def wait_for_inputs():
+    """Of a kernel that is launched while the one before it in its stream still runs (programmatic dependent launch):
+    wait for the end of that one. Before this nothing may be read that it writes, nor written that it reads."""
+    gdc_wait()
 
 
 @gluon.jit

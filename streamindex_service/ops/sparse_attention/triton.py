@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.paged_kv_rows import PLACE_BITS
@@ -188,12 +189,16 @@ def attend_kernel(
 def combine_kernel(
     partial, partial_lse, sink, out, lse, tokens, splits,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr,
-    MOST_PARTS: tl.constexpr, HAS_SINK: tl.constexpr, WANT_LSE: tl.constexpr, WIDEN: tl.constexpr,
+    MOST_PARTS: tl.constexpr, HAS_SINK: tl.constexpr, WANT_LSE: tl.constexpr, DEPENDENT: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Parts of a split in order, and the sink. Grid: (tokens, head blocks, DIM / BLOCK_DIMS).
 
     partial: [splits, tokens, HEADS, DIM] float32; partial_lse: [splits, tokens, HEADS] in base 2; the rest as above.
+    DEPENDENT: launched before those who make the parts are done.
     """
+    if DEPENDENT:
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     dim = tl.program_id(2) * BLOCK_DIMS + tl.arange(0, BLOCK_DIMS)
@@ -253,7 +258,7 @@ def run_triton(problem: Problem, plan: Plan) -> None:
         partial = torch.empty((*shape, problem.value_dim), device=problem.q.device)
         partial_lse = torch.empty(shape, device=problem.q.device)
         _launch(problem, plan, ends, partial, partial_lse)
-        _combine(problem, partial, partial_lse)
+        _combine(problem, plan, partial, partial_lse)
 
 
 def last_entries(problem: Problem) -> Tensor:
@@ -314,13 +319,15 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _combine(problem: Problem, partial: Tensor, partial_lse: Tensor) -> None:
+def _combine(problem: Problem, plan: Plan, partial: Tensor, partial_lse: Tensor) -> None:
     p = problem
+    assert plan.tiles is not None
+    dependent = plan.tiles.kernel in (AttentionKernel.HOPPER, AttentionKernel.HOPPER_FEW_HEADS)
     block_heads, block_dims = 8, min(_COMBINE_DIMS, p.value_dim)
     combine_kernel[(p.tokens, triton.cdiv(p.heads, block_heads), p.value_dim // block_dims)](
         partial, partial_lse, partial_lse if p.sink is None else p.sink, p.out,
         partial_lse if p.out_lse is None else p.out_lse, p.tokens, partial.shape[0],
         HEADS=p.heads, BLOCK_HEADS=block_heads, DIM=p.value_dim, BLOCK_DIMS=block_dims, MOST_PARTS=MAX_SPLITS,
-        HAS_SINK=p.sink is not None, WANT_LSE=p.out_lse is not None, WIDEN=_INTERPRETED,
-        num_warps=4,
+        HAS_SINK=p.sink is not None, WANT_LSE=p.out_lse is not None, DEPENDENT=dependent, WIDEN=_INTERPRETED,
+        num_warps=4, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
