@@ -137,19 +137,26 @@ class JoinedKvRows:
         """See PagedKvRows; of all parts."""
         return tuple(chain.from_iterable(part.scales for part in self.parts))
 
+    @cached_property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """[pages] int64, of each page of all parts."""
+        return np.concatenate([part.addresses for part in self.parts])
+
     def placed(self, device: torch.device) -> PlacedKvRows:
         """The rows, for an operation that takes places; device: of the pages, if there are any."""
-        held = [part for part in self.parts if part.length]
-        anchor = torch.empty(0, dtype=torch.uint8, device=device)
-        if held:
-            lowest = min(held, key=lambda part: int(part.addresses.min()))
-            anchor = lowest.pages[int(lowest.addresses.argmin())]
-        return PlacedKvRows(self, anchor)
+        if not len(self.addresses):
+            return PlacedKvRows(self, torch.empty(0, dtype=torch.uint8, device=device))
+        lowest, parts = int(self.addresses.argmin()), iter(self.parts)
+        part = next(parts)
+        while lowest >= len(part.pages):
+            lowest -= len(part.pages)
+            part = next(parts)
+        return PlacedKvRows(self, part.pages[lowest])
 
     def unit_table(self, device: torch.device) -> Tensor:
         """Where pages lie, for kernels: [pages] int64, in units of 16 bytes from the one with the lowest address.
         Raises ValueError for a page that is not aligned to these."""
-        addresses = np.concatenate([part.addresses for part in self.parts])
+        addresses = self.addresses
         if (addresses % PLACE_UNIT_BYTES).any():
             raise ValueError(f"pages: not all of their addresses are multiples of {PLACE_UNIT_BYTES} bytes")
         return to_device((addresses - addresses.min(initial=_ANY_PLACE)) // PLACE_UNIT_BYTES, device)
