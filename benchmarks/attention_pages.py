@@ -226,6 +226,8 @@ def run_case(bench: AttentionBench, shape: str, whole: Attention, steps: list[St
             step.call(part)
 
     call_s = measure(call, device, budget_s=bench.budget_s / 4).seconds / calls
+    called = slice(0, calls * tokens)
+    other["pages"] = max(other["pages"], int((out[called] != expected[called]).any(dim=2).any(dim=1).sum()))
     for way in WAYS:
         tflops = model.entry_flop * whole.entries() / len(steps) / seconds[way] / 1e12
         bench.report.add(

@@ -16,13 +16,13 @@ from streamindex_service.core.sizes import (
 from streamindex_service.core.specs import KvSpec
 
 # Device memory of a tile beside rows and tensors as they are: see `AttentionWork.tile_bytes`.
-_QUERY_ROW_BYTES = 64  # of each query row: its position, and where the rows of its sequence and its window are
+_QUERY_ROW_BYTES = 80  # of each query row: its position, and where the rows of its sequence and its window are
 _PART_BYTES = 512  # of each call's rows: runs of rows to be copied, and the addresses of a few pages
+_PAGE_ADDRESS_BYTES = 8
 # Where rows are copied:
 _KEPT_ENTRY_BYTES = 4  # of each entry of an index row: its place among the copies
 _WIDE_ENTRY_BYTES = 25  # and while that is looked for
 _CHOSEN_ENTRY_BYTES, _CHOSEN_ROW_BYTES = 13, 25  # of each entry and each copied row, while the latter are listed
-_PAGE_ADDRESS_BYTES = 8
 # Window pages come in groups of so many, so that a stream of queries does not change its pages with every tile.
 WINDOW_GROUP = 4
 

@@ -199,7 +199,7 @@ class AttendTiles:
         return self._place_of(piece).pages
 
     def bytes_of(self, piece: TilePiece) -> int:
-        """Device memory of all that a tile reads, writes and copies; without the workspace."""
+        """Device memory of all that a tile reads and writes; without the workspace."""
         pages_bytes = len(self.pages_of(piece)) * self._parameters.kv.form.page_bytes
         return pages_bytes + self.tile_bytes(piece)
 

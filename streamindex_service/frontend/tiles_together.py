@@ -1,4 +1,4 @@
-"""Tiles over rows of several calls: one copy of the rows and one run of the kernels on the device.
+"""Tiles over rows of several calls: one copy of queries to the device, and one run of the kernels there.
 
 What bounds such a tile: its rows lie in one block, one after another; its parts are of one kind, as their callers see
 to; the device holds the pages of all of them together, beside the workspace; they are as fast together as apart; and it
@@ -36,7 +36,7 @@ class Joinable(Protocol):
         """The least workspace of a tile."""
 
     def bytes_of(self, piece: TilePiece) -> int:
-        """Device memory of all that a tile reads, writes and copies; without the workspace."""
+        """Device memory of all that a tile reads and writes; without the workspace."""
 
     def flop_of(self, piece: TilePiece) -> int:
         """Operations of a tile."""

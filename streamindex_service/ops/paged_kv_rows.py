@@ -187,7 +187,7 @@ class PlacedKvRows:
 
     @property
     def data(self) -> Tensor:
-        """Rows of the anchor, as elements of bf16 or, of a packed format, as bytes."""
+        """Rows of the anchor: [256 · key_dim] bf16 or, of a packed format, [256 · row_bytes] uint8."""
         rows = self.anchor[: PAGE_KEYS * self.pages.row_bytes]
         return rows.view(torch.bfloat16) if self.format.packed is None else rows
 
@@ -200,8 +200,3 @@ class PlacedKvRows:
     def rows(self) -> int:
         """A number that no place reaches."""
         return _ANY_PLACE
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row, scales included."""
-        return self.pages.row_bytes + self.pages.scale_bytes

@@ -57,7 +57,7 @@ def search(device: Device, implementation: str) -> None:
 
 
 def attend(device: Device, implementation: str) -> None:
-    """Attention of a few queries of two sequences, of which one picks its rows, against float64.
+    """Attention of a few queries of two sequences, of which one names fewer rows than it has, against float64.
 
     Raises as `run` does.
     """

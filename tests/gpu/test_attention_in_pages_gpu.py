@@ -12,7 +12,7 @@ import torch
 from streamindex_service.ops.cached_attention import CachedSequence, attend_cached
 from streamindex_service.ops.extent_pages import ExtentPages
 from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
-from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
+from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import plan_for, sparse_attention
 from tests.ops.attention_cases import Inputs, make_inputs, paged
 
@@ -143,10 +143,3 @@ def test_a_new_length_compiles_nothing():
     for rows, tokens, width in [(1, 1, 1), (256, 16, 16), (5000, 33, 640), (4096, 256, 64), (300, 1, 1024)]:
         attend(rows, tokens, width)
     assert compiled.count() == known
-
-
-def test_a_page_that_is_not_aligned_is_refused():
-    extent = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-    page = PagedKvRows(KvFormat.BF16, 64, 1, (extent[8 : 8 + 256 * 128],))
-    with pytest.raises(ValueError, match="multiples of 16"):
-        JoinedKvRows((page,)).unit_table(torch.device("cuda"))

@@ -61,6 +61,8 @@ def _variants() -> dict[str, Callable[[], tuple[ModuleType, str, Callable[[], No
         "few heads fp8_d576 in pages": lambda: _attend(KvFormat.FP8_D576, 12, 576, 1, placed=True),
         "few heads fp8_d512": lambda: _attend(KvFormat.FP8_D512, 12, 512, 3),
         "few heads fp8_d576": lambda: _attend(KvFormat.FP8_D576, 12, 576, 1),
+        "combine": lambda: _combine(AttentionKernel.PORTABLE),
+        "combine for hopper": lambda: _combine(AttentionKernel.HOPPER),
         "scores bf16": lambda: _score(KeyFormat.BF16, None),
         "scores fp8_e4m3": lambda: _score(KeyFormat.FP8_E4M3, torch.tensor([290, 3, 299])),
     }
@@ -84,6 +86,17 @@ def _attend(
     if kernel is AttentionKernel.HOPPER:
         return hopper, "attend_kernel", lambda: hopper.launch(problem, plan, ends, out, lse, 132)
     return hopper_few_heads, "attend_kernel", lambda: hopper_few_heads.launch(problem, plan, ends, out, lse, 132)
+
+
+def _combine(kernel: AttentionKernel) -> tuple[ModuleType, str, Callable[[], None]]:
+    from streamindex_service.ops.sparse_attention import triton
+
+    inputs = make_inputs(tokens=2, heads=64, width=128, rows=128, key_dim=512, value_dim=512)
+    out, lse = torch.zeros((2, 64, 512), dtype=torch.bfloat16), torch.zeros((2, 64))
+    partial, partial_lse = torch.zeros((3, 2, 64, 512)), torch.zeros((3, 2, 64))
+    problem = Problem(inputs.q, inputs.kv, inputs.indices, inputs.scale, inputs.sink, out, lse)
+    plan = Plan(0, splits=3, tiles=attention_tiles("bf16", 64, 512, 512, kernel))
+    return triton, "combine_kernel", lambda: triton.combine(problem, plan, partial, partial_lse)
 
 
 def _score(key_format: KeyFormat, positions: torch.Tensor | None) -> tuple[ModuleType, str, Callable[[], None]]:

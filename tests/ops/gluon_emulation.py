@@ -150,6 +150,18 @@ class _Program:
         self._started = threading.local()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self.waited = False  # for the kernel before this one in its stream
+
+    def wait_for_inputs(self) -> None:
+        self.waited = True
+
+    def load(self, *arguments: Any, **named: Any) -> Value:
+        assert self.waited, "read before the kernel that may write it has ended"
+        return _load(*arguments, **named)
+
+    def store(self, *arguments: Any, **named: Any) -> None:
+        assert self.waited, "written before the kernel that may read it has ended"
+        _store(*arguments, **named)
 
     def init(self, smem: Shared, count: int) -> None:
         self._barriers[smem.tensor.data_ptr()] = _Barrier(count)
@@ -169,7 +181,7 @@ class _Program:
             barrier.copies.clear()
 
     def start_copy(self, smem: Shared, pointer: Pointer, mask: Value) -> None:
-        self._copies.append((smem, _load(pointer, mask, 0)))
+        self._copies.append((smem, self.load(pointer, mask, 0)))
         smem.tensor.copy_(_garbage(smem.tensor.dtype, smem.shape))
 
     def arrive_with_copies(self, smem: Shared, increment_count: bool) -> None:
@@ -290,8 +302,8 @@ def _language(ids: list[int], programs: list[int], program: _Program) -> dict[st
         "reshape": lambda x, shape: Value(x.tensor.reshape(shape)),
         "join": lambda a, b: Value(torch.stack((a.tensor, b.tensor), -1)),
         "convert_layout": lambda x, layout: x,
-        "load": _load,
-        "store": _store,
+        "load": program.load,
+        "store": program.store,
         "shared_memory_descriptor": Shared,
         "allocate_shared_memory": lambda dtype, shape, layout: Shared(_garbage(dtype, shape), layout),
         "inline_asm_elementwise": _asm,
@@ -330,17 +342,18 @@ def _to_the_end(x: torch.Tensor) -> torch.Tensor:
 class Kernel:
     """`attend_kernel[grid](...)`, program by program."""
 
-    def __init__(self, body: Any, ids: list[int], programs: list[int]) -> None:
-        self.body, self.ids, self.programs = body, ids, programs
+    def __init__(self, body: Any, ids: list[int], programs: list[int], program: _Program) -> None:
+        self.body, self.ids, self.programs, self.program = body, ids, programs, program
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        def run(*arguments: Any, num_warps: int, launch_pdl: bool, **constants: Any) -> None:
+        def run(*arguments: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
             given = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
             if constants["PLACED"]:  # rows, and scales beside them, may lie anywhere behind the anchor
                 given[1:3] = (Pointer(_to_the_end(x)) for x in arguments[1:3])
             self.programs[:] = grid
             for number in range(grid[0]):
                 self.ids[:] = [number]
+                self.program.waited = not launch_pdl
                 self.body(*given, **constants)
 
         return run
@@ -351,7 +364,7 @@ def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ids, programs, program = [0], [1], _Program()
 
     def jit(function: Any = None, **_: Any) -> Any:
-        return (lambda body: Kernel(body, ids, programs)) if function is None else function
+        return (lambda body: Kernel(body, ids, programs, program)) if function is None else function
 
     language = _language(ids, programs, program)
     copies = {"async_copy_global_to_shared": program.start_copy, "mbarrier_arrive": program.arrive_with_copies}
@@ -364,7 +377,7 @@ def load_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         f"{path}.language": language,
         "triton.language": {},
         "triton.language.extra": {},
-        "triton.language.extra.cuda": {"gdc_wait": lambda: None},
+        "triton.language.extra.cuda": {"gdc_wait": program.wait_for_inputs},
         f"{path}.language.nvidia": {},
         f"{path}.language.nvidia.ampere": {"mma_v2": _mma},
         f"{path}.language.nvidia.ampere.async_copy": copies,

@@ -134,8 +134,12 @@ def test_the_kernels_read_rows_in_their_pages(kv_format, key_dim, window, width)
     assert report.wrong_rows == 0, report
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
-def test_what_a_sequence_does_not_hold_is_nobodys():
+TRITON = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+IMPLEMENTATION = pytest.mark.parametrize("implementation", ["chunked", pytest.param("triton", marks=TRITON)])
+
+
+@IMPLEMENTATION
+def test_what_a_sequence_does_not_hold_is_nobodys(implementation):
     """Indices behind its rows, and windows before and behind what is held, name no row of the neighbour's."""
     rows = drawn(10, 64, KvFormat.BF16, 1)
     poison = KvRows(KvFormat.BF16, torch.full((512, 64), torch.nan, dtype=torch.bfloat16))
@@ -146,7 +150,7 @@ def test_what_a_sequence_does_not_hold_is_nobodys():
     positions = torch.tensor([3, 256, 270, 258, 5])
     answer = attend_cached(
         q, indices.to(torch.int32), positions, [nobody, own, nobody], window=4, scale=0.125, sink=None, value_dim=64,
-        implementation="triton", workspace_bytes=16 << 20, want_lse=True,
+        implementation=implementation, workspace_bytes=16 << 20, want_lse=True,
     )  # fmt: skip
     flat = torch.tensor([[0, -1, -1, -1, 9], [-1, -1, -1, -1, -1], [0, 1, 2, -1, 3]], dtype=torch.int32)
     report = check_sparse_attention(answer.out[1:4], answer.lse[1:4], q[1:4], rows, flat, scale=0.125, sink=None)
@@ -155,13 +159,44 @@ def test_what_a_sequence_does_not_hold_is_nobodys():
     assert answer.out[4].isnan().all()
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
-def test_nothing_is_held_at_all():
+@IMPLEMENTATION
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"indices": torch.zeros((3, 8), dtype=torch.int32)[:, :4]}, "indices: not contiguous"),
+        ({"indices": torch.zeros((3, 4), dtype=torch.int64)}, "indices: expected"),
+        ({"indices": torch.zeros((4, 4), dtype=torch.int32)}, "indices: expected"),
+        ({"positions": torch.zeros(6, dtype=torch.int64)[::2]}, "positions: not contiguous"),
+        ({"positions": torch.zeros(3, dtype=torch.int32)}, "positions: expected"),
+        ({"positions": torch.zeros(2, dtype=torch.int64)}, "positions: expected"),
+        ({"window": -1}, "window: -1"),
+        ({"sequences": []}, "sequences: there are none"),
+    ],
+)
+def test_what_cannot_be_attended_is_refused(implementation, changes, told):
+    pages = paged(drawn(10, 64, KvFormat.BF16, 1))
+    given = {
+        "q": torch.ones((3, 2, 64), dtype=torch.bfloat16),
+        "indices": torch.zeros((3, 4), dtype=torch.int32),
+        "positions": torch.zeros(3, dtype=torch.int64),
+        "sequences": [CachedSequence(3, pages, pages)],
+        "window": 2,
+    }
+    with pytest.raises(ValueError, match=told):
+        attend_cached(
+            **given | changes, scale=1.0, sink=None, value_dim=64, implementation=implementation,
+            workspace_bytes=16 << 20,
+        )  # fmt: skip
+
+
+@IMPLEMENTATION
+def test_nothing_is_held_at_all(implementation):
     nothing = PagedKvRows(KvFormat.FP8_D512, 512, 0, ())
     q = torch.ones((2, 3, 512), dtype=torch.bfloat16)
     answer = attend_cached(
         q, torch.zeros((2, 5), dtype=torch.int32), torch.tensor([0, 1]), [CachedSequence(2, nothing, nothing)],
-        window=7, scale=1.0, sink=None, value_dim=512, implementation="triton", workspace_bytes=16 << 20, want_lse=True,
+        window=7, scale=1.0, sink=None, value_dim=512, implementation=implementation, workspace_bytes=16 << 20,
+        want_lse=True,
     )  # fmt: skip
     assert not answer.out.any()
     assert torch.isposinf(answer.lse).all()

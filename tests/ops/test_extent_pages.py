@@ -76,6 +76,15 @@ def test_kv_rows_of_them() -> None:
         PagedKvRows(KvFormat.BF16, 2 * HEAD_DIM, 600, pages)
 
 
+def test_rows_that_kernels_cannot_find_are_refused() -> None:
+    extent = torch.zeros(2 * PAGE_KEYS * 2 * HEAD_DIM, dtype=torch.uint8)
+    begin = 8 - extent.data_ptr() % 16  # eight bytes beside a multiple of 16
+    page = extent[begin % 16 :][: PAGE_KEYS * 2 * HEAD_DIM]
+    assert page.data_ptr() % 16 == 8
+    with pytest.raises(ValueError, match="multiples of 16"):
+        JoinedKvRows((PagedKvRows(KvFormat.BF16, HEAD_DIM, 1, (page,)),)).unit_table(extent.device)
+
+
 def test_none_at_all() -> None:
     pages = ExtentPages([], *_slots(), (PAGE_KEYS, HEAD_DIM), torch.bfloat16)
     assert (len(pages), list(pages), pages.addresses().tolist()) == (0, [], [])

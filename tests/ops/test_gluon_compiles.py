@@ -58,6 +58,32 @@ def test_the_kernel_for_few_heads_compiles(variants: dict[str, dict[str, Any]], 
     assert count(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16", ptx) > 0
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attend bf16",
+        "attend bf16 with a tail",
+        "attend fp8_d512",
+        "attend fp8_d576 in pages",
+        "few heads fp8_d512",
+        "few heads fp8_d576 in pages",
+        "combine for hopper",
+    ],
+)
+def test_a_dependent_launch_waits_before_it_reads(variants: dict[str, dict[str, Any]], name: str) -> None:
+    ptx = ptx_of(variants, name)
+    waits = [found.start() for found in re.finditer(r"griddepcontrol\.wait", ptx)]
+    assert len(waits) == 1
+    # the other partitions are let go by barrier 1, and stand behind it
+    memory = re.search(r"ld\.global|st\.global|cp\.async|barrier\.sync\s+1\b", ptx)
+    assert memory is not None
+    assert waits[0] < memory.start()
+
+
+def test_parts_of_other_kernels_are_combined_by_a_launch_like_any_other(variants: dict[str, dict[str, Any]]) -> None:
+    assert "griddepcontrol" not in ptx_of(variants, "combine")
+
+
 @pytest.mark.parametrize("name", ["scores bf16", "scores fp8_e4m3"])
 def test_the_kernel_for_scores_compiles(variants: dict[str, dict[str, Any]], name: str) -> None:
     ptx = ptx_of(variants, name)

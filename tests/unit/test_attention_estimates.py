@@ -12,6 +12,8 @@ from streamindex_service.core.attention_estimates import WINDOW_GROUP, Attention
 from streamindex_service.core.sizes import KvFormat, RowForm
 from streamindex_service.core.specs import KvSpec, RowKind
 from streamindex_service.frontend import requests
+from streamindex_service.frontend.attend_tiles import attention_terms
+from streamindex_service.ipc.v1 import worker_pb2 as pb
 from streamindex_service.ops import kv_rows
 from streamindex_service.ops.cached_attention import ATTENTION_TERMS
 from streamindex_service.ops.paged_kv_rows import row_sizes
@@ -45,6 +47,12 @@ def test_the_workspace_is_enough_for_the_operation_to_plan_with(heads, width, ke
     )  # fmt: skip
     assert plan.token_chunk >= 1
     assert plan.workspace_bytes <= needed
+
+
+@pytest.mark.parametrize("name", ATTENTION_TERMS)
+def test_the_frontend_hears_what_the_worker_says(name):
+    said = pb.AttentionTerms(**asdict(ATTENTION_TERMS[name]))
+    assert attention_terms(pb.AttentionTerms.FromString(said.SerializeToString())) == terms(name)
 
 
 def test_the_kernel_without_splits_needs_next_to_nothing():
@@ -96,7 +104,7 @@ def test_a_tile_that_copies_takes_the_most_that_is_there_at_a_time():
 
 def test_a_tile_whose_rows_are_read_in_their_pages_takes_none_of_them():
     in_pages = AttentionWork(V4, 65_536, 512, 128, False, terms("triton"))
-    of_a_row = 64 * 2 * 1024 + 512 * 4 + 640 * 8 + 64  # query, answer, indices, places, where its rows are
+    of_a_row = 64 * 2 * 1024 + 512 * 4 + 640 * 8 + 80  # query, answer, indices, places, where its rows are
     table = 8 * (65_536 + 1024) // 256
     assert in_pages.tile_bytes(200, 1024) == 200 * of_a_row + table + 512
     assert in_pages.tile_bytes(200, 1024) < work().tile_bytes(200, 1024) / 3

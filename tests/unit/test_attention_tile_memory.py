@@ -10,7 +10,7 @@ import torch
 
 from streamindex_service.core.meter import LARGE_BYTES
 from streamindex_service.ops import paged_kv_rows
-from streamindex_service.ops.cached_attention import api, copies, places
+from streamindex_service.ops.cached_attention import api, copies, places, triton
 from streamindex_service.ops.sparse_attention import AttentionResult
 from tests.support.allocations import Allocations
 from tests.support.attention_tiles import TERMS, TILES, Tile
@@ -27,9 +27,6 @@ def as_on_a_gpu(monkeypatch):
 
     def to_device(values, device):
         return torch.from_numpy(values).clone()
-
-    def place(self, indices):
-        return torch.empty((len(indices), self.window + indices.shape[1]), dtype=torch.int64)
 
     def gather_rows(source, wanted, data, scales):
         assert len(source.unit_table(wanted.device))
@@ -48,7 +45,7 @@ def as_on_a_gpu(monkeypatch):
 
     for module in (copies, places, paged_kv_rows):
         monkeypatch.setattr(module, "to_device", to_device)
-    monkeypatch.setattr(places.Places, "entries", place)
+    monkeypatch.setattr(triton, "run_places", lambda *_: None)
     monkeypatch.setattr(api, "find_implementation", lambda name, *_: SimpleNamespace(takes_places=name == "triton"))
     for replaced in (gather_rows, assemble_index_rows, sparse_attention):
         monkeypatch.setattr(api, replaced.__name__, replaced)
@@ -70,5 +67,5 @@ def test_a_tile_takes_what_is_reserved_for_it(as_on_a_gpu, spec, width, window, 
     assert answer.out.shape == (tile.rows, spec.heads, spec.value_dim)
     ratio = allocations.peak_bytes / estimate
     assert ratio <= 1.0, f"{allocations.peak_bytes} bytes, reserved were {estimate}"
-    if estimate >= LARGE_BYTES:
+    if estimate >= LARGE_BYTES // 4:
         assert ratio >= 0.9, f"{allocations.peak_bytes} bytes, reserved were {estimate}"

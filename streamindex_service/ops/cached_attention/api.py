@@ -41,8 +41,8 @@ class AttentionTerms:
     entry_head_bytes: int = 0
     entry_dim_bytes: int = 0
     copied_row_bytes: int = 0
-    index_entry_bytes: int = 8
-    reads_pages: bool = True
+    index_entry_bytes: int = 0
+    reads_pages: bool = False
 
 
 # Upper bounds of what `sparse_attention.plan` computes; a value has no more elements than its key.
@@ -57,10 +57,9 @@ ATTENTION_TERMS: Mapping[str, AttentionTerms] = MappingProxyType(
             entry_dim_bytes=14,
             copied_row_bytes=96,
             index_entry_bytes=48,
-            reads_pages=False,
         ),
         # A block of the allocator may be larger by up to 1 MiB than the tensor that has it, and a tile has about ten.
-        "triton": AttentionTerms(fixed_bytes=10 << 20),
+        "triton": AttentionTerms(fixed_bytes=10 << 20, index_entry_bytes=8, reads_pages=True),
     }
 )
 
@@ -95,8 +94,10 @@ def attend_cached(
             min(tokens · width, compressed.length) and those of its window, each once.
 
     Index rows are never split over programs: a query's answer is then the same sequence of operations whatever other
-    queries are computed with it. Raises ValueError if the sequences disagree, and what `sparse_attention` raises.
+    queries are computed with it. Raises ValueError for indices, positions or a window that are not as above, or if the
+    sequences disagree, and what `sparse_attention` raises.
     """
+    _check(q, indices, positions, sequences, window)
     kv: KvRows | PlacedKvRows
     if find_implementation(implementation, q.device, sequences[0].compressed.format).takes_places:
         places = Places.of(sequences, positions, window, q.device)
@@ -114,6 +115,25 @@ def attend_cached(
         workspace_bytes=workspace_bytes, want_lse=want_lse, out=out, out_lse=out_lse,
         plan=None if plan is None else replace(plan, splits=1),
     )  # fmt: skip
+
+
+def _check(q: Tensor, indices: Tensor, positions: Tensor, sequences: Sequence[CachedSequence], window: int) -> None:
+    tokens = len(q)
+    if not sequences:
+        raise ValueError("sequences: there are none")
+    if window < 0:
+        raise ValueError(f"window: {window}, expected 0 or more")
+    for name, tensor, dimensions, dtype, device in (
+        ("indices", indices, 2, torch.int32, q.device),
+        ("positions", positions, 1, torch.int64, torch.device("cpu")),
+    ):
+        if tensor.dim() != dimensions or len(tensor) != tokens or tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"{name}: expected {dimensions} dimensions of {tokens} rows, {dtype} on {device}, got "
+                f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: not contiguous")
 
 
 def _copy(
@@ -137,4 +157,5 @@ def _copy(
         found, positions.to(device, non_blocking=True),
         window=window, window_row=copies.window_row, compressed_row=0, implementation="reference",
     )  # fmt: skip
+    copies.leave_out_what_is_not_held(entries[:, :window])
     return KvRows(kv_format, data, scales), entries

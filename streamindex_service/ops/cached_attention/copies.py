@@ -24,6 +24,7 @@ class Copies:
     place: [tokens, 1], where the copy is of the query's first index, or of its sequence's row 0.
     picks: [tokens, 1] bool, which of the two.
     window_row: [tokens], where the copy of the sequence's token 0 is, or would be.
+    window_copies: [2, tokens, 1], the first copy of its sequence's window rows, and one past the last.
     pickers: [n], the queries that pick, None for all of them.
     runs: [3, n]: rows of `source`, from the first one on, so many; and how many copies of runs come before.
     run_rows: rows of all runs.
@@ -35,6 +36,7 @@ class Copies:
     place: Tensor
     picks: Tensor
     window_row: Tensor
+    window_copies: Tensor
     pickers: Tensor | None
     runs: Tensor
     run_rows: int
@@ -55,6 +57,12 @@ class Copies:
         shift = torch.repeat_interleave(first - before, count, output_size=self.run_rows)
         run = shift + torch.arange(self.run_rows, device=indices.device)
         return torch.cat([picked.flatten(), run]), found
+
+    def leave_out_what_is_not_held(self, entries: Tensor) -> None:
+        """Of `entries` [tokens, window], which copies the tokens of windows would be, in place −1 for those that are no
+        copies, but other sequences'."""
+        first, stop = self.window_copies
+        entries.masked_fill_(entries < first, -1).masked_fill_(entries >= stop, -1)
 
 
 def lay_out(
@@ -84,22 +92,26 @@ def lay_out(
         0 if pick else run(first, part.length)  # of those that pick below
         for pick, first, part in zip(picks, first_rows, compressed, strict=False)
     ]
-    window_rows = []
+    window_rows, window_copies = [], []
     for sequence, own, first_row in zip(
         sequences, torch.split(positions, counts), first_rows[len(sequences) :], strict=True
     ):
         start, stop = _window(sequence, own, window)
+        place = run(first_row + start - sequence.first_window_row, stop - start)
+        window_copies.append((place, place + stop - start))
         # the copy of token 0 is so many before that of the first token copied
-        window_rows.append(run(first_row + start - sequence.first_window_row, stop - start) - start)
+        window_rows.append(place - start)
     lengths = [part.length for part in compressed]
-    columns = np.array([lengths, first_rows[: len(counts)], places, picks, window_rows], dtype=np.int64)
+    held = zip(*window_copies, strict=True)
+    columns = np.array([lengths, first_rows[: len(counts)], places, picks, window_rows, *held], dtype=np.int64)
     columns = np.repeat(columns, counts, axis=1)  # of sequences, then of their queries
     pickers = np.flatnonzero(columns[3])
     columns[2, pickers] = width * np.arange(len(pickers))
-    length, first, place, pick, window_row = to_device(columns, device)
+    on_device = to_device(columns, device)
+    length, first, place, pick, window_row = on_device[:5]
     return Copies(
         source, length[:, None], first[:, None], place[:, None], pick[:, None].bool(), window_row,
-        None if len(pickers) == len(positions) else to_device(pickers, device),
+        on_device[5:, :, None], None if len(pickers) == len(positions) else to_device(pickers, device),
         to_device(np.ascontiguousarray(np.array(runs, dtype=np.int64).T), device), after - picked,
     )  # fmt: skip
 
@@ -108,6 +120,6 @@ def _window(sequence: CachedSequence, positions: Tensor, window: int) -> tuple[i
     """Tokens [first, stop) that the windows of a sequence's queries see, as far as they are held."""
     if not window or not len(positions):
         return 0, 0
-    first = max(0, int(positions.min()) - window + 1)
+    first = max(sequence.first_window_row, int(positions.min()) - window + 1)
     held = sequence.first_window_row + sequence.window_rows.length
     return first, max(first, min(held, int(positions.max()) + 1))

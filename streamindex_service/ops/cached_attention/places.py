@@ -13,14 +13,12 @@ from streamindex_service.ops.cached_attention.sequences import CachedSequence, j
 from streamindex_service.ops.extent_pages import to_device
 from streamindex_service.ops.paged_kv_rows import PlacedKvRows
 
-COLUMNS = 5
-
 
 @dataclass(frozen=True)
 class Places:
     """Rows of all sequences, and what is needed to find those that a query attends; tensors are on their device.
 
-    table: [pages] int64, of all pages behind each other, units of bytes from the anchor.
+    table: [pages] int64, of all pages behind each other, units of 16 bytes from the anchor.
     columns: [5, queries] int64, of each query's sequence: compressed rows, and the number of the first in the order of
         pages; window rows, the number of the first, and the token that it is of.
     positions: [queries] int64. window: tokens.
@@ -34,7 +32,8 @@ class Places:
 
     @classmethod
     def of(cls, sequences: Sequence[CachedSequence], positions: Tensor, window: int, device: torch.device) -> Places:
-        """positions: [queries] int64 on the CPU. Raises ValueError if the sequences disagree."""
+        """positions: [queries] int64 on the CPU; window: tokens, 0 for none; device: of the pages. Raises ValueError if
+        the sequences disagree, or for a page that is not aligned to 16 bytes."""
         joined = join(sequences, len(positions))
         first_rows = joined.first_rows()
         of_sequences = [

@@ -13,8 +13,8 @@ _PLACE_ROW = gl.constexpr((1 << paged_kv_rows.PLACE_BITS) - 1)  # the bits of th
 
 @gluon.jit
 def wait_for_inputs():
-    """Of a kernel that is launched while the one before it in its stream still runs (programmatic dependent launch):
-    wait for the end of that one. Before this nothing may be read that it writes, nor written that it reads."""
+    """Of a kernel whose programs may start once those of the kernel before it in its stream have ended (programmatic
+    dependent launch): wait until what that one wrote is there. Before this nothing may be read or written."""
     gdc_wait()
 
 

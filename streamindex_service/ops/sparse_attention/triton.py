@@ -195,7 +195,7 @@ def combine_kernel(
     """Parts of a split in order, and the sink. Grid: (tokens, head blocks, DIM / BLOCK_DIMS).
 
     partial: [splits, tokens, HEADS, DIM] float32; partial_lse: [splits, tokens, HEADS] in base 2; the rest as above.
-    DEPENDENT: launched before those who make the parts are done.
+    DEPENDENT: launched before what those wrote who make the parts is there.
     """
     if DEPENDENT:
         gdc_wait()
@@ -258,7 +258,7 @@ def run_triton(problem: Problem, plan: Plan) -> None:
         partial = torch.empty((*shape, problem.value_dim), device=problem.q.device)
         partial_lse = torch.empty(shape, device=problem.q.device)
         _launch(problem, plan, ends, partial, partial_lse)
-        _combine(problem, plan, partial, partial_lse)
+        combine(problem, plan, partial, partial_lse)
 
 
 def last_entries(problem: Problem) -> Tensor:
@@ -319,7 +319,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _combine(problem: Problem, plan: Plan, partial: Tensor, partial_lse: Tensor) -> None:
+def combine(problem: Problem, plan: Plan, partial: Tensor, partial_lse: Tensor) -> None:
+    """Fill the outputs from parts, see `combine_kernel`."""
     p = problem
     assert plan.tiles is not None
     dependent = plan.tiles.kernel in (AttentionKernel.HOPPER, AttentionKernel.HOPPER_FEW_HEADS)
