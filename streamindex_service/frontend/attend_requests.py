@@ -67,12 +67,11 @@ def item_parameters(
 
 def check_asked(asked: Asked, settings: Settings, prefix: str = "") -> None:
     """Check what is asked, whatever the cache. Raises InvalidArgumentError naming field and limit."""
-    most = settings.limits.max_top_k
-    selection = asked.WhichOneof("selection")
+    limits, selection = settings.limits, asked.WhichOneof("selection")
     if selection == "top_k":
-        requests.within(f"{prefix}top_k", asked.top_k, 1, most)
+        requests.within(f"{prefix}top_k", asked.top_k, 1, limits.max_top_k)
     elif selection == "given_indices":
-        requests.within(f"{prefix}given_indices", asked.given_indices, 0, most)
+        requests.within(f"{prefix}given_indices", asked.given_indices, 0, limits.max_given_indices)
     else:
         raise InvalidArgumentError(
             f"{prefix.rstrip('.') or 'the request'} needs top_k or given_indices", field=f"{prefix}top_k"

@@ -53,6 +53,7 @@ class ServerServicer:
                 max_batch_rows=limits.max_batch_rows,
                 max_attention_heads=requests.MAX_ATTENTION_HEADS,
                 max_window=requests.MAX_WINDOW,
+                max_given_indices=limits.max_given_indices,
             ),
             search_modes=[types_pb2.SEARCH_MODE_EXACT],
             attention_implementation=worker.attention.implementation,

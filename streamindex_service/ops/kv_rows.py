@@ -18,7 +18,9 @@ class KvFormat(StrEnum):
     BF16: [rows, key_dim] bf16.
     FP8_D512: 448 e4m3 values and 64 bf16 rotary values (576 B), and beside them one ue8m0 scale for each 64 of the 448
     and a byte of padding: 584 B a row.
-    FP8_D576: 512 e4m3 values, a float32 scale for each 128 of them, 64 bf16 rotary values: 656 B a row.
+    FP8_D576: 512 e4m3 values, a float32 scale for each 128 of them, 64 bf16 rotary values: 656 B a row. Where a scale
+    is no power of two, most kernels round the elements to bf16 as they widen them; torch and the kernel for few heads
+    do not.
     """
 
     BF16 = "bf16"

@@ -94,6 +94,7 @@ def test_capabilities(calls):
     assert set(by_name[found.implementation].key_formats) == set(found.key_formats)
     assert types_pb2.KEY_FORMAT_BF16 in found.key_formats
     assert (found.limits.max_heads, found.limits.max_head_dim, found.limits.max_top_k) == (128, 256, 4096)
+    assert found.limits.max_given_indices == 16_384
     assert list(found.search_modes) == [types_pb2.SEARCH_MODE_EXACT]
 
 

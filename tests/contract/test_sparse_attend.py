@@ -11,7 +11,7 @@ import streamindex_client
 import torch
 from streamindex_client import ClientOptions, InputError
 
-from streamindex_service.ops.kv_rows import KvFormat
+from streamindex_service.ops.kv_rows import KvFormat, pack_rows
 from tests.support.attention import Queries, Rows, Shape, wrong_rows
 
 SHAPE, TOKENS, TOP_K, WINDOW = Shape(), 1901, 40, 100
@@ -87,6 +87,34 @@ def test_given_indices_are_what_a_search_would_find_to_the_bit(cache, rows):
     )
     assert torch.equal(given.out, found.out)
     assert wrong_rows(SHAPE, rows, queries, indices, WINDOW, found.out) == 0
+
+
+@pytest.mark.parametrize("window", [0, 40], ids=lambda w: f"W{w}")
+def test_a_layer_of_ratio_128_is_attended_whole(client, window):
+    """All visible rows, more than a search may find, after more tokens than have windows to keep."""
+    shape, held, seen = Shape(key_dim=16, value_dim=16, heads=2, ratio=128), 6000, 5990
+    generator = torch.Generator().manual_seed(11)
+    first = 128 * seen
+    rows = Rows(
+        torch.zeros((0, shape.index_dim), dtype=torch.bfloat16),
+        pack_rows(torch.randn((held, 16), generator=generator), shape.kv_format),
+        pack_rows(torch.randn((first + 200 if window else 0, 16), generator=generator), shape.kv_format),
+    )
+    cache = shape.create(client)
+    cache.append(layer=0, kv_rows=rows.kv.data, first_row=0)
+    if window:
+        cache.append(layer=0, window_rows=rows.window.data, first_row=0)
+    queries = Queries.drawn(shape, span(first - 3, 5), 12)
+    visible = (queries.positions + 1) // 128
+    assert visible.tolist() == [seen - 1, seen - 1, seen, seen, seen]
+    row = torch.arange(seen, dtype=torch.int32)
+    indices = torch.where(row < visible[:, None], row, -1).to(torch.int32)
+    answer = cache.sparse_attend_all(
+        layer=0, q=queries.q, indices=indices, positions=queries.positions, window=window, scale=shape.scale,
+        want_lse=True,
+    )  # fmt: skip
+    assert wrong_rows(shape, rows, queries, indices, window, answer.out, answer.lse) == 0
+    cache.delete()
 
 
 def test_no_cut_changes_a_bit(cache):

@@ -139,7 +139,7 @@ def test_a_row_that_no_block_holds(calls, cache_id):
         ({"top_k": 0}, 0, "top_k"),
         ({"top_k": 4097}, 0, "top_k"),
         ({"top_k": None}, 0, "top_k"),
-        ({"given_indices": 4097}, 0, "given_indices"),
+        ({"given_indices": 16_385}, 0, "given_indices"),
         ({"window": 4097}, 0, "window"),
         ({"scale": float("nan")}, 0, "scale"),
         ({"scale": float("-inf")}, 0, "scale"),

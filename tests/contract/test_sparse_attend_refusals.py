@@ -81,7 +81,7 @@ def test_a_call_in_plain_protobuf_is_answered(calls, cache_id):
 
 @pytest.mark.parametrize(("fields", "code", "reason", "field"), [
     ({"given_indices": None}, INVALID, "INVALID_ARGUMENT", "header.top_k"),
-    ({"given_indices": 5000}, INVALID, "INVALID_ARGUMENT", "header.given_indices"),
+    ({"given_indices": 16_385}, INVALID, "INVALID_ARGUMENT", "header.given_indices"),
     ({"given_indices": None, "top_k": 0}, INVALID, "INVALID_ARGUMENT", "header.top_k"),
     ({"start_position": None}, INVALID, "INVALID_ARGUMENT", "header.start_position"),
     ({"scale": float("nan")}, INVALID, "INVALID_ARGUMENT", "header.scale"),

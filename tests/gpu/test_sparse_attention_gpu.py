@@ -15,7 +15,7 @@ from streamindex_service.ops.sparse_attention import (
     sparse_attention,
 )
 from streamindex_service.ops.sparse_attention.plan import attention_tiles
-from tests.ops.attention_cases import Inputs, make_inputs, one_row_each
+from tests.ops.attention_cases import Inputs, make_inputs, one_row_each, with_scales_by_amax
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,6 +91,23 @@ def test_hopper_kernel_in_all_its_forms(heads: int, key_dim: int, kv_format: str
     inputs = _case((700, heads, 700, key_dim, packed if kv_format == "packed" else KvFormat.BF16), amplitude=4.0)
     tiles = attention_tiles(inputs.kv.format.value, heads, key_dim, 512, AttentionKernel.HOPPER)
     report = inputs.judge(inputs.attend("triton", Plan(0, tiles=tiles, splits=splits, find_ends=find_ends)))
+    assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
+
+
+@pytest.mark.parametrize("amplitude", [1.0, 4.0])
+@pytest.mark.parametrize("heads", [16, 33, 64, 128])
+def test_scales_that_are_no_powers_of_two(heads: int, amplitude: float) -> None:
+    inputs = with_scales_by_amax(_case((150, heads, 700, 576, KvFormat.FP8_D576), amplitude=amplitude))
+    report = inputs.judge(inputs.attend("triton"))
+    assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
+
+
+@hopper_only
+@pytest.mark.parametrize("amplitude", [0.0, 1e-30, 300.0, 1e6], ids=str)
+@pytest.mark.parametrize("kv_format", [KvFormat.BF16, KvFormat.FP8_D512], ids=lambda f: f.value)
+def test_extreme_logits_of_the_hopper_kernel(kv_format: KvFormat, amplitude: float) -> None:
+    inputs = _case((150, 64, 700, 512, kv_format), amplitude=amplitude)
+    report = inputs.judge(inputs.attend("triton"))
     assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
 
 

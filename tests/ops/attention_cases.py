@@ -113,6 +113,20 @@ def with_scales(inputs: Inputs, least: int, most: int, *, powers: bool = True, s
     return replace(inputs, kv=replace(kv, data=data))
 
 
+def with_scales_by_amax(inputs: Inputs, seed: int = 3) -> Inputs:
+    """Rows of 656 bytes as some model servers pack them: amax / 448 is the scale, which is no power of two."""
+    packing = KvFormat.FP8_D576.packed
+    assert packing is not None
+    keys = torch.randn((inputs.kv.rows, packing.key_dim), generator=torch.Generator().manual_seed(seed))
+    groups = keys[:, : packing.narrow].reshape(len(keys), -1, packing.group)
+    scales = groups.abs().amax(dim=2) / 448.0
+    data = pack_rows(keys, KvFormat.FP8_D576).data
+    narrow = (groups / scales[:, :, None]).clamp(-448.0, 448.0).flatten(1).to(torch.float8_e4m3fn)
+    data[:, : packing.narrow] = narrow.view(torch.uint8)
+    data[:, packing.narrow : packing.rotary_offset] = scales.contiguous().view(torch.uint8)
+    return replace(inputs, kv=KvRows(KvFormat.FP8_D576, data.to(inputs.kv.device)))
+
+
 def one_row_each(
     kv_format: KvFormat, *, heads: int, device: str, powers: bool = True, spread: int | None = None
 ) -> Inputs:

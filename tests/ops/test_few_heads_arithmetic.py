@@ -10,7 +10,7 @@ from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.sparse_attention import AttentionKernel, AttentionResult, Plan
 from streamindex_service.ops.sparse_attention.plan import attention_tiles
 from streamindex_service.ops.sparse_attention.problem import Problem
-from tests.ops.attention_cases import Inputs, in_pages, make_inputs, one_row_each, with_scales
+from tests.ops.attention_cases import Inputs, in_pages, make_inputs, one_row_each, with_scales, with_scales_by_amax
 from tests.ops.gluon_emulation import load_kernel
 
 Attend = Callable[..., AttentionResult]
@@ -131,6 +131,13 @@ def test_scales_may_lie_anywhere(attend: Attend, kv_format: KvFormat, least: int
     for width in (150, 1):  # of one entry the log-sum-exp may err least
         inputs = rotary_queries(with_scales(packed_case(kv_format, width=width), least, most))
         assert_right(inputs, attend(inputs))
+
+
+def test_scales_by_amax(attend: Attend) -> None:
+    inputs = with_scales_by_amax(packed_case(KvFormat.FP8_D576, width=256, amplitude=4.0))
+    report = inputs.judge(attend(inputs))
+    # nothing is rounded to bf16 on its way: far below what the other kernels may err
+    assert report.largest_error < 0.1, report
 
 
 @PACKED

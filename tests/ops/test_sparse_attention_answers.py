@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
-from streamindex_service.ops.sparse_attention import Plan, Tiles
-from tests.ops.attention_cases import Inputs, make_inputs, one_row_each
+from streamindex_service.ops.sparse_attention import AttentionResult, Plan, Tiles
+from streamindex_service.ops.sparse_attention.check import error_bounds
+from streamindex_service.ops.sparse_attention.reference import exact_attention
+from tests.ops.attention_cases import Inputs, make_inputs, one_row_each, with_scales_by_amax
 from tests.ops.cases import kernel_device
 
 EVERY = ["reference", "chunked", "triton"]
@@ -140,6 +142,29 @@ def test_every_8_bit_number_is_widened_exactly(kv_format: KvFormat, implementati
     values = inputs.kv.gather(torch.arange(70, device=kernel_device()), torch.float64)[:, :512]
     out = inputs.attend(implementation).out
     assert torch.equal(out.double(), values[:, None, :].expand(70, 2, 512))
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("amplitude", [1.0, 4.0])
+def test_scales_that_are_no_powers_of_two(amplitude: float, implementation: str) -> None:
+    inputs = with_scales_by_amax(_case((4, 16, 256, 576, 512, KvFormat.FP8_D576), amplitude=amplitude))
+    _right(inputs, implementation)
+
+
+def test_only_rows_that_widening_rounds_may_err_by_it() -> None:
+    exact = _case((4, 16, 256, 576, 512, KvFormat.FP8_D576), amplitude=4.0)
+    rounded = with_scales_by_amax(exact)
+    bounds = []
+    for inputs in (exact, rounded):
+        right = exact_attention(
+            inputs.q, inputs.kv, inputs.indices, scale=inputs.scale, sink=inputs.sink, value_dim=512
+        )
+        bounds.append(float(error_bounds(right, inputs.q, inputs.scale)[1].max()))
+    assert 0.0 < bounds[0] < 0.01 < bounds[1] < 0.5, bounds
+    result = rounded.attend("reference")
+    assert result.lse is not None
+    assert rounded.judge(AttentionResult(result.out.roll(1, dims=2), result.lse)).wrong_rows == 4
+    assert rounded.judge(AttentionResult(result.out, result.lse + 0.5)).wrong_rows == 4
 
 
 def test_the_judge_sees_a_wrong_output() -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from streamindex.v1 import types_pb2 as streamindex_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstreamindex/v1/server.proto\x12\x0estreamindex.v1\x1a\x1astreamindex/v1/types.proto\"\x18\n\x16GetCapabilitiesRequest\"\xed\x02\n\x17GetCapabilitiesResponse\x12\x17\n\x0fservice_version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x16\n\x0eimplementation\x18\x03 \x01(\t\x12\x37\n\x0fimplementations\x18\x04 \x03(\x0b\x32\x1e.streamindex.v1.Implementation\x12.\n\x0bkey_formats\x18\x05 \x03(\x0e\x32\x19.streamindex.v1.KeyFormat\x12&\n\x06limits\x18\x06 \x01(\x0b\x32\x16.streamindex.v1.Limits\x12\x30\n\x0csearch_modes\x18\x07 \x03(\x0e\x32\x1a.streamindex.v1.SearchMode\x12 \n\x18\x61ttention_implementation\x18\x08 \x01(\t\x12,\n\nkv_formats\x18\t \x03(\x0e\x32\x18.streamindex.v1.KvFormat\"b\n\x0eImplementation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x0bkey_formats\x18\x02 \x03(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nrepeatable\x18\x03 \x01(\x08\"\xeb\x01\n\x06Limits\x12\x11\n\tmax_heads\x18\x01 \x01(\r\x12\x14\n\x0cmax_head_dim\x18\x02 \x01(\r\x12\x11\n\tmax_top_k\x18\x03 \x01(\r\x12\x12\n\nmax_layers\x18\x04 \x01(\r\x12\x16\n\x0emax_layer_keys\x18\x05 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x06 \x01(\r\x12\x17\n\x0fmax_batch_items\x18\x07 \x01(\r\x12\x16\n\x0emax_batch_rows\x18\x08 \x01(\r\x12\x1b\n\x13max_attention_heads\x18\t \x01(\r\x12\x12\n\nmax_window\x18\n \x01(\r\"\x10\n\x0eGetLoadRequest\"\xe2\x03\n\x0fGetLoadResponse\x12\'\n\x07ledgers\x18\x01 \x03(\x0b\x32\x16.streamindex.v1.Ledger\x12\x17\n\x0fqueued_searches\x18\x02 \x01(\r\x12\x18\n\x10running_searches\x18\x03 \x01(\r\x12\x12\n\nkey_caches\x18\x04 \x01(\x04\x12\x14\n\x0copen_uploads\x18\x05 \x01(\r\x12\x17\n\x0fworker_restarts\x18\x06 \x01(\r\x12\r\n\x05ready\x18\x07 \x01(\x08\x12\x1e\n\x16\x64\x65vice_allocated_bytes\x18\x08 \x01(\x04\x12\x19\n\x11\x64\x65vice_peak_bytes\x18\t \x01(\x04\x12\x11\n\tuptime_ms\x18\n \x01(\x04\x12(\n\x05queue\x18\x0b \x01(\x0b\x32\x19.streamindex.v1.QueueLoad\x12*\n\x06\x64\x65vice\x18\x0c \x01(\x0b\x32\x1a.streamindex.v1.DeviceLoad\x12\x1d\n\x15\x64\x65vice_reserved_bytes\x18\r \x01(\x04\x12(\n\x05spill\x18\x0e \x01(\x0b\x32\x19.streamindex.v1.SpillLoad\x12\x34\n\tresidency\x18\x0f \x01(\x0b\x32!.streamindex.v1.KeyCacheResidency\"S\n\x11KeyCacheResidency\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x04\x12\x0f\n\x07partial\x18\x02 \x01(\x04\x12\x0c\n\x04none\x18\x03 \x01(\x04\x12\x0f\n\x07spilled\x18\x04 \x01(\x04\":\n\tSpillLoad\x12\x15\n\rspilled_pages\x18\x01 \x01(\x04\x12\x16\n\x0erestored_pages\x18\x02 \x01(\x04\"\x95\x01\n\tQueueLoad\x12\r\n\x05tiles\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x65stimated_us\x18\x03 \x01(\x04\x12\'\n\x05\x62\x61nds\x18\x04 \x03(\x0b\x32\x18.streamindex.v1.BandLoad\x12+\n\x07\x63\x61llers\x18\x05 \x03(\x0b\x32\x1a.streamindex.v1.CallerLoad\"l\n\x08\x42\x61ndLoad\x12*\n\x08priority\x18\x01 \x01(\x0e\x32\x18.streamindex.v1.Priority\x12\r\n\x05tiles\x18\x02 \x01(\r\x12%\n\x04wait\x18\x03 \x01(\x0b\x32\x17.streamindex.v1.Latency\"N\n\nCallerLoad\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\r\n\x05tiles\x18\x02 \x01(\r\x12\x14\n\x0c\x65stimated_us\x18\x03 \x01(\x04\x12\x0b\n\x03own\x18\x04 \x01(\x08\"\xb0\x02\n\nDeviceLoad\x12\r\n\x05tiles\x18\x01 \x01(\r\x12\x14\n\x0c\x65stimated_us\x18\x02 \x01(\x04\x12\x12\n\ntiles_done\x18\x03 \x01(\x04\x12\x0f\n\x07\x62usy_us\x18\x04 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x05 \x01(\x04\x12\x16\n\x0epromoted_pages\x18\x06 \x01(\x04\x12\x15\n\revicted_pages\x18\x07 \x01(\x04\x12%\n\x04wait\x18\x08 \x01(\x0b\x32\x17.streamindex.v1.Latency\x12$\n\x03run\x18\t \x01(\x0b\x32\x17.streamindex.v1.Latency\x12/\n\x06memory\x18\n \x01(\x0b\x32\x1f.streamindex.v1.MemoryEstimates\x12\x13\n\x0bmoved_pages\x18\x0b \x01(\x04\"\xbe\x01\n\x0fMemoryEstimates\x12\x13\n\x0blarge_tiles\x18\x01 \x01(\x04\x12\x12\n\nlast_ratio\x18\x02 \x01(\x01\x12\x13\n\x0bleast_ratio\x18\x03 \x01(\x01\x12\x12\n\nmost_ratio\x18\x04 \x01(\x01\x12\x19\n\x11most_ratio_of_any\x18\x05 \x01(\x01\x12,\n\x07\x62uckets\x18\x06 \x03(\x0b\x32\x1b.streamindex.v1.RatioBucket\x12\x10\n\x08\x66\x61ilures\x18\x07 \x01(\x04\"+\n\x0bRatioBucket\x12\r\n\x05\x62ound\x18\x01 \x01(\x01\x12\r\n\x05tiles\x18\x02 \x01(\x04\")\n\x07Latency\x12\x0e\n\x06p50_us\x18\x01 \x01(\x04\x12\x0e\n\x06p99_us\x18\x02 \x01(\x04\"l\n\x06Ledger\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0blimit_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x03 \x01(\x04\x12\x12\n\npeak_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bspare_bytes\x18\x05 \x01(\x04\"\'\n\x10WatchLoadRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"B\n\x11WatchLoadResponse\x12-\n\x04load\x18\x01 \x01(\x0b\x32\x1f.streamindex.v1.GetLoadResponse2\x93\x02\n\rServerService\x12\x62\n\x0fGetCapabilities\x12&.streamindex.v1.GetCapabilitiesRequest\x1a\'.streamindex.v1.GetCapabilitiesResponse\x12J\n\x07GetLoad\x12\x1e.streamindex.v1.GetLoadRequest\x1a\x1f.streamindex.v1.GetLoadResponse\x12R\n\tWatchLoad\x12 .streamindex.v1.WatchLoadRequest\x1a!.streamindex.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstreamindex/v1/server.proto\x12\x0estreamindex.v1\x1a\x1astreamindex/v1/types.proto\"\x18\n\x16GetCapabilitiesRequest\"\xed\x02\n\x17GetCapabilitiesResponse\x12\x17\n\x0fservice_version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x16\n\x0eimplementation\x18\x03 \x01(\t\x12\x37\n\x0fimplementations\x18\x04 \x03(\x0b\x32\x1e.streamindex.v1.Implementation\x12.\n\x0bkey_formats\x18\x05 \x03(\x0e\x32\x19.streamindex.v1.KeyFormat\x12&\n\x06limits\x18\x06 \x01(\x0b\x32\x16.streamindex.v1.Limits\x12\x30\n\x0csearch_modes\x18\x07 \x03(\x0e\x32\x1a.streamindex.v1.SearchMode\x12 \n\x18\x61ttention_implementation\x18\x08 \x01(\t\x12,\n\nkv_formats\x18\t \x03(\x0e\x32\x18.streamindex.v1.KvFormat\"b\n\x0eImplementation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x0bkey_formats\x18\x02 \x03(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nrepeatable\x18\x03 \x01(\x08\"\x86\x02\n\x06Limits\x12\x11\n\tmax_heads\x18\x01 \x01(\r\x12\x14\n\x0cmax_head_dim\x18\x02 \x01(\r\x12\x11\n\tmax_top_k\x18\x03 \x01(\r\x12\x12\n\nmax_layers\x18\x04 \x01(\r\x12\x16\n\x0emax_layer_keys\x18\x05 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x06 \x01(\r\x12\x17\n\x0fmax_batch_items\x18\x07 \x01(\r\x12\x16\n\x0emax_batch_rows\x18\x08 \x01(\r\x12\x1b\n\x13max_attention_heads\x18\t \x01(\r\x12\x12\n\nmax_window\x18\n \x01(\r\x12\x19\n\x11max_given_indices\x18\x0b \x01(\r\"\x10\n\x0eGetLoadRequest\"\xe2\x03\n\x0fGetLoadResponse\x12\'\n\x07ledgers\x18\x01 \x03(\x0b\x32\x16.streamindex.v1.Ledger\x12\x17\n\x0fqueued_searches\x18\x02 \x01(\r\x12\x18\n\x10running_searches\x18\x03 \x01(\r\x12\x12\n\nkey_caches\x18\x04 \x01(\x04\x12\x14\n\x0copen_uploads\x18\x05 \x01(\r\x12\x17\n\x0fworker_restarts\x18\x06 \x01(\r\x12\r\n\x05ready\x18\x07 \x01(\x08\x12\x1e\n\x16\x64\x65vice_allocated_bytes\x18\x08 \x01(\x04\x12\x19\n\x11\x64\x65vice_peak_bytes\x18\t \x01(\x04\x12\x11\n\tuptime_ms\x18\n \x01(\x04\x12(\n\x05queue\x18\x0b \x01(\x0b\x32\x19.streamindex.v1.QueueLoad\x12*\n\x06\x64\x65vice\x18\x0c \x01(\x0b\x32\x1a.streamindex.v1.DeviceLoad\x12\x1d\n\x15\x64\x65vice_reserved_bytes\x18\r \x01(\x04\x12(\n\x05spill\x18\x0e \x01(\x0b\x32\x19.streamindex.v1.SpillLoad\x12\x34\n\tresidency\x18\x0f \x01(\x0b\x32!.streamindex.v1.KeyCacheResidency\"S\n\x11KeyCacheResidency\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x04\x12\x0f\n\x07partial\x18\x02 \x01(\x04\x12\x0c\n\x04none\x18\x03 \x01(\x04\x12\x0f\n\x07spilled\x18\x04 \x01(\x04\":\n\tSpillLoad\x12\x15\n\rspilled_pages\x18\x01 \x01(\x04\x12\x16\n\x0erestored_pages\x18\x02 \x01(\x04\"\x95\x01\n\tQueueLoad\x12\r\n\x05tiles\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x65stimated_us\x18\x03 \x01(\x04\x12\'\n\x05\x62\x61nds\x18\x04 \x03(\x0b\x32\x18.streamindex.v1.BandLoad\x12+\n\x07\x63\x61llers\x18\x05 \x03(\x0b\x32\x1a.streamindex.v1.CallerLoad\"l\n\x08\x42\x61ndLoad\x12*\n\x08priority\x18\x01 \x01(\x0e\x32\x18.streamindex.v1.Priority\x12\r\n\x05tiles\x18\x02 \x01(\r\x12%\n\x04wait\x18\x03 \x01(\x0b\x32\x17.streamindex.v1.Latency\"N\n\nCallerLoad\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\r\n\x05tiles\x18\x02 \x01(\r\x12\x14\n\x0c\x65stimated_us\x18\x03 \x01(\x04\x12\x0b\n\x03own\x18\x04 \x01(\x08\"\xb0\x02\n\nDeviceLoad\x12\r\n\x05tiles\x18\x01 \x01(\r\x12\x14\n\x0c\x65stimated_us\x18\x02 \x01(\x04\x12\x12\n\ntiles_done\x18\x03 \x01(\x04\x12\x0f\n\x07\x62usy_us\x18\x04 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x05 \x01(\x04\x12\x16\n\x0epromoted_pages\x18\x06 \x01(\x04\x12\x15\n\revicted_pages\x18\x07 \x01(\x04\x12%\n\x04wait\x18\x08 \x01(\x0b\x32\x17.streamindex.v1.Latency\x12$\n\x03run\x18\t \x01(\x0b\x32\x17.streamindex.v1.Latency\x12/\n\x06memory\x18\n \x01(\x0b\x32\x1f.streamindex.v1.MemoryEstimates\x12\x13\n\x0bmoved_pages\x18\x0b \x01(\x04\"\xbe\x01\n\x0fMemoryEstimates\x12\x13\n\x0blarge_tiles\x18\x01 \x01(\x04\x12\x12\n\nlast_ratio\x18\x02 \x01(\x01\x12\x13\n\x0bleast_ratio\x18\x03 \x01(\x01\x12\x12\n\nmost_ratio\x18\x04 \x01(\x01\x12\x19\n\x11most_ratio_of_any\x18\x05 \x01(\x01\x12,\n\x07\x62uckets\x18\x06 \x03(\x0b\x32\x1b.streamindex.v1.RatioBucket\x12\x10\n\x08\x66\x61ilures\x18\x07 \x01(\x04\"+\n\x0bRatioBucket\x12\r\n\x05\x62ound\x18\x01 \x01(\x01\x12\r\n\x05tiles\x18\x02 \x01(\x04\")\n\x07Latency\x12\x0e\n\x06p50_us\x18\x01 \x01(\x04\x12\x0e\n\x06p99_us\x18\x02 \x01(\x04\"l\n\x06Ledger\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0blimit_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x03 \x01(\x04\x12\x12\n\npeak_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bspare_bytes\x18\x05 \x01(\x04\"\'\n\x10WatchLoadRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"B\n\x11WatchLoadResponse\x12-\n\x04load\x18\x01 \x01(\x0b\x32\x1f.streamindex.v1.GetLoadResponse2\x93\x02\n\rServerService\x12\x62\n\x0fGetCapabilities\x12&.streamindex.v1.GetCapabilitiesRequest\x1a\'.streamindex.v1.GetCapabilitiesResponse\x12J\n\x07GetLoad\x12\x1e.streamindex.v1.GetLoadRequest\x1a\x1f.streamindex.v1.GetLoadResponse\x12R\n\tWatchLoad\x12 .streamindex.v1.WatchLoadRequest\x1a!.streamindex.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,35 +39,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMPLEMENTATION']._serialized_start=469
   _globals['_IMPLEMENTATION']._serialized_end=567
   _globals['_LIMITS']._serialized_start=570
-  _globals['_LIMITS']._serialized_end=805
-  _globals['_GETLOADREQUEST']._serialized_start=807
-  _globals['_GETLOADREQUEST']._serialized_end=823
-  _globals['_GETLOADRESPONSE']._serialized_start=826
-  _globals['_GETLOADRESPONSE']._serialized_end=1308
-  _globals['_KEYCACHERESIDENCY']._serialized_start=1310
-  _globals['_KEYCACHERESIDENCY']._serialized_end=1393
-  _globals['_SPILLLOAD']._serialized_start=1395
-  _globals['_SPILLLOAD']._serialized_end=1453
-  _globals['_QUEUELOAD']._serialized_start=1456
-  _globals['_QUEUELOAD']._serialized_end=1605
-  _globals['_BANDLOAD']._serialized_start=1607
-  _globals['_BANDLOAD']._serialized_end=1715
-  _globals['_CALLERLOAD']._serialized_start=1717
-  _globals['_CALLERLOAD']._serialized_end=1795
-  _globals['_DEVICELOAD']._serialized_start=1798
-  _globals['_DEVICELOAD']._serialized_end=2102
-  _globals['_MEMORYESTIMATES']._serialized_start=2105
-  _globals['_MEMORYESTIMATES']._serialized_end=2295
-  _globals['_RATIOBUCKET']._serialized_start=2297
-  _globals['_RATIOBUCKET']._serialized_end=2340
-  _globals['_LATENCY']._serialized_start=2342
-  _globals['_LATENCY']._serialized_end=2383
-  _globals['_LEDGER']._serialized_start=2385
-  _globals['_LEDGER']._serialized_end=2493
-  _globals['_WATCHLOADREQUEST']._serialized_start=2495
-  _globals['_WATCHLOADREQUEST']._serialized_end=2534
-  _globals['_WATCHLOADRESPONSE']._serialized_start=2536
-  _globals['_WATCHLOADRESPONSE']._serialized_end=2602
-  _globals['_SERVERSERVICE']._serialized_start=2605
-  _globals['_SERVERSERVICE']._serialized_end=2880
+  _globals['_LIMITS']._serialized_end=832
+  _globals['_GETLOADREQUEST']._serialized_start=834
+  _globals['_GETLOADREQUEST']._serialized_end=850
+  _globals['_GETLOADRESPONSE']._serialized_start=853
+  _globals['_GETLOADRESPONSE']._serialized_end=1335
+  _globals['_KEYCACHERESIDENCY']._serialized_start=1337
+  _globals['_KEYCACHERESIDENCY']._serialized_end=1420
+  _globals['_SPILLLOAD']._serialized_start=1422
+  _globals['_SPILLLOAD']._serialized_end=1480
+  _globals['_QUEUELOAD']._serialized_start=1483
+  _globals['_QUEUELOAD']._serialized_end=1632
+  _globals['_BANDLOAD']._serialized_start=1634
+  _globals['_BANDLOAD']._serialized_end=1742
+  _globals['_CALLERLOAD']._serialized_start=1744
+  _globals['_CALLERLOAD']._serialized_end=1822
+  _globals['_DEVICELOAD']._serialized_start=1825
+  _globals['_DEVICELOAD']._serialized_end=2129
+  _globals['_MEMORYESTIMATES']._serialized_start=2132
+  _globals['_MEMORYESTIMATES']._serialized_end=2322
+  _globals['_RATIOBUCKET']._serialized_start=2324
+  _globals['_RATIOBUCKET']._serialized_end=2367
+  _globals['_LATENCY']._serialized_start=2369
+  _globals['_LATENCY']._serialized_end=2410
+  _globals['_LEDGER']._serialized_start=2412
+  _globals['_LEDGER']._serialized_end=2520
+  _globals['_WATCHLOADREQUEST']._serialized_start=2522
+  _globals['_WATCHLOADREQUEST']._serialized_end=2561
+  _globals['_WATCHLOADRESPONSE']._serialized_start=2563
+  _globals['_WATCHLOADRESPONSE']._serialized_end=2629
+  _globals['_SERVERSERVICE']._serialized_start=2632
+  _globals['_SERVERSERVICE']._serialized_end=2907
 # @@protoc_insertion_point(module_scope)

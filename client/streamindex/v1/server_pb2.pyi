@@ -44,7 +44,7 @@ class Implementation(_message.Message):
     def __init__(self, name: _Optional[str] = ..., key_formats: _Optional[_Iterable[_Union[_types_pb2.KeyFormat, str]]] = ..., repeatable: bool = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_heads", "max_head_dim", "max_top_k", "max_layers", "max_layer_keys", "max_chunk_bytes", "max_batch_items", "max_batch_rows", "max_attention_heads", "max_window")
+    __slots__ = ("max_heads", "max_head_dim", "max_top_k", "max_layers", "max_layer_keys", "max_chunk_bytes", "max_batch_items", "max_batch_rows", "max_attention_heads", "max_window", "max_given_indices")
     MAX_HEADS_FIELD_NUMBER: _ClassVar[int]
     MAX_HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     MAX_TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class Limits(_message.Message):
     MAX_BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
     MAX_ATTENTION_HEADS_FIELD_NUMBER: _ClassVar[int]
     MAX_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    MAX_GIVEN_INDICES_FIELD_NUMBER: _ClassVar[int]
     max_heads: int
     max_head_dim: int
     max_top_k: int
@@ -65,7 +66,8 @@ class Limits(_message.Message):
     max_batch_rows: int
     max_attention_heads: int
     max_window: int
-    def __init__(self, max_heads: _Optional[int] = ..., max_head_dim: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_layers: _Optional[int] = ..., max_layer_keys: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_batch_rows: _Optional[int] = ..., max_attention_heads: _Optional[int] = ..., max_window: _Optional[int] = ...) -> None: ...
+    max_given_indices: int
+    def __init__(self, max_heads: _Optional[int] = ..., max_head_dim: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_layers: _Optional[int] = ..., max_layer_keys: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., max_batch_items: _Optional[int] = ..., max_batch_rows: _Optional[int] = ..., max_attention_heads: _Optional[int] = ..., max_window: _Optional[int] = ..., max_given_indices: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

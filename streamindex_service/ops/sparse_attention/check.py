@@ -14,6 +14,12 @@ rounded). With u = 2^-23, because matrix units truncate rather than round:
 
 So |o − exact| ≤ 2^-8·|exact| + Σ_j p_j·|v_j|·(2^-8 + δ_j + δ_max + (4·width + 24)·u), where δ_max = max_j δ_j stands
 for the denominator's error, to first order; SECOND_ORDER covers products of errors.
+
+Packed rows are widened to bf16 before they are multiplied, as FlashMLA does. It is exact where a scale is a power of
+two. Where an element k[j, d] is no bf16 number, it is rounded: 2^-8·|k[j, d]|, which adds
+
+      2^-8 · scale · Σ_d |q[t, h, d]·k[j, d]|  over such elements to δ[t, h, j],  and 2^-8 to those values' 2^-8.
+
 The lse errs by at most δ_max + (2·width + 8) · u + 4·u·|lse|.
 """
 
@@ -55,7 +61,7 @@ def check_sparse_attention(
     """
     check_inputs(q, kv, indices, sink, out.shape[2])
     tokens, heads, key_dim = q.shape
-    step = max(1, _CHUNK_BYTES // (8 * max(indices.shape[1], 1) * (2 * key_dim + 4 * heads)))
+    step = max(1, _CHUNK_BYTES // (8 * max(indices.shape[1], 1) * (4 * key_dim + 4 * heads)))
     wrong, largest = torch.zeros(tokens, dtype=torch.bool), 0.0
     for start in range(0, tokens, step):
         part = slice(start, start + step)
@@ -75,10 +81,14 @@ def error_bounds(exact: Exact, q: Tensor, scale: float) -> tuple[Tensor, Tensor]
     value_dim, width = exact.out.shape[2], exact.keys.shape[1]
     logits = scale * torch.bmm(q.double(), exact.keys.mT).abs()
     sums = abs(scale) * torch.bmm(q.double().abs(), exact.keys.abs().mT)
-    delta = _FLOAT32_UNIT * ((q.shape[2] + 4) * sums + 4 * logits)
+    # of elements that widening rounds, 0 for the others
+    rounded = exact.keys.abs() * (exact.keys != exact.keys.to(torch.bfloat16))
+    widened = abs(scale) * torch.bmm(q.double().abs(), rounded.mT)
+    delta = _FLOAT32_UNIT * ((q.shape[2] + 4) * sums + 4 * logits) + _BF16_UNIT * widened
     largest = delta.amax(dim=2) if width else torch.zeros_like(exact.lse)
     relative = _BF16_UNIT + delta + largest[:, :, None] + (4 * width + 24) * _FLOAT32_UNIT
     spread = torch.bmm(exact.weights * relative, exact.keys[:, :, :value_dim].abs())
+    spread += _BF16_UNIT * torch.bmm(exact.weights, rounded[:, :, :value_dim])
     bound = _SECOND_ORDER * (_BF16_UNIT * exact.out.abs() + spread) + _SMALLEST
     lse = exact.lse.abs().masked_fill(exact.lse == torch.inf, 0.0)
     return bound, _SECOND_ORDER * (largest + (2 * width + 8) * _FLOAT32_UNIT + 4 * _FLOAT32_UNIT * lse) + _SMALLEST
