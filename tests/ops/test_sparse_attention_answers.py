@@ -90,6 +90,18 @@ def test_sinks_at_their_ends(implementation: str) -> None:
     _right(inputs, implementation)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("sink", [60.0, 80.0, 88.0, 89.0, 100.0, 1e4])
+def test_sinks_that_outweigh_large_values(sink: float, implementation: str) -> None:
+    """Until the denominator is beyond float32 the output is what is left of the values; from there on 0."""
+    inputs = _case((3, 4, 40, 64, 64, KvFormat.BF16), amplitude=0.0)
+    inputs = replace(inputs, kv=KvRows(KvFormat.BF16, inputs.kv.data.nan_to_num(1.0) * 2.0**20))
+    assert inputs.sink is not None
+    inputs.sink[:] = sink
+    _right(inputs, implementation)
+
+
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("amplitude", [0.0, 1e-30, 300.0, 1e6], ids=str)
 def test_extreme_logits(amplitude: float, implementation: str) -> None:

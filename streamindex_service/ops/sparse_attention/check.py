@@ -20,6 +20,9 @@ two. Where an element k[j, d] is no bf16 number, it is rounded: 2^-8·|k[j, d]|,
 
       2^-8 · scale · Σ_d |q[t, h, d]·k[j, d]|  over such elements to δ[t, h, j],  and 2^-8 to those values' 2^-8.
 
+A sink that outweighs the largest logit by more than float32 holds makes the output 0, whose entries have weights below
+2^-128 then: width · 2^-128 · max_j |v_j|.
+
 The lse errs by at most δ_max + (2·width + 8) · u + 4·u·|lse|.
 """
 
@@ -35,6 +38,7 @@ from streamindex_service.ops.sparse_attention.reference import Exact, exact_atte
 _FLOAT32_UNIT = 2.0**-23
 _BF16_UNIT = 2.0**-8
 _SECOND_ORDER = 1.05
+_OVERFLOW = 2.0**-128  # its reciprocal is beyond float32
 _SMALLEST = 2.0**-126  # below this, bf16 and float32 lose relative accuracy
 _CHUNK_BYTES = 256 << 20
 
@@ -87,9 +91,11 @@ def error_bounds(exact: Exact, q: Tensor, scale: float) -> tuple[Tensor, Tensor]
     delta = _FLOAT32_UNIT * ((q.shape[2] + 4) * sums + 4 * logits) + _BF16_UNIT * widened
     largest = delta.amax(dim=2) if width else torch.zeros_like(exact.lse)
     relative = _BF16_UNIT + delta + largest[:, :, None] + (4 * width + 24) * _FLOAT32_UNIT
-    spread = torch.bmm(exact.weights * relative, exact.keys[:, :, :value_dim].abs())
+    values = exact.keys[:, :, :value_dim].abs()
+    spread = torch.bmm(exact.weights * relative, values)
     spread += _BF16_UNIT * torch.bmm(exact.weights, rounded[:, :, :value_dim])
-    bound = _SECOND_ORDER * (_BF16_UNIT * exact.out.abs() + spread) + _SMALLEST
+    lost = values.amax(dim=1, keepdim=True) if width else torch.zeros_like(exact.out[:, :1])
+    bound = _SECOND_ORDER * (_BF16_UNIT * exact.out.abs() + spread) + _SMALLEST + width * _OVERFLOW * lost
     lse = exact.lse.abs().masked_fill(exact.lse == torch.inf, 0.0)
     return bound, _SECOND_ORDER * (largest + (2 * width + 8) * _FLOAT32_UNIT + 4 * _FLOAT32_UNIT * lse) + _SMALLEST
 
