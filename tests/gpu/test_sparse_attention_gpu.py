@@ -14,7 +14,7 @@ from streamindex_service.ops.sparse_attention import (
     plan_for,
     sparse_attention,
 )
-from streamindex_service.ops.sparse_attention.plan import attention_tiles
+from streamindex_service.ops.sparse_attention.plan import HOPPER_CAPABILITY, MAX_FEW_HEADS, attention_tiles
 from tests.ops.attention_cases import Inputs, make_inputs, one_row_each, with_scales_by_amax
 
 pytestmark = [
@@ -98,7 +98,8 @@ def test_hopper_kernel_in_all_its_forms(heads: int, key_dim: int, kv_format: str
 @pytest.mark.parametrize("heads", [16, 33, 64, 128])
 def test_scales_that_are_no_powers_of_two(heads: int, amplitude: float) -> None:
     inputs = with_scales_by_amax(_case((150, heads, 700, 576, KvFormat.FP8_D576), amplitude=amplitude))
-    report = inputs.judge(inputs.attend("triton"))
+    few_on_hopper = heads <= MAX_FEW_HEADS and torch.cuda.get_device_capability() == HOPPER_CAPABILITY
+    report = inputs.judge(inputs.attend("triton"), rounds_rows=not few_on_hopper)
     assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
 
 

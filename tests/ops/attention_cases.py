@@ -48,10 +48,11 @@ class Inputs:
             out=out, out_lse=lse, plan=plan,
         )  # fmt: skip
 
-    def judge(self, result: AttentionResult) -> CheckReport:
+    def judge(self, result: AttentionResult, *, rounds_rows: bool = False) -> CheckReport:
         return check_sparse_attention(
-            result.out, result.lse, self.q, self.kv, self.indices, scale=self.scale, sink=self.sink
-        )
+            result.out, result.lse, self.q, self.kv, self.indices, scale=self.scale, sink=self.sink,
+            rounds_rows=rounds_rows,
+        )  # fmt: skip
 
     def part(self, start: int, stop: int) -> "Inputs":
         """The same attention of some of the tokens."""

@@ -15,13 +15,10 @@ rounded). With u = 2^-23, because matrix units truncate rather than round:
 So |o − exact| ≤ 2^-8·|exact| + Σ_j p_j·|v_j|·(2^-8 + δ_j + δ_max + (4·width + 24)·u), where δ_max = max_j δ_j stands
 for the denominator's error, to first order; SECOND_ORDER covers products of errors.
 
-Packed rows are widened to bf16 before they are multiplied, as FlashMLA does. It is exact where a scale is a power of
-two. Where an element k[j, d] is no bf16 number, it is rounded: 2^-8·|k[j, d]|, which adds
+Some kernels widen packed rows to bf16 before they multiply (`rounds_rows`). It is exact where a scale is a power of
+two. Where an element k[j, d] is no bf16 number, it is rounded, 2^-8·|k[j, d]|, which adds
 
       2^-8 · scale · Σ_d |q[t, h, d]·k[j, d]|  over such elements to δ[t, h, j],  and 2^-8 to those values' 2^-8.
-
-A sink that outweighs the largest logit by more than float32 holds makes the output 0, whose entries have weights below
-2^-128 then: width · 2^-128 · max_j |v_j|.
 
 The lse errs by at most δ_max + (2·width + 8) · u + 4·u·|lse|.
 """
@@ -38,7 +35,6 @@ from streamindex_service.ops.sparse_attention.reference import Exact, exact_atte
 _FLOAT32_UNIT = 2.0**-23
 _BF16_UNIT = 2.0**-8
 _SECOND_ORDER = 1.05
-_OVERFLOW = 2.0**-128  # its reciprocal is beyond float32
 _SMALLEST = 2.0**-126  # below this, bf16 and float32 lose relative accuracy
 _CHUNK_BYTES = 256 << 20
 
@@ -57,11 +53,20 @@ class CheckReport:
 
 
 def check_sparse_attention(
-    out: Tensor, lse: Tensor | None, q: Tensor, kv: KvRows, indices: Tensor, *, scale: float, sink: Tensor | None
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    kv: KvRows,
+    indices: Tensor,
+    *,
+    scale: float,
+    sink: Tensor | None,
+    rounds_rows: bool = False,
 ) -> CheckReport:
     """Judge `out` [tokens, heads, value_dim] and `lse` [tokens, heads] of an attention, within about 1 GiB.
 
-    q, kv, indices, scale, sink: as for `sparse_attention`. Raises AttentionInputError for inputs that disagree.
+    q, kv, indices, scale, sink: as for `sparse_attention`. rounds_rows: whether rows may be rounded to bf16 first, as by
+    the kernels in `triton` for more than 32 heads or without Hopper. Raises AttentionInputError for inputs that disagree.
     """
     check_inputs(q, kv, indices, sink, out.shape[2])
     tokens, heads, key_dim = q.shape
@@ -70,7 +75,7 @@ def check_sparse_attention(
     for start in range(0, tokens, step):
         part = slice(start, start + step)
         exact = exact_attention(q[part], kv, indices[part], scale=scale, sink=sink, value_dim=out.shape[2])
-        bound, lse_bound = error_bounds(exact, q[part], scale)
+        bound, lse_bound = error_bounds(exact, q[part], scale, rounds_rows=rounds_rows)
         errors = [_share(out[part], exact.out, bound).amax(dim=2)]
         if lse is not None:
             errors.append(_share(lse[part], exact.lse, lse_bound))
@@ -80,22 +85,22 @@ def check_sparse_attention(
     return CheckReport(wrong, largest)
 
 
-def error_bounds(exact: Exact, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def error_bounds(exact: Exact, q: Tensor, scale: float, *, rounds_rows: bool = False) -> tuple[Tensor, Tensor]:
     """Bounds of the module's text: of outputs [tokens, heads, value_dim] and of lse [tokens, heads], float64."""
     value_dim, width = exact.out.shape[2], exact.keys.shape[1]
     logits = scale * torch.bmm(q.double(), exact.keys.mT).abs()
     sums = abs(scale) * torch.bmm(q.double().abs(), exact.keys.abs().mT)
-    # of elements that widening rounds, 0 for the others
-    rounded = exact.keys.abs() * (exact.keys != exact.keys.to(torch.bfloat16))
-    widened = abs(scale) * torch.bmm(q.double().abs(), rounded.mT)
-    delta = _FLOAT32_UNIT * ((q.shape[2] + 4) * sums + 4 * logits) + _BF16_UNIT * widened
+    delta = _FLOAT32_UNIT * ((q.shape[2] + 4) * sums + 4 * logits)
+    values = exact.keys[:, :, :value_dim].abs()
+    spread = torch.zeros_like(exact.out)
+    if rounds_rows:
+        rounded = exact.keys.abs() * (exact.keys != exact.keys.to(torch.bfloat16))  # 0 where that is exact
+        delta += _BF16_UNIT * abs(scale) * torch.bmm(q.double().abs(), rounded.mT)
+        spread += _BF16_UNIT * torch.bmm(exact.weights, rounded[:, :, :value_dim])
     largest = delta.amax(dim=2) if width else torch.zeros_like(exact.lse)
     relative = _BF16_UNIT + delta + largest[:, :, None] + (4 * width + 24) * _FLOAT32_UNIT
-    values = exact.keys[:, :, :value_dim].abs()
-    spread = torch.bmm(exact.weights * relative, values)
-    spread += _BF16_UNIT * torch.bmm(exact.weights, rounded[:, :, :value_dim])
-    lost = values.amax(dim=1, keepdim=True) if width else torch.zeros_like(exact.out[:, :1])
-    bound = _SECOND_ORDER * (_BF16_UNIT * exact.out.abs() + spread) + _SMALLEST + width * _OVERFLOW * lost
+    spread += torch.bmm(exact.weights * relative, values)
+    bound = _SECOND_ORDER * (_BF16_UNIT * exact.out.abs() + spread) + _SMALLEST
     lse = exact.lse.abs().masked_fill(exact.lse == torch.inf, 0.0)
     return bound, _SECOND_ORDER * (largest + (2 * width + 8) * _FLOAT32_UNIT + 4 * _FLOAT32_UNIT * lse) + _SMALLEST
 
