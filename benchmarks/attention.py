@@ -110,7 +110,7 @@ class Attention:
         """The plan that it would run with."""
         return plan_for(
             implementation, self.q.device, self.kv.format, tokens=self.tokens, heads=self.model.heads,
-            key_dim=self.model.key_dim, value_dim=self.model.value_dim, width=self.indices.shape[1], rows=self.kv.rows,
+            key_dim=self.model.key_dim, value_dim=self.model.value_dim, width=self.indices.shape[1],
         )  # fmt: skip
 
 
@@ -235,14 +235,16 @@ def options(
     usual: Sequence[str] = ("chunked", "triton"),
     sizes: str = "TOKENS",
 ) -> argparse.ArgumentParser:
-    """The options that every table of attention has. usual: of the implementations, those that run if none is named;
-    sizes: what they count."""
+    """The options that every table of attention has, without that of implementations or sizes where these are none.
+    usual: of the implementations, those that run if none is named; sizes: what they count."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=list(models), default=list(models))
-    parser.add_argument("--sizes", type=int, nargs="+", metavar=sizes)
+    if sizes:
+        parser.add_argument("--sizes", type=int, nargs="+", metavar=sizes)
     parser.add_argument("--formats", nargs="+", choices=list(formats), default=list(formats))
-    parser.add_argument("--implementations", nargs="+", choices=list(implementations), default=list(usual))
+    if implementations:
+        parser.add_argument("--implementations", nargs="+", choices=list(implementations), default=list(usual))
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes")
     return parser

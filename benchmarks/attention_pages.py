@@ -7,7 +7,7 @@ in pages of 256 that are shuffled. Three ways: `tensor`, the kernel alone over r
 pages; `pages`, the places of all rows and the kernel that reads them there, as the service does; `copied`, the rows
 copied out of their pages and the kernel over the copies. `seconds` are those of a step within a graph of several, each
 with rows of its own, so that they come from memory; what tells the device of the pages is there already. `called` are
-those of a step that is called by itself, pages told anew, by the way of the service. Index rows are not split over
+those of a step that is called by itself, pages told anew, as the service does. Index rows are not split over
 programs, as in the service. `ratio` is to `copied`; every output is that of `tensor` bit for bit, which is judged.
 """
 
@@ -78,7 +78,7 @@ class Step:
         w, device = self.whole, self.own.device
         plan = plan_for(
             "triton", device, kv.format, tokens=w.tokens, heads=w.model.heads, key_dim=w.model.key_dim,
-            value_dim=w.model.value_dim, width=entries.shape[1], rows=kv.rows,
+            value_dim=w.model.value_dim, width=entries.shape[1],
         )  # fmt: skip
         assert plan is not None
         sparse_attention(
@@ -108,32 +108,28 @@ class Step:
         )  # fmt: skip
 
 
-class Shuffled:
-    """Pages in one allocation, in any order. bounds: [first, stop) rows of `kv` of each piece, which begins a page."""
-
-    def __init__(self, kv: KvRows, bounds: list[tuple[int, int]], seed: int = 0) -> None:
-        rows = kv.data.view(torch.uint8).view(kv.rows, -1)
-        self.kv, self.size = kv, PAGE_KEYS * kv.row_bytes
-        counts = [-(-(stop - first) // PAGE_KEYS) for first, stop in bounds]
-        order = np.random.default_rng(seed).permutation(sum(counts))
-        extent = torch.empty((sum(counts), self.size), dtype=torch.uint8, device=kv.data.device)
-        self.pieces: list[PagedKvRows] = []
-        used = 0
-        for (first, stop), count in zip(bounds, counts, strict=True):
-            slots = order[used : used + count]
-            used += count
-            for number, slot in enumerate(slots.tolist()):
-                part = slice(first + PAGE_KEYS * number, min(first + PAGE_KEYS * (number + 1), stop))
-                held = rows[part].flatten()
-                extent[slot, : held.numel()] = held
-                if kv.scales is not None:
-                    beside = kv.scales[part].flatten()
-                    extent[slot, PAGE_KEYS * rows.shape[1] :][: beside.numel()] = beside
-            pages = ExtentPages(
-                [extent.flatten()], np.zeros(count, dtype=np.int64), slots.astype(np.int64) * self.size,
-                (self.size,), torch.uint8,
-            )  # fmt: skip
-            self.pieces.append(PagedKvRows(kv.format, kv.key_dim, stop - first, pages if count else ()))
+def shuffled(kv: KvRows, bounds: list[tuple[int, int]], seed: int = 0) -> list[PagedKvRows]:
+    """Pieces of `kv`, rows [first, stop) of it each, in pages of one allocation that lie in any order."""
+    rows = kv.data.view(torch.uint8).view(kv.rows, -1)
+    size = PAGE_KEYS * kv.row_bytes
+    counts = [-(-(stop - first) // PAGE_KEYS) for first, stop in bounds]
+    order = np.random.default_rng(seed).permutation(sum(counts))
+    extent = torch.empty((sum(counts), size), dtype=torch.uint8, device=kv.device)
+    pieces, used = list[PagedKvRows](), 0
+    for (first, stop), count in zip(bounds, counts, strict=True):
+        slots = order[used : used + count]
+        used += count
+        for number, slot in enumerate(slots.tolist()):
+            part = slice(first + PAGE_KEYS * number, min(first + PAGE_KEYS * (number + 1), stop))
+            held = rows[part].flatten()
+            extent[slot, : held.numel()] = held
+            if kv.scales is not None:
+                beside = kv.scales[part].flatten()
+                extent[slot, PAGE_KEYS * rows.shape[1] :][: beside.numel()] = beside
+        starts, which = slots.astype(np.int64) * size, np.zeros(count, dtype=np.int64)
+        pages = ExtentPages([extent.flatten()], which, starts, (size,), torch.uint8)
+        pieces.append(PagedKvRows(kv.format, kv.key_dim, stop - first, pages))
+    return pieces
 
 
 def cut(whole: Attention, parts: list[Tensor], caches: list[int], local: int, rows_each: int) -> list[Step]:
@@ -144,7 +140,7 @@ def cut(whole: Attention, parts: list[Tensor], caches: list[int], local: int, ro
         for first in range(0, whole.kv.rows, rows_each)
         for bound in ((first, first + local), (first + local, first + rows_each))
     ]
-    pieces = Shuffled(whole.kv, bounds).pieces
+    pieces = shuffled(whole.kv, bounds)
     window, device = whole.model.window, whole.kv.device
     steps = []
     for number, tokens in enumerate(parts):
@@ -257,7 +253,7 @@ def run_case(bench: AttentionBench, shape: str, whole: Attention, steps: list[St
 
 def main(argv: list[str] | None = None) -> int:
     models = {**MODELS, V4_HCA.name: V4_HCA}
-    parser = options(__doc__, quick="one model", models=list(models), sizes="SHAPE")
+    parser = options(__doc__, quick="one model", models=list(models), implementations=(), sizes="")
     arguments = parser.parse_args(argv)
     bench = begin(TABLE, arguments)
     for name in arguments.models[:1] if arguments.quick else arguments.models:

@@ -136,7 +136,11 @@ def test_rows_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attention_decode, attention_pages):
         monkeypatch.setattr(module, "CPU_CONTEXT", 300)  # ragged pages
     monkeypatch.setattr(attention_pages, "HEADS", (2, None))
-    rows = _run(attention_pages.main, tmp_path, "--models", "Tiny", "--formats", "bf16")
+    out = tmp_path / "table.json"
+    options = ["--device", "cpu", "--models", "Tiny", "--formats", "bf16", "--quick", "--out", str(out)]
+    assert attention_pages.main(options) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert all(row["wrong_rows"] == 0 for row in rows)
     assert {(row["shape"], row["heads"], row["implementation"]) for row in rows} == {
         (shape, 4, way) for shape in ("decode", "prefill") for way in ("tensor", "copied", "pages")
     }

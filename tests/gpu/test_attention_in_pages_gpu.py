@@ -14,7 +14,7 @@ from streamindex_service.ops.extent_pages import ExtentPages
 from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import plan_for, sparse_attention
-from tests.ops.attention_cases import Inputs, make_inputs, paged
+from tests.ops.attention_cases import device_case, paged, shape_name
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,29 +37,13 @@ SHAPES = [
 ]
 
 
-def _case(shape, **changes) -> Inputs:
-    tokens, heads, width, key_dim, kv_format = shape
-    inputs = make_inputs(
-        tokens=tokens, heads=heads, width=width, rows=20_000, key_dim=key_dim, value_dim=512, kv_format=kv_format,
-        device="cuda", **changes,
-    )  # fmt: skip
-    if tokens > 2:
-        inputs.indices[0] = -1
-        inputs.indices[1, width // 3 :] = -1
-        inputs.indices[2, : width // 2] = 20_000
-    return inputs
-
-
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(
-    "shape", SHAPES, ids=lambda each: f"T{each[0]}-H{each[1]}-W{each[2]}-D{each[3]}-{each[4].value}"
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_rows_in_pages_give_the_bits_of_rows_in_one_tensor(shape, splits):
-    inputs = _case(shape)
+    inputs = device_case(shape)
     tokens, heads, width, key_dim, kv_format = shape
     plan = plan_for(
         "triton", "cuda", kv_format, tokens=tokens, heads=heads, key_dim=key_dim, value_dim=512, width=width,
-        rows=20_000,
     )  # fmt: skip
     assert plan is not None
     plan = replace(plan, splits=splits)
@@ -111,9 +95,7 @@ def _attend_far_apart(extent: torch.Tensor, kv_format: KvFormat, key_dim: int, h
         q, indices, torch.zeros(3, dtype=torch.int64), [sequence], window=0, scale=0.05, sink=None, value_dim=512,
         implementation="triton", workspace_bytes=16 << 20, want_lse=True,
     )  # fmt: skip
-    plan = plan_for(
-        "triton", "cuda", kv_format, tokens=3, heads=heads, key_dim=key_dim, value_dim=512, width=200, rows=512
-    )
+    plan = plan_for("triton", "cuda", kv_format, tokens=3, heads=heads, key_dim=key_dim, value_dim=512, width=200)
     assert plan is not None
     expected = sparse_attention(
         q, kv, indices, scale=0.05, value_dim=512, implementation="triton", want_lse=True, plan=replace(plan, splits=1)

@@ -52,7 +52,6 @@ def test_few_heads_are_planned_for_it(kv_format: KvFormat) -> None:
     assert kv_format.packed is not None
     plan = plan_for(
         "triton", "cuda", kv_format, tokens=32, heads=12, key_dim=kv_format.packed.key_dim, value_dim=512, width=2048,
-        rows=20_000,
     )  # fmt: skip
     assert plan is not None
     assert plan.tiles is not None

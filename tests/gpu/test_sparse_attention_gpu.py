@@ -15,7 +15,7 @@ from streamindex_service.ops.sparse_attention import (
     sparse_attention,
 )
 from streamindex_service.ops.sparse_attention.plan import HOPPER_CAPABILITY, MAX_FEW_HEADS, attention_tiles
-from tests.ops.attention_cases import Inputs, make_inputs, one_row_each, with_scales_by_amax
+from tests.ops.attention_cases import device_case, make_inputs, one_row_each, shape_name, with_scales_by_amax
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,22 +43,6 @@ SHAPES = [
 REPEATED = [*SHAPES[:3], *SHAPES[6:8], *SHAPES[9:12]]
 
 
-def _name(shape) -> str:
-    tokens, heads, width, key_dim, kv_format = shape
-    return f"T{tokens}-H{heads}-W{width}-D{key_dim}-{kv_format.value}"
-
-
-def _case(shape, **changes) -> Inputs:
-    tokens, heads, width, key_dim, kv_format = shape
-    defaults = {"rows": 20_000, "value_dim": 512, "device": "cuda", "kv_format": kv_format, "key_dim": key_dim}
-    inputs = make_inputs(tokens=tokens, heads=heads, width=width, **defaults | changes)
-    if tokens > 2:
-        inputs.indices[0] = -1
-        inputs.indices[1, width // 3 :] = -1
-        inputs.indices[2, : width // 2] = 20_000
-    return inputs
-
-
 def _hopper(**changes) -> Plan:
     tiles = Tiles(64, 64, 4, 2, AttentionKernel.HOPPER, messages=1)
     return Plan(0, tiles=replace(tiles, **changes))
@@ -66,9 +50,9 @@ def _hopper(**changes) -> Plan:
 
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
 @pytest.mark.parametrize("sink", [True, False], ids=["sink", "no-sink"])
-@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_within_the_error_bound(shape, sink: bool, implementation: str) -> None:
-    inputs = _case(shape, sink=sink)
+    inputs = device_case(shape, sink=sink)
     if sink and inputs.sink is not None:
         inputs.sink[0], inputs.sink[1], inputs.sink[2] = torch.inf, -torch.inf, 1e30
     report = inputs.judge(inputs.attend(implementation))
@@ -88,7 +72,7 @@ hopper_only = pytest.mark.skipif(
 @pytest.mark.parametrize("heads", [64, 128])
 def test_hopper_kernel_in_all_its_forms(heads: int, key_dim: int, kv_format: str, find_ends: bool, splits: int) -> None:
     packed = KvFormat.FP8_D512 if key_dim == 512 else KvFormat.FP8_D576
-    inputs = _case((700, heads, 700, key_dim, packed if kv_format == "packed" else KvFormat.BF16), amplitude=4.0)
+    inputs = device_case((700, heads, 700, key_dim, packed if kv_format == "packed" else KvFormat.BF16), amplitude=4.0)
     tiles = attention_tiles(inputs.kv.format.value, heads, key_dim, 512, AttentionKernel.HOPPER)
     report = inputs.judge(inputs.attend("triton", Plan(0, tiles=tiles, splits=splits, find_ends=find_ends)))
     assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
@@ -97,7 +81,7 @@ def test_hopper_kernel_in_all_its_forms(heads: int, key_dim: int, kv_format: str
 @pytest.mark.parametrize("amplitude", [1.0, 4.0])
 @pytest.mark.parametrize("heads", [16, 33, 64, 128])
 def test_scales_that_are_no_powers_of_two(heads: int, amplitude: float) -> None:
-    inputs = with_scales_by_amax(_case((150, heads, 700, 576, KvFormat.FP8_D576), amplitude=amplitude))
+    inputs = with_scales_by_amax(device_case((150, heads, 700, 576, KvFormat.FP8_D576), amplitude=amplitude))
     few_on_hopper = heads <= MAX_FEW_HEADS and torch.cuda.get_device_capability() == HOPPER_CAPABILITY
     report = inputs.judge(inputs.attend("triton"), rounds_rows=not few_on_hopper)
     assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
@@ -107,7 +91,7 @@ def test_scales_that_are_no_powers_of_two(heads: int, amplitude: float) -> None:
 @pytest.mark.parametrize("amplitude", [0.0, 1e-30, 300.0, 1e6], ids=str)
 @pytest.mark.parametrize("kv_format", [KvFormat.BF16, KvFormat.FP8_D512], ids=lambda f: f.value)
 def test_extreme_logits_of_the_hopper_kernel(kv_format: KvFormat, amplitude: float) -> None:
-    inputs = _case((150, 64, 700, 512, kv_format), amplitude=amplitude)
+    inputs = device_case((150, 64, 700, 512, kv_format), amplitude=amplitude)
     report = inputs.judge(inputs.attend("triton"))
     assert report.wrong_rows == 0, f"{report.wrong_rows} wrong, worst error {report.largest_error} of its bound"
 
@@ -115,7 +99,7 @@ def test_extreme_logits_of_the_hopper_kernel(kv_format: KvFormat, amplitude: flo
 @hopper_only
 @pytest.mark.parametrize("kv_format", [KvFormat.BF16, KvFormat.FP8_D512], ids=lambda f: f.value)
 def test_hopper_kernel_with_other_tiles(kv_format: KvFormat) -> None:
-    inputs = _case((700, 64, 700, 512, kv_format))
+    inputs = device_case((700, 64, 700, 512, kv_format))
     tiles = Tiles(64, 32, 4, 4, AttentionKernel.HOPPER, messages=2)
     assert inputs.judge(inputs.attend("triton", Plan(0, tiles=tiles))).wrong_rows == 0
 
@@ -131,12 +115,12 @@ def test_every_8_bit_number_is_widened_exactly(kv_format: KvFormat, powers: bool
     assert (error <= (0.0 if powers else 2.0**-8 + 2.0**-15) * values.abs()).all()
 
 
-@pytest.mark.parametrize("shape", REPEATED, ids=_name)
+@pytest.mark.parametrize("shape", REPEATED, ids=shape_name)
 def test_repeats_and_neighbours_change_no_bit(shape) -> None:
-    inputs = _case(shape)
+    inputs = device_case(shape)
     plan = plan_for(
         "triton", "cuda", shape[4], tokens=shape[0], heads=shape[1], key_dim=shape[3], value_dim=512,
-        width=shape[2], rows=20_000,
+        width=shape[2],
     )  # fmt: skip
     first = inputs.attend("triton", plan)
     for _ in range(20):
@@ -153,7 +137,7 @@ def test_no_length_compiles_anything_new() -> None:
     from streamindex_service.ops.sparse_attention.triton import compiled_variants
 
     def attend(tokens: int, width: int, rows: int) -> None:
-        _case((tokens, 64, width, 512, KvFormat.BF16), rows=rows).attend("triton")
+        device_case((tokens, 64, width, 512, KvFormat.BF16), rows=rows).attend("triton")
 
     attend(300, 640, 20_000)
     attend(3, 640, 20_000)
@@ -168,8 +152,8 @@ def test_no_length_compiles_anything_new() -> None:
 @pytest.mark.parametrize("implementation", ["triton", "chunked"])
 @pytest.mark.parametrize("tokens", [1, 40, 3000])
 def test_allocator_peak_stays_within_the_plan(tokens: int, implementation: str) -> None:
-    inputs = _case((tokens, 64, 640, 512, KvFormat.BF16))
-    shape = {"tokens": tokens, "heads": 64, "key_dim": 512, "value_dim": 512, "width": 640, "rows": 20_000}
+    inputs = device_case((tokens, 64, 640, 512, KvFormat.BF16))
+    shape = {"tokens": tokens, "heads": 64, "key_dim": 512, "value_dim": 512, "width": 640}
     plan = plan_for(implementation, "cuda", KvFormat.BF16, **shape)
     assert plan is not None
     inputs.attend(implementation)  # the library's own workspace, which stays

@@ -1,6 +1,7 @@
 """Inputs that tests of sparse attention share, on any device."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,27 @@ def make_inputs(
     q = amplitude * torch.randn((tokens, heads, key_dim), generator=generator)
     logits = torch.randn(heads, generator=generator).to(device) if sink else None
     return Inputs(q.bfloat16().to(device), kv, indices.to(device), logits, key_dim**-0.5, value_dim)
+
+
+DeviceShape = tuple[int, int, int, int, KvFormat]  # tokens, heads, width, key_dim, format
+
+
+def shape_name(shape: DeviceShape) -> str:
+    """Of a case of a device."""
+    tokens, heads, width, key_dim, kv_format = shape
+    return f"T{tokens}-H{heads}-W{width}-D{key_dim}-{kv_format.value}"
+
+
+def device_case(shape: DeviceShape, **changes: Any) -> Inputs:
+    """Inputs of real sizes, with a token that has nothing to attend, one that ends early and one that begins late."""
+    tokens, heads, width, key_dim, kv_format = shape
+    defaults = {"rows": 20_000, "value_dim": 512, "device": "cuda", "kv_format": kv_format, "key_dim": key_dim}
+    inputs = make_inputs(tokens=tokens, heads=heads, width=width, **defaults | changes)
+    if tokens > 2:
+        inputs.indices[0] = -1
+        inputs.indices[1, width // 3 :] = -1
+        inputs.indices[2, : width // 2] = 20_000
+    return inputs
 
 
 def with_scales(inputs: Inputs, least: int, most: int, *, powers: bool = True, seed: int = 9) -> Inputs:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamindex_service.ops import cached_attention
-from streamindex_service.ops.cached_attention import CachedSequence, attend_cached
+from streamindex_service.ops.cached_attention import CachedSequence, attend_cached, triton
 from streamindex_service.ops.kv_rows import KvFormat, KvRows
 from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
 from streamindex_service.ops.sparse_attention import check_sparse_attention
@@ -134,6 +134,24 @@ def test_what_is_launched_does_not_depend_on_how_many_sequences_there_are(monkey
         monkeypatch.setattr(cached_attention.api, name, counted)
     attend(sequences, cached, 100)
     assert sorted(launched) == ["assemble_index_rows", "gather_rows", "sparse_attention"]
+
+
+@TRITON
+def test_the_kernels_are_launched_once_for_all_sequences(monkeypatch):
+    made = [
+        Sequence.drawn(KvFormat.BF16, 64, keys, [position], keys) for keys, position in [(300, 560), (10, 7), (9, 3)]
+    ]
+    launched = []
+    for module, name in ((triton, "run_places"), (cached_attention.api, "sparse_attention")):
+        real = getattr(module, name)
+
+        def counted(*arguments, real=real, name=name, **others):
+            launched.append(name)
+            return real(*arguments, **others)
+
+        monkeypatch.setattr(module, name, counted)
+    attend(made, [each.cached() for each in made], 20, "triton")
+    assert launched == ["run_places", "sparse_attention"]
 
 
 def test_no_row_is_copied_that_nobody_attends(monkeypatch):

@@ -89,7 +89,7 @@ def test_unknown_names_list_the_valid_ones() -> None:
 
 
 def test_plans_stay_within_the_workspace() -> None:
-    shape = {"tokens": 5000, "heads": 128, "key_dim": 576, "value_dim": 512, "width": 1024, "rows": 10**6}
+    shape = {"tokens": 5000, "heads": 128, "key_dim": 576, "value_dim": 512, "width": 1024}
     for implementation in ("chunked", "triton"):
         for budget in (MIN_WORKSPACE_BYTES, 256 << 20):
             plan = plan_for(implementation, "cpu", KvFormat.BF16, workspace_bytes=budget, **shape)
@@ -102,7 +102,7 @@ def test_plans_stay_within_the_workspace() -> None:
 
 def test_few_tokens_split_their_index_rows() -> None:
     def splits(tokens: int, width: int, workspace: int = 256 << 20) -> int:
-        shape = Shape(tokens, 64, 512, 512, width, "bf16", 10**6)
+        shape = Shape(tokens, 64, 512, 512, width, "bf16")
         return plan_triton(shape, workspace, 132, AttentionKernel.HOPPER).splits
 
     assert splits(1, 640) == 10
@@ -115,7 +115,7 @@ def test_few_tokens_split_their_index_rows() -> None:
 
 def test_ends_of_rows_are_found_where_that_can_save_a_turn() -> None:
     for tokens, expected in ((1, False), (32, False), (132, False), (133, True), (8192, True)):
-        plan = plan_triton(Shape(tokens, 64, 512, 512, 640, "bf16", 10**6), 256 << 20, 132, AttentionKernel.HOPPER)
+        plan = plan_triton(Shape(tokens, 64, 512, 512, 640, "bf16"), 256 << 20, 132, AttentionKernel.HOPPER)
         assert plan.find_ends is expected
 
 
@@ -159,7 +159,7 @@ def test_a_triton_that_lacks_what_a_kernel_needs_takes_the_portable_one(monkeypa
     ("tokens", "heads", "width", "splits"), [(32, 16, 2048, 4), (32, 32, 2048, 2), (1, 16, 640, 10), (133, 8, 640, 1)]
 )
 def test_few_heads_are_taken_sixteen_at_a_time(tokens: int, heads: int, width: int, splits: int) -> None:
-    shape = Shape(tokens, heads, 512, 512, width, "fp8_d512", 10**6)
+    shape = Shape(tokens, heads, 512, 512, width, "fp8_d512")
     plan = plan_triton(shape, 256 << 20, 132, AttentionKernel.HOPPER_FEW_HEADS)
     assert plan.splits == splits
     assert plan.find_ends is (tokens * -(-heads // 16) > 132)

@@ -43,7 +43,7 @@ def test_the_workspace_is_enough_for_the_operation_to_plan_with(heads, width, ke
     needed = terms("chunked").size_bytes(heads, key_dim, width)
     plan = plan_for(
         "chunked", "cpu", kv_rows.KvFormat.BF16, tokens=100, heads=heads, key_dim=key_dim, value_dim=value_dim,
-        width=width, rows=1000, workspace_bytes=needed,
+        width=width, workspace_bytes=needed,
     )  # fmt: skip
     assert plan.token_chunk >= 1
     assert plan.workspace_bytes <= needed
@@ -58,7 +58,7 @@ def test_the_frontend_hears_what_the_worker_says(name):
 def test_the_kernel_without_splits_needs_next_to_nothing():
     from streamindex_service.ops.sparse_attention.plan import AttentionKernel, Shape, plan_triton
 
-    shape = Shape(4096, 128, 576, 512, 2176, "bf16", 1_000_000)
+    shape = Shape(4096, 128, 576, 512, 2176, "bf16")
     plan = plan_triton(shape, terms("triton").size_bytes(128, 576, 2176), 1, AttentionKernel.PORTABLE)
     assert plan.splits == 1
 

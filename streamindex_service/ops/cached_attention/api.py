@@ -107,7 +107,7 @@ def attend_cached(
     tokens, heads, key_dim = q.shape
     plan = plan_for(
         implementation, q.device, kv.format,
-        tokens=tokens, heads=heads, key_dim=key_dim, value_dim=value_dim, width=entries.shape[1], rows=kv.rows,
+        tokens=tokens, heads=heads, key_dim=key_dim, value_dim=value_dim, width=entries.shape[1],
         workspace_bytes=workspace_bytes,
     )  # fmt: skip
     return sparse_attention(

@@ -135,18 +135,17 @@ def plan_for(
     key_dim: int,
     value_dim: int,
     width: int,
-    rows: int,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Plan | None:
     """The plan that `sparse_attention` would run with, for a scheduler's estimate; None if the implementation has no
-    tiles. width: entries of an index row; rows: of the KV rows.
+    tiles. width: entries of an index row.
 
     Raises UnsupportedImplementationError and WorkspaceTooSmallError.
     """
     found = find_implementation(implementation, device, kv_format)
     if found.plan is None:
         return None
-    shape = Shape(tokens, heads, key_dim, value_dim, width, kv_format.value, rows)
+    shape = Shape(tokens, heads, key_dim, value_dim, width, kv_format.value)
     return found.plan(shape, workspace_bytes, torch.device(device))
 
 
@@ -213,7 +212,7 @@ def sparse_attention(
         return AttentionResult(out, out_lse)
     problem = Problem(q, kv, indices, scale, sink, out, out_lse)
     if plan is None and found.plan is not None:
-        shape = Shape(tokens, heads, key_dim, value_dim, indices.shape[1], kv.format.value, kv.rows)
+        shape = Shape(tokens, heads, key_dim, value_dim, indices.shape[1], kv.format.value)
         plan = found.plan(shape, workspace_bytes, q.device)
     found.function(problem, plan)
     return AttentionResult(out, out_lse)

@@ -65,8 +65,8 @@ def check_sparse_attention(
 ) -> CheckReport:
     """Judge `out` [tokens, heads, value_dim] and `lse` [tokens, heads] of an attention, within about 1 GiB.
 
-    q, kv, indices, scale, sink: as for `sparse_attention`. rounds_rows: whether rows may be rounded to bf16 first, as by
-    the kernels in `triton` for more than 32 heads or without Hopper. Raises AttentionInputError for inputs that disagree.
+    q, kv, indices, scale, sink: as for `sparse_attention`. rounds_rows: whether rows may be rounded to bf16 first, as
+    the kernels of `triton` do but that for few heads. Raises AttentionInputError for inputs that disagree.
     """
     check_inputs(q, kv, indices, sink, out.shape[2])
     tokens, heads, key_dim = q.shape

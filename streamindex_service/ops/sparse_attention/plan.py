@@ -58,7 +58,6 @@ class Shape:
     value_dim: int
     width: int
     format_name: str
-    rows: int
 
 
 @dataclass(frozen=True)
