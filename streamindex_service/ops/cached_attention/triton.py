@@ -11,7 +11,7 @@ from torch import Tensor
 from streamindex_service.ops.compiled import variants
 from streamindex_service.ops.paged_kv_rows import PLACE_BITS
 
-_BLOCK = 1024
+_BLOCK = 512
 _BITS = tl.constexpr(PLACE_BITS)
 _ROW = tl.constexpr((1 << PLACE_BITS) - 1)  # the bits of the row
 
@@ -21,8 +21,8 @@ _ROW = tl.constexpr((1 << PLACE_BITS) - 1)  # the bits of the row
     do_not_specialize_on_alignment=["found", "positions", "columns", "table"],
 )
 def place_kernel(found, positions, columns, table, out, queries, window, width, BLOCK: tl.constexpr):
-    """Grid: (queries,). found: [queries, width] int32; columns, table and the rest: see Places; out: [queries, window +
-    width] int64."""
+    """Grid: (queries, blocks of entries). found: [queries, width] int32; columns, table and the rest: see Places; out:
+    [queries, window + width] int64."""
     query = tl.program_id(0).to(tl.int64)
     step = queries.to(tl.int64)
     length = tl.load(columns + query)
@@ -32,17 +32,16 @@ def place_kernel(found, positions, columns, table, out, queries, window, width, 
     first_token = tl.load(columns + 4 * step + query)
     position = tl.load(positions + query)
     entries = window + width
-    for start in range(0, entries, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        is_local = entry < window
-        chosen = (entry >= window) & (entry < entries)
-        index = tl.load(found + query * width + (entry - window), mask=chosen, other=-1).to(tl.int64)
-        row = tl.where(is_local, position - window + 1 + entry - first_token, index)
-        held = (row >= 0) & (row < tl.where(is_local, window_length, length))
-        number = tl.where(held, row + tl.where(is_local, window_first, first), 0)
-        unit = tl.load(table + (number >> _BITS), mask=held, other=0)
-        place = (unit << _BITS) | (number & _ROW)
-        tl.store(out + query * entries + entry, tl.where(held, place, -1), mask=entry < entries)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_local = entry < window
+    chosen = (entry >= window) & (entry < entries)
+    index = tl.load(found + query * width + (entry - window), mask=chosen, other=-1).to(tl.int64)
+    row = tl.where(is_local, position - window + 1 + entry - first_token, index)
+    held = (row >= 0) & (row < tl.where(is_local, window_length, length))
+    number = tl.where(held, row + tl.where(is_local, window_first, first), 0)
+    unit = tl.load(table + (number >> _BITS), mask=held, other=0)
+    place = (unit << _BITS) | (number & _ROW)
+    tl.store(out + query * entries + entry, tl.where(held, place, -1), mask=entry < entries)
 
 
 def compiled_variants() -> int:
@@ -54,6 +53,6 @@ def run_places(indices: Tensor, positions: Tensor, columns: Tensor, table: Tenso
     """See `Places.entries`. Does not wait for the device."""
     queries, width = indices.shape
     with torch.cuda.device_of(out):  # kernels start on the current device, which need not be the tensors'
-        place_kernel[(queries,)](
+        place_kernel[(queries, triton.cdiv(out.shape[1], _BLOCK))](
             indices, positions, columns, table, out, queries, out.shape[1] - width, width, BLOCK=_BLOCK, num_warps=4
         )
