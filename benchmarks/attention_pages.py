@@ -3,12 +3,13 @@
     python -m benchmarks.attention_pages --out benchmarks/results/attention_pages.json
 
 A step of decode is one token of each of 32 sequences; a tile of prefill the last 1,024 tokens of one sequence. Rows lie
-in pages of 256 that are shuffled. Three ways: `tensor`, the kernel alone over rows of one tensor, as if there were no
+in pages of 256 that are shuffled. Four ways: `tensor`, the kernel alone over rows of one tensor, as if there were no
 pages; `pages`, the places of all rows and the kernel that reads them there, as the service does; `copied`, the rows
 copied out of their pages and the kernel over the copies. `seconds` are those of a step within a graph of several, each
 with rows of its own, so that they come from memory; what tells the device of the pages is there already. `called` are
-those of a step that is called by itself, pages told anew, as the service does. Index rows are not split over
-programs, as in the service. `ratio` is to `copied`; every output is that of `tensor` bit for bit, which is judged.
+those of a step that is called by itself, pages told anew, as the service does. Index rows are split over programs as in
+the service, by their width; `unsplit` is `pages` with each in one. `ratio` is to `copied`; every output is that of
+`tensor` bit for bit, which is judged, as is that of `unsplit`.
 """
 
 import statistics
@@ -36,20 +37,22 @@ from benchmarks.attention import (
 from benchmarks.attention_decode import CONTEXT, CPU_CONTEXT, V4_HCA, in_one_go, make_decode
 from benchmarks.timing import measure
 from streamindex_service.ops import KvFormat, KvRows
-from streamindex_service.ops.cached_attention import CachedSequence, attend_cached
+from streamindex_service.ops.cached_attention import ATTENTION_TERMS, CachedSequence, attend_cached
 from streamindex_service.ops.cached_attention.copies import Copies, lay_out
 from streamindex_service.ops.cached_attention.places import Places
 from streamindex_service.ops.extent_pages import ExtentPages
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.paged_kv_rows import PagedKvRows, PlacedKvRows
 from streamindex_service.ops.sparse_attention import plan_for, sparse_attention
+from streamindex_service.ops.sparse_attention.plan import fixed_parts
 
 TABLE = "attention_pages"
 SEQUENCES, TILE_TOKENS, PREFILL_CONTEXT = 32, 1024, 65_536
 CPU_SEQUENCES, CPU_TILE_TOKENS = 2, 8
+WORKSPACE_BYTES = ATTENTION_TERMS["triton"].least_bytes - ATTENTION_TERMS["triton"].fixed_bytes
 HEADS = (16, None)  # of packed rows; None: all of the model's
 _CALLS = 8
-WAYS = ("tensor", "copied", "pages")
+WAYS = ("tensor", "copied", "pages", "unsplit")
 
 
 @dataclass(frozen=True)
@@ -73,25 +76,27 @@ class Step:
     places: Places
     copies: Copies
 
-    def attend(self, kv: KvRows | PlacedKvRows, entries: Tensor, out: Tensor) -> None:
-        """In one part an index row."""
+    def attend(self, kv: KvRows | PlacedKvRows, entries: Tensor, out: Tensor, parts: int | None = None) -> None:
+        """parts: of an index row; None: as many as in the service."""
         w, device = self.whole, self.own.device
+        width, heads = entries.shape[1], w.model.heads
         plan = plan_for(
-            "triton", device, kv.format, tokens=w.tokens, heads=w.model.heads, key_dim=w.model.key_dim,
-            value_dim=w.model.value_dim, width=entries.shape[1],
+            "triton", device, kv.format, tokens=w.tokens, heads=heads, key_dim=w.model.key_dim,
+            value_dim=w.model.value_dim, width=width, workspace_bytes=WORKSPACE_BYTES,
+            parts=fixed_parts(width, heads) if parts is None else parts,
         )  # fmt: skip
-        assert plan is not None
         sparse_attention(
             w.q, kv, entries, scale=w.scale, sink=w.sink, value_dim=w.model.value_dim, implementation="triton",
-            out=out, plan=replace(plan, splits=1),
+            out=out, plan=plan,
         )  # fmt: skip
 
     def run(self, way: str, out: Tensor) -> None:
         """What the device does for it."""
         if way == "tensor":
             self.attend(self.whole.kv, self.whole.indices, out)
-        elif way == "pages":
-            self.attend(self.places.rows, self.places.entries(self.own), out)
+        elif way in ("pages", "unsplit"):
+            entries = self.places.entries(self.own, self.own.shape[1])
+            self.attend(self.places.rows, entries, out, 1 if way == "unsplit" else None)
         else:
             # imported here: Triton need not be installed where it is not asked for
             from benchmarks.variants.attention_copied import copied
@@ -104,7 +109,8 @@ class Step:
         w = self.whole
         attend_cached(
             w.q, self.own, self.positions, self.sequences, window=w.model.window, scale=w.scale, sink=w.sink,
-            value_dim=w.model.value_dim, implementation="triton", workspace_bytes=16 << 20, out=out,
+            value_dim=w.model.value_dim, implementation="triton",
+            workspace_bytes=ATTENTION_TERMS["triton"].least_bytes, out=out,
         )  # fmt: skip
 
 
@@ -189,7 +195,8 @@ def prefill_steps(model: AttentionModel, kv_format: KvFormat, device: str) -> tu
 def run_case(bench: AttentionBench, shape: str, whole: Attention, steps: list[Step]) -> None:
     """Every way, one after the other, and each once more in the opposite order."""
     model, device = whole.model, bench.device
-    expected = torch.empty((whole.tokens, model.heads, model.value_dim), dtype=torch.bfloat16, device=device)
+    shape_of_out = (whole.tokens, model.heads, model.value_dim)
+    expected, expected_unsplit = (torch.empty(shape_of_out, dtype=torch.bfloat16, device=device) for _ in range(2))
     tokens = whole.tokens // len(steps)
 
     def every(way: str, out: Tensor) -> Callable[[], None]:
@@ -200,7 +207,9 @@ def run_case(bench: AttentionBench, shape: str, whole: Attention, steps: list[St
         return run
 
     every("tensor", expected)()
-    checked, wrong_rows, largest_error = judge_attention(whole, expected)
+    every("unsplit", expected_unsplit)()
+    right = {way: expected_unsplit if way == "unsplit" else expected for way in WAYS}
+    judged = {way: judge_attention(whole, right[way]) for way in ("tensor", "unsplit")}
     seconds = dict.fromkeys(WAYS, 0.0)
     peaks = {}
     other = dict.fromkeys(WAYS, 0)
@@ -213,7 +222,7 @@ def run_case(bench: AttentionBench, shape: str, whole: Attention, steps: list[St
                 when_warm=bench.measure_roof,
             )  # fmt: skip
             seconds[way] += timing.seconds / len(steps) / 2
-            other[way] = max(other[way], int((out != expected).any(dim=2).any(dim=1).sum()))
+            other[way] = max(other[way], int((out != right[way]).any(dim=2).any(dim=1).sum()))
     out = torch.full_like(expected, torch.nan)
     calls = min(_CALLS, len(steps))
 
@@ -225,6 +234,7 @@ def run_case(bench: AttentionBench, shape: str, whole: Attention, steps: list[St
     called = slice(0, calls * tokens)
     other["pages"] = max(other["pages"], int((out[called] != expected[called]).any(dim=2).any(dim=1).sum()))
     for way in WAYS:
+        checked, wrong_rows, largest_error = judged["unsplit" if way == "unsplit" else "tensor"]
         tflops = model.entry_flop * whole.entries() / len(steps) / seconds[way] / 1e12
         bench.report.add(
             PagedRow(

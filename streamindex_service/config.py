@@ -119,7 +119,7 @@ class LimitSettings(_Section):
     max_layer_keys: Annotated[int, Field(ge=256, le=2**31 - 1)] = Field(16_777_216, description="keys of a layer")
     max_top_k: Annotated[int, Field(ge=1, le=4096)] = Field(4096, description="indices of an answer row")
     max_given_indices: Annotated[int, Field(ge=1, le=262_144)] = Field(
-        16_384, description="indices that a caller of attention gives: all rows of ratio 128 after 2 M tokens"
+        16_384, description="indices that a caller of attention gives, KV rows of a layer attended whole"
     )
     max_chunk_bytes: Annotated[ByteSize, Field(ge=262_144, le=64 * _MIB)] = Field(
         ByteSize(4 * _MIB), description="payload of one chunk"

@@ -35,8 +35,8 @@ class AttendBatchItem:
     """A few rows of one cache.
 
     q [rows, heads, key_dim] bf16, and where the rows stand: `start_position` or `positions` [rows]. With `top_k`
-    index_q [rows, indexer heads, head_dim] in the cache's format and index_w [rows, indexer heads] float32; without,
-    `indices` [rows, entries] of any integer type, as many entries in all items.
+    index_q [rows, indexer heads, head_dim] in the cache's format and index_w [rows, indexer heads] float32; with
+    `all_visible` neither; else `indices` [rows, entries] of any integer type, as many entries in all items.
     """
 
     cache: _Cache
@@ -101,6 +101,7 @@ def build_attend_batch(
     items: Sequence[AttendBatchItem],
     *,
     top_k: int | None,
+    all_visible: bool = False,
     window: int,
     scale: float,
     sink: Any,
@@ -120,7 +121,11 @@ def build_attend_batch(
         message.priority = member(Priority, "priority", priority).wire
     width = None
     if top_k is not None:
+        if all_visible:
+            raise InputError("all_visible", "is not used with top_k")
         message.top_k = unsigned("top_k", top_k, 31, 1)
+    elif all_visible:
+        message.all_visible = True
     else:
         width = 0
         if items:
@@ -130,24 +135,24 @@ def build_attend_batch(
     request = AttendBatchRequest(message, list(items))
     for index, item in enumerate(request.items):
         with naming_item(index):
-            wire, block = _item(item, width, len(message.sink))
+            wire, block = _item(item, top_k is not None, width, len(message.sink))
         message.items.append(wire)
         request.blocks.append(block)
     return request
 
 
 def _item(
-    item: AttendBatchItem, width: int | None, sinks: int
+    item: AttendBatchItem, searched: bool, width: int | None, sinks: int
 ) -> tuple[attention_pb2.SparseAttendBatchItem, AttendBlock]:
     info = item.cache.info
     kv = check_attended(info.spec)
     if sinks and sinks != kv.heads:
         raise InputError("q", f"the sink has {sinks} numbers, the cache {kv.heads} heads")
     if width is not None and item.indices is None:
-        raise InputError("indices", "is required without top_k")
+        raise InputError("indices", "is required without top_k and all_visible")
     if width is None and item.indices is not None:
-        raise InputError("indices", "is not used with top_k")
-    form = AttendForm(info.spec, width, explicit=True)
+        raise InputError("indices", "is not used with top_k or all_visible")
+    form = AttendForm(info.spec, searched, width, explicit=True)
     form.check_search(item.index_q, item.index_w)
     block = form.block(item.q, item.index_q, item.index_w, item.indices, None)
     rows = block.count

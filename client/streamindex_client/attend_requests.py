@@ -42,23 +42,30 @@ class AttendSource:
 
 @dataclass(frozen=True, slots=True)
 class AttendForm:
-    """What rows of a call consist of: `width` indices that come with them, None where they are searched for."""
+    """What rows of a call consist of: with a `searched` call index queries, else `width` indices, None for none."""
 
     spec: KeyCacheSpec
+    searched: bool
     width: int | None
     explicit: bool
 
     @property
     def wanted(self) -> str:
         """A chunk of an iterator, for messages."""
-        names = ["q", *(("indices",) if self.width is not None else ("index_q", "index_w"))]
-        return "(" + ", ".join(names + ["positions"] * self.explicit) + ")"
+        return "(" + ", ".join(["q", *self._others, *["positions"] * self.explicit]) + ")"
+
+    @property
+    def _others(self) -> tuple[str, ...]:
+        """What comes with q."""
+        if self.searched:
+            return "index_q", "index_w"
+        return () if self.width is None else ("indices",)
 
     def check_search(self, index_q: Any, index_w: Any) -> None:
         """That a search's tensors are there exactly where it is made. Raises InputError."""
         for name, tensor in (("index_q", index_q), ("index_w", index_w)):
-            if (tensor is None) != (self.width is not None):
-                raise InputError(name, "is required with top_k" if tensor is None else "is not used with indices")
+            if (tensor is None) == self.searched:
+                raise InputError(name, "is required with top_k" if self.searched else "is not used without top_k")
 
     def block(self, q: Any, index_q: Any, index_w: Any, indices: Any, positions: Any) -> AttendBlock:
         """Check the tensors of some rows."""
@@ -66,24 +73,22 @@ class AttendForm:
         assert kv is not None
         rows = float_rows("q", q, (None, kv.heads, kv.key_dim), _BF16, "rows heads key_dim")
         found_q = found_w = found = None
-        if self.width is None:
+        if self.searched:
             shape = (rows.count, spec.heads, spec.head_dim)
             found_q = float_rows("index_q", index_q, shape, spec.key_format.dtype_names, "rows heads head_dim")
             found_w = float_rows("index_w", index_w, (rows.count, spec.heads), ("float32",), "rows heads")
-        else:
+        elif self.width is not None:
             found = index_rows("indices", indices, rows.count, self.width)
         position = None if positions is None else position_rows("positions", positions, rows.count)
         return AttendBlock((rows, found_q, found_w, found, position), maker_like(q), bf16_maker_like(q))
 
     def chunk(self, chunk: Any) -> AttendBlock:
         """Check what the caller's iterator gave."""
-        count = 1 + (2 if self.width is None else 1) + self.explicit
-        if not isinstance(chunk, tuple | list) or len(chunk) != count:
+        names = ("q", *self._others, *["positions"] * self.explicit)
+        if not isinstance(chunk, tuple | list) or len(chunk) != len(names):
             raise InputError("q", f"a chunk of the iterator is not {self.wanted}")
-        positions = chunk[-1] if self.explicit else None
-        if self.width is None:
-            return self.block(chunk[0], chunk[1], chunk[2], None, positions)
-        return self.block(chunk[0], None, None, chunk[1], positions)
+        given = dict(zip(names, chunk, strict=True))
+        return self.block(*(given.get(name) for name in ("q", "index_q", "index_w", "indices", "positions")))
 
 
 def attend_source(
@@ -96,6 +101,7 @@ def attend_source(
     index_w: Any,
     top_k: int | None,
     indices: Any,
+    all_visible: bool = False,
     start_position: int | None,
     positions: Any,
     window: int,
@@ -108,8 +114,8 @@ def attend_source(
     """A session for tensors, or for an iterator of chunks."""
     spec = info.spec
     kv = check_attended(spec)
-    if (top_k is None) == (indices is None):
-        raise InputError("top_k", "give top_k, or indices")
+    if (top_k is not None) + (indices is not None) + bool(all_visible) != 1:
+        raise InputError("top_k", "give top_k, indices or all_visible")
     header = attention_pb2.SparseAttendHeader(
         key_cache_id=info.id,
         layer=check_layer(layer, spec),
@@ -127,9 +133,11 @@ def attend_source(
     width = None
     if top_k is not None:
         header.top_k = unsigned("top_k", top_k, 31, 1)
+    elif all_visible:
+        header.all_visible = True
     else:
         width = header.given_indices = index_width(indices, is_tensor(q))
-    form = AttendForm(spec, width, start_position is None)
+    form = AttendForm(spec, top_k is not None, width, start_position is None)
     session = AttendSession(header, env.options, form.chunk, kv.heads, kv.value_dim)
     if is_tensor(q):
         form.check_search(index_q, index_w)

@@ -148,6 +148,7 @@ class Client:
         *,
         scale: float,
         top_k: int | None = None,
+        all_visible: bool = False,
         window: int = 0,
         sink: Any = None,
         want_lse: bool = False,
@@ -157,15 +158,15 @@ class Client:
     ) -> list[AttendBatchResult]:
         """Sparse attention of a ragged decode step in one round trip: a few rows in each of many caches.
 
-        `top_k` names how many index keys are found for a row; None: items carry `indices`. window, scale, sink and
-        want_lse are those of `KeyCache.sparse_attend`, the same for all items, as of one layer of a model;
-        `want_indices`: what was found comes with the outputs. `priority`: of all items; None is INTERACTIVE, whatever
-        the caches' are. A failed item has its `error` set and fails no other; rows are answered as `sparse_attend`
-        answers them, to the bit. Raises InputError naming the item.
+        `top_k` names how many index keys are found for a row; None: items carry `indices`, unless rows attend
+        `all_visible` KV rows. These, window, scale, sink and want_lse are those of `KeyCache.sparse_attend`, the same
+        for all items, as of one layer of a model; `want_indices`: what was found comes with the outputs. `priority`: of
+        all items; None is INTERACTIVE, whatever the caches' are. A failed item has its `error` set and fails no other;
+        rows are answered as `sparse_attend` answers them, to the bit. Raises InputError naming the item.
         """
         batch = build_attend_batch(
-            items, top_k=top_k, window=window, scale=scale, sink=sink, want_lse=want_lse, want_indices=want_indices,
-            priority=priority,
+            items, top_k=top_k, all_visible=all_visible, window=window, scale=scale, sink=sink, want_lse=want_lse,
+            want_indices=want_indices, priority=priority,
         )  # fmt: skip
         return self._driver.run(operations.sparse_attend_batch(self._env, batch, timeout))
 
@@ -345,6 +346,7 @@ class KeyCache(CacheHandle):
         index_w: Any = None,
         top_k: int | None = None,
         indices: Any = None,
+        all_visible: bool = False,
         start_position: int | None = None,
         positions: Any = None,
         window: int = 0,
@@ -360,12 +362,14 @@ class KeyCache(CacheHandle):
 
         q [rows, heads, key_dim] bf16 (or uint16), and `start_position` or `positions` [rows]. The indices are those
         that a search with index_q [rows, indexer heads, head_dim] and index_w [rows, indexer heads] float32 finds, with
-        `top_k`; or `indices` [rows, entries], of which -1 and what is out of range contribute nothing. `window` tokens
-        up to the query's own, 0 for none. `scale` of the logits; `sink` [heads], a logit that adds to the denominator.
+        `top_k`; or `indices` [rows, entries], of which -1 and what is out of range contribute nothing; or, with
+        `all_visible`, all KV rows below (position + 1) // ratio, as in a layer of ratio 128 (HCA). `window` tokens up
+        to the query's own, 0 for none. `scale` of the logits; `sink` [heads], a logit that adds to the denominator.
         `want_lse`: the log-sum-exp comes too. `progress(done_rows, total_rows)`, total 0 when unknown.
 
-        Or q an iterator of chunks, (q, index_q, index_w) with top_k or (q, indices) with `indices` the number of
-        entries, and positions last where there is no start_position; it is held and sent as in `search`.
+        Or q an iterator of chunks, (q, index_q, index_w) with top_k, (q, indices) with `indices` the number of
+        entries, (q,) with all_visible, and positions last where there is no start_position; it is held and sent as in
+        `search`.
 
         Raises InputError at once; FailedPreconditionError (NO_KV_ROWS), NonFiniteError, WorkerLostError (after the
         retries), DeadlineError while iterating, as well as what the iterator raises.
@@ -379,6 +383,7 @@ class KeyCache(CacheHandle):
             index_w=index_w,
             top_k=top_k,
             indices=indices,
+            all_visible=all_visible,
             start_position=start_position,
             positions=positions,
             window=window,

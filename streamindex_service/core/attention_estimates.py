@@ -23,6 +23,9 @@ _PAGE_ADDRESS_BYTES = 8
 _KEPT_ENTRY_BYTES = 4  # of each entry of an index row: its place among the copies
 _WIDE_ENTRY_BYTES = 25  # and while that is looked for
 _CHOSEN_ENTRY_BYTES, _CHOSEN_ROW_BYTES = 13, 25  # of each entry and each copied row, while the latter are listed
+# Where index rows are split over programs, a part is of so many heads at least and at most.
+_LEAST_PART_HEADS, _MOST_PART_HEADS = 16, 64
+_PART_ELEMENT_BYTES = 4
 # Window pages come in groups of so many, so that a stream of queries does not change its pages with every tile.
 WINDOW_GROUP = 4
 
@@ -43,23 +46,34 @@ class AttentionTerms:
     copied_row_bytes: int = 0
     index_entry_bytes: int = 0
     reads_pages: bool = False
+    most_parts: int = 1
+    part_pairs: int = 1
 
-    def size_bytes(self, heads: int, key_dim: int, entries: int) -> int:
-        """Of rows with so many entries, computed one at a time."""
-        return max(self.least_bytes, self.used_bytes(heads, key_dim, entries, 1))
+    def size_bytes(self, heads: int, key_dim: int, entries: int, *, named: bool = True) -> int:
+        """Of rows with so many entries, computed one at a time. named: see `AttentionWork`."""
+        return max(self.least_bytes, self.used_bytes(heads, key_dim, entries, 1, named=named))
 
-    def used_bytes(self, heads: int, key_dim: int, entries: int, rows: int) -> int:
+    def used_bytes(self, heads: int, key_dim: int, entries: int, rows: int, *, named: bool = True) -> int:
         """What so many rows take if they are computed together, for which there may be no room."""
         head = self.head_bytes + self.head_dim_bytes * key_dim
         entry = self.entry_bytes + self.entry_head_bytes * heads + self.entry_dim_bytes * key_dim
+        parts = self.parts(heads, entries, named=named)
+        if parts > 1:  # an output of each in float32, no longer than a key, and its lse
+            head += parts * _PART_ELEMENT_BYTES * (key_dim + 1)
         return self.fixed_bytes + rows * (heads * head + entries * entry)
+
+    def parts(self, heads: int, entries: int, *, named: bool = True) -> int:
+        """Of an index row, which different programs take; `sparse_attention.plan.fixed_parts` is the same."""
+        pairs = entries * min(_MOST_PART_HEADS, max(_LEAST_PART_HEADS, heads))
+        return max(1, min(self.most_parts, pairs // self.part_pairs)) if named else self.most_parts
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionWork:
     """Attention on one layer, query rows apart: everything that its cost depends on.
 
-    width: indices of a query row; window: tokens of a window; kv_rows: of the layer.
+    width: indices of a query row; window: tokens of a window; kv_rows: of the layer. named: the indices come with the
+    query rows; else there are none, and `width` is how many rows a query may see.
     """
 
     kv: KvSpec
@@ -68,6 +82,7 @@ class AttentionWork:
     window: int
     want_lse: bool
     terms: AttentionTerms
+    named: bool = True
 
     def flop(self, rows: int) -> int:
         """Operations of query rows that attend all they may: two products of a product and a sum each."""
@@ -77,7 +92,8 @@ class AttentionWork:
     def staging_bytes(self, rows: int) -> int:
         """Device memory of the query rows and their answers."""
         heads = self.kv.heads
-        sizes = (heads * self.kv.key_dim * BF16_BYTES, POSITION_BYTES, self.width * INDEX_BYTES, self._answer_bytes)
+        indices_bytes = self.width * INDEX_BYTES * self.named
+        sizes = (heads * self.kv.key_dim * BF16_BYTES, POSITION_BYTES, indices_bytes, self._answer_bytes)
         return sum(align(rows * size) for size in sizes)
 
     def tile_bytes(self, rows: int, span: int) -> int:
@@ -88,7 +104,9 @@ class AttentionWork:
         places of the copies are looked for, the rows to be copied are listed, they are copied, they are attended. Only
         the last has answers.
         """
-        asked = rows * (self.kv.heads * self.kv.key_dim * BF16_BYTES + self.width * INDEX_BYTES + _QUERY_ROW_BYTES)
+        # where rows are copied, indices are made that the query rows do not bring
+        indices_bytes = self.width * INDEX_BYTES * (self.named or not self.terms.reads_pages)
+        asked = rows * (self.kv.heads * self.kv.key_dim * BF16_BYTES + indices_bytes + _QUERY_ROW_BYTES)
         asked += _PAGE_ADDRESS_BYTES * pages_of(self.kv_rows + span) + _PART_BYTES
         attended = rows * ((self.width + self.window) * self.terms.index_entry_bytes + self._answer_bytes)
         if self.terms.reads_pages:
@@ -113,13 +131,14 @@ class AttentionWork:
 
     def workspace_bytes(self) -> int:
         """The least workspace of the attention itself. It takes one query row, and more of them one after the other."""
-        return self.terms.size_bytes(self.kv.heads, self.kv.key_dim, self.width + self.window)
+        entries = self.width + self.window
+        return self.terms.size_bytes(self.kv.heads, self.kv.key_dim, entries, named=self.named)
 
     def used_bytes(self, rows: int, workspace_bytes: int) -> int:
         """What of a workspace so many query rows make use of."""
-        return min(
-            workspace_bytes, self.terms.used_bytes(self.kv.heads, self.kv.key_dim, self.width + self.window, rows)
-        )
+        entries = self.width + self.window
+        used_bytes = self.terms.used_bytes(self.kv.heads, self.kv.key_dim, entries, rows, named=self.named)
+        return min(workspace_bytes, used_bytes)
 
     def window_bytes(self, rows: int) -> int:
         """The most bytes of window pages that so many query rows need whose positions lie as close together."""

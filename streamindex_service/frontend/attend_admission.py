@@ -7,7 +7,7 @@ from collections.abc import Callable
 from streamindex_service.core.layers import KeyCache, Page
 from streamindex_service.core.specs import RowKind
 from streamindex_service.core.turns import Need
-from streamindex_service.errors import CacheNotFoundError, NoKvRowsError
+from streamindex_service.errors import CacheNotFoundError, InvalidArgumentError, NoKvRowsError
 from streamindex_service.frontend.admission import OpenCall
 from streamindex_service.frontend.attend_block import SEARCHED, attend_layout
 from streamindex_service.frontend.attend_requests import AttendParameters
@@ -79,6 +79,8 @@ class AdmittedAttention(OpenCall):
                 )
                 self._operations.append(self.index)
                 service.governor.refuse_what_never_fits(self.index.least)
+            if parameters.all_visible:
+                self._refuse_long_layers()
             in_parts = self.index is not None and self.index.in_parts
             self.layout = self._layout(parameters, in_parts or among_others)
             self.attend = AttendTiles(
@@ -113,6 +115,15 @@ class AdmittedAttention(OpenCall):
 
     def _layout(self, parameters: AttendParameters, keeps_scores: bool) -> BlockLayout:
         return attend_layout(self._cache.spec, parameters, keeps_scores, self.service.blocks.block_bytes)
+
+    def _refuse_long_layers(self) -> None:
+        limit = self.service.settings.limits.max_given_indices
+        if self.kv.length_keys > limit:
+            raise InvalidArgumentError(
+                f"the layer has {self.kv.length_keys} KV rows, {limit} at most are attended whole",
+                field="header.all_visible",
+                metadata={"kv_rows": self.kv.length_keys, "limit": limit},
+            )
 
     def _refuse_keys_without_rows(self) -> None:
         if self.kv.length_keys < self.keys.length_keys:

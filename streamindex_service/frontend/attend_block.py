@@ -71,12 +71,16 @@ def positions_of(layout: BlockLayout, block: Block, first: int, count: int) -> n
 
 
 class AttendFiller:
-    """Copies rows of chunks to blocks, and checks them. `window_rows`: that the layer has."""
+    """Copies rows of chunks to blocks, and checks them. `kv_rows`, `window_rows`: that the layer has."""
 
-    def __init__(self, layout: BlockLayout, spec: CacheSpec, parameters: AttendParameters, window_rows: int) -> None:
+    def __init__(
+        self, layout: BlockLayout, spec: CacheSpec, parameters: AttendParameters, kv_rows: int, window_rows: int
+    ) -> None:
         self._layout = layout
         self._parameters = parameters
+        self._kv_rows = kv_rows
         self._window_rows = window_rows
+        self._ratio = spec.ratio
         self._row_bytes = part_bytes(layout, parameters)
         kv = parameters.kv
         # must be finite: of each tensor its elements' format, how many a row has, and what messages call it
@@ -99,22 +103,22 @@ class AttendFiller:
         for tensor, key_format, elements, name in self._finite:
             part = layout.part(block, tensor, block_row, count)
             tensors.check_finite(part, key_format, elements, name, row_offset)
-        positions = layout.part(block, POSITIONS, block_row, count)
-        fill_positions(positions, self._parameters.start_position, row_offset)
+        written = layout.part(block, POSITIONS, block_row, count)
+        fill_positions(written, self._parameters.start_position, row_offset)
+        positions = written.view(np.int64)
         if self._parameters.window:
-            self._check_window(positions.view(np.int64), row_offset)
+            self._check_held("window", positions + 1, self._window_rows, row_offset)
+        if self._parameters.all_visible:
+            self._check_held("KV", (positions + 1) // self._ratio, self._kv_rows, row_offset)
 
-    def _check_window(self, positions: npt.NDArray[np.int64], row_offset: int) -> None:
-        beyond = positions >= self._window_rows
+    def _check_held(self, kind: str, needed: npt.NDArray[np.int64], held: int, row_offset: int) -> None:
+        """That the layer has the rows, so many from the first on, that each query attends: what is not there would be
+        left out of the softmax, and nobody would notice."""
+        beyond = needed > held
         if beyond.any():
             at = int(np.argmax(beyond))
             raise NoKvRowsError(
-                f"the window of row {row_offset + at} ends at token {positions[at]}, the layer has "
-                f"{self._window_rows} window rows",
+                f"row {row_offset + at} attends {kind} rows up to the {needed[at]}th, the layer has {held} {kind} rows",
                 field="chunk.positions" if self._parameters.start_position is None else "header.start_position",
-                metadata={
-                    "row": row_offset + at,
-                    "needed_rows": int(positions[at]) + 1,
-                    "window_rows": self._window_rows,
-                },
+                metadata={"row": row_offset + at, "needed_rows": int(needed[at]), f"{kind.lower()}_rows": held},
             )

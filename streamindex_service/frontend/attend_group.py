@@ -84,7 +84,13 @@ class AttendGroup(BatchGroup[AttendMember, AdmittedAttention]):
             self._service, member.cache, member.item.layer, member.parameters, self._call.deadline_s, among_others=True
         )
         assert admitted.layout == member.layout, "rows of two kinds in one block"
-        member.filler = AttendFiller(admitted.layout, member.cache.spec, member.parameters, admitted.window.length_keys)
+        member.filler = AttendFiller(
+            admitted.layout,
+            member.cache.spec,
+            member.parameters,
+            admitted.kv.length_keys,
+            admitted.window.length_keys,
+        )
         return admitted
 
     def _fill(self, share: AttendShare, block: Block) -> None:

@@ -19,14 +19,16 @@ from streamindex_service.frontend.requests import SearchParameters
 class AttendParameters:
     """A call's header, checked.
 
-    `search` is what finds the indices, None where the caller gives them; `width` indices a row either way. `window`
-    tokens, 0 for none. `sink`: a logit for each head, or empty. `start_position` is None when chunks carry positions;
-    `row_count` is 0 when it was not announced.
+    `search` is what finds the indices, None where the caller gives them; `width` indices a row either way.
+    `all_visible`: there are none, each query attends all KV rows that it sees. `window` tokens, 0 for none. `sink`: a
+    logit for each head, or empty. `start_position` is None when chunks carry positions; `row_count` is 0 when it was
+    not announced.
     """
 
     kv: KvSpec
     search: SearchParameters | None
     width: int
+    all_visible: bool
     window: int
     scale: float
     sink: tuple[float, ...]
@@ -72,10 +74,12 @@ def check_asked(asked: Asked, settings: Settings, prefix: str = "") -> None:
         requests.within(f"{prefix}top_k", asked.top_k, 1, limits.max_top_k)
     elif selection == "given_indices":
         requests.within(f"{prefix}given_indices", asked.given_indices, 0, limits.max_given_indices)
-    else:
+    elif selection != "all_visible":
         raise InvalidArgumentError(
-            f"{prefix.rstrip('.') or 'the request'} needs top_k or given_indices", field=f"{prefix}top_k"
+            f"{prefix.rstrip('.') or 'the request'} needs top_k, given_indices or all_visible", field=f"{prefix}top_k"
         )
+    elif not asked.all_visible:
+        raise InvalidArgumentError(f"{prefix}all_visible must be true, or left out", field=f"{prefix}all_visible")
     requests.within(f"{prefix}window", asked.window, 0, requests.MAX_WINDOW)
     if not math.isfinite(asked.scale):
         raise InvalidArgumentError(f"{prefix}scale must be finite", field=f"{prefix}scale")
@@ -116,6 +120,7 @@ def _parameters(
         kv,
         search,
         search.top_k if search is not None else asked.given_indices,
+        asked.all_visible,
         asked.window,
         asked.scale,
         sink,

@@ -36,7 +36,9 @@ class AttendStream(RowStream):
         self._layout = layout = admitted.layout
         self._start = parameters.start_position
         self._blame_key = blame_key
-        self._filler = AttendFiller(layout, admitted.keys.spec, parameters, admitted.window.length_keys)
+        self._filler = AttendFiller(
+            layout, admitted.keys.spec, parameters, admitted.kv.length_keys, admitted.window.length_keys
+        )
         super().__init__(
             service,
             context,

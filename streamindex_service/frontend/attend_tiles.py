@@ -65,10 +65,11 @@ class AttendTiles:
         self.work = AttentionWork(
             parameters.kv,
             kv.length_keys,
-            parameters.width,
+            kv.length_keys if parameters.all_visible else parameters.width,
             parameters.window,
             parameters.want_lse,
             attention_terms(service.require_worker_info().attention.terms),
+            named=not parameters.all_visible,
         )
         floor = int(service.settings.memory.workspace_floor_bytes)
         self.workspace_bytes = max(floor, self.work.workspace_bytes())
@@ -174,7 +175,8 @@ class AttendTiles:
             "workspace_bytes": self.workspace_bytes,
             "q": at[Q],
             "positions": at[POSITIONS],
-            "indices": at[INDICES],
+            "indices": None if parameters.all_visible else at[INDICES],
+            "visible_ratio": self._kv.spec.ratio if parameters.all_visible else 0,
             "out": at[OUT],
             "lse": at[LSE] if parameters.want_lse else None,
             "band": due.band,

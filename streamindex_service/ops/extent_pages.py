@@ -83,7 +83,7 @@ def addresses_of(pages: Sequence[Tensor]) -> npt.NDArray[np.int64]:
     return np.fromiter((page.data_ptr() for page in pages), dtype=np.int64, count=len(pages))
 
 
-def to_device(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """A small table of any shape on a device, int64. The host does not wait for the copy."""
+def to_device(values: npt.NDArray[np.int64] | npt.NDArray[np.int32], device: torch.device) -> Tensor:
+    """A small table of any shape on a device. The host does not wait for the copy."""
     table = torch.from_numpy(values)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from streamindex_service.ipc.v1 import worker_pb2 as pb
-from streamindex_service.ops.cached_attention import CachedSequence, attend_cached
+from streamindex_service.ops.cached_attention import AllVisible, CachedSequence, attend_cached
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import AttentionResult
 from streamindex_service.worker.key_store import KeyStore, SegmentMap
@@ -18,13 +18,14 @@ from streamindex_service.worker.key_store import KeyStore, SegmentMap
 class AttendTensors:
     """What a tile reads and writes in host memory.
 
-    q: [rows, heads, key_dim] bf16; positions: [rows] int64; indices: [rows, width] int32; out: [rows, heads, value_dim]
+    q: [rows, heads, key_dim] bf16; positions: [rows] int64; indices: [rows, width] int32, or None: see
+    `AttendTile.visible_ratio`; out: [rows, heads, value_dim]
     bf16; lse: [rows, heads] float32 or None.
     """
 
     q: torch.Tensor
     positions: torch.Tensor
-    indices: torch.Tensor
+    indices: torch.Tensor | None
     out: torch.Tensor
     lse: torch.Tensor | None
 
@@ -35,7 +36,7 @@ class AttendTensors:
         return cls(
             at(message.q, torch.bfloat16, (rows, heads, key_dim)),
             at(message.positions, torch.int64, (rows,)),
-            at(message.indices, torch.int32, (rows, message.width)),
+            None if message.visible_ratio else at(message.indices, torch.int32, (rows, message.width)),
             at(message.out, torch.bfloat16, (rows, heads, message.value_dim)),
             at(message.lse, torch.float32, (rows, heads)) if message.HasField("lse") else None,
         )
@@ -66,17 +67,17 @@ def attend(
     message: pb.AttendTile,
     sequences: Sequence[CachedSequence],
     q: torch.Tensor,
-    indices: torch.Tensor,
+    indices: torch.Tensor | None,
     positions: torch.Tensor,
     implementation: str,
     out: torch.Tensor | None = None,
     out_lse: torch.Tensor | None = None,
 ) -> AttentionResult:
-    """Compute a tile on the device of `q` and `indices`; `positions` are on the CPU."""
+    """Compute a tile on the device of `q` and `indices`, if there are any; `positions` are on the CPU."""
     sink = torch.tensor(list(message.sink), dtype=torch.float32) if message.sink else None
     return attend_cached(
-        q, indices, positions, sequences, window=message.window, scale=message.scale,
-        sink=None if sink is None else sink.to(q.device, non_blocking=True),
+        q, AllVisible(message.visible_ratio) if indices is None else indices, positions, sequences,
+        window=message.window, scale=message.scale, sink=None if sink is None else sink.to(q.device, non_blocking=True),
         value_dim=message.value_dim, implementation=implementation, workspace_bytes=message.workspace_bytes,
         want_lse=message.HasField("lse"), out=out, out_lse=out_lse,
     )  # fmt: skip

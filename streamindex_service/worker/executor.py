@@ -319,13 +319,14 @@ class Executor:
         device = self._device.torch_device
         with torch.cuda.stream(self._copy_in):
             q = host.q.to(device, non_blocking=True)
-            indices = host.indices.to(device, non_blocking=True)
+            indices = None if host.indices is None else host.indices.to(device, non_blocking=True)
         self._attend.wait_stream(self._copy_in)
         if (event := self._awaited(message)) is not None:
             self._attend.wait_event(event)
         with torch.cuda.stream(self._attend):
             for tensor in (q, indices):
-                tensor.record_stream(self._attend)
+                if tensor is not None:
+                    tensor.record_stream(self._attend)
             work.start_event = _event(timing=True)
             work.start_event.record()
             result = attend(message, sequences, q, indices, host.positions, self._attention)

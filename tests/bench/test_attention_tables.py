@@ -142,7 +142,7 @@ def test_rows_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(out.read_text())["rows"]
     assert all(row["wrong_rows"] == 0 for row in rows)
     assert {(row["shape"], row["heads"], row["implementation"]) for row in rows} == {
-        (shape, 4, way) for shape in ("decode", "prefill") for way in ("tensor", "copied", "pages")
+        (shape, 4, way) for shape in ("decode", "prefill") for way in attention_pages.WAYS
     }
     assert all(row["ratio"] == 1.0 for row in rows if row["implementation"] == "copied")
     assert all(row["call_s"] > 0 for row in rows if row["implementation"] == "pages")
@@ -154,7 +154,7 @@ def test_rows_read_elsewhere_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(attention_pages, "CPU_CONTEXT", 300)
     monkeypatch.setattr(attention_decode, "CPU_CONTEXT", 300)
     monkeypatch.setattr(attention_pages, "HEADS", (None,))
-    monkeypatch.setattr(Places, "entries", lambda self, indices: right(self, indices.flip(0)))
+    monkeypatch.setattr(Places, "entries", lambda self, indices, width: right(self, indices.flip(0), width))
     out = tmp_path / "table.json"
     options = ["--device", "cpu", "--models", "Tiny", "--formats", "bf16", "--quick", "--out", str(out)]
     assert attention_pages.main(options) == 1

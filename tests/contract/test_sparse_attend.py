@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import streamindex_client
 import torch
-from streamindex_client import ClientOptions, InputError
+from streamindex_client import ClientOptions, FailedPreconditionError, InputError
 
 from streamindex_service.ops.kv_rows import KvFormat, pack_rows
 from tests.support.attention import Queries, Rows, Shape, wrong_rows
@@ -114,7 +114,26 @@ def test_a_layer_of_ratio_128_is_attended_whole(client, window):
         want_lse=True,
     )  # fmt: skip
     assert wrong_rows(shape, rows, queries, indices, window, answer.out, answer.lse) == 0
+    whole = {"all_visible": True, "window": window, "scale": shape.scale, "want_lse": True}
+    visible = cache.sparse_attend_all(layer=0, q=queries.q, positions=queries.positions, **whole)
+    assert wrong_rows(shape, rows, queries, indices, window, visible.out, visible.lse) == 0
+    one = cache.sparse_attend_all(layer=0, q=queries.q[:1], start_position=first - 3, **whole)
+    assert torch.equal(one.out, visible.out[:1])
+    assert torch.equal(one.lse, visible.lse[:1])
     cache.delete()
+
+
+def test_all_visible_rows_come_from_an_iterator_of_queries(cache, rows):
+    queries = Queries.drawn(SHAPE, span(1801, 100), 13)  # up to the last token, which sees all 475 rows
+    row = torch.arange(rows.kv.rows, dtype=torch.int32)
+    indices = torch.where(row < ((queries.positions + 1) // SHAPE.ratio)[:, None], row, -1).to(torch.int32)
+    asked = {"layer": 0, "start_position": 1801, "all_visible": True, "window": WINDOW, "scale": SHAPE.scale}
+    chunks = ((queries.q[at : at + 33],) for at in range(0, 100, 33))
+    streamed = cache.sparse_attend_all(q=chunks, **asked)
+    assert wrong_rows(SHAPE, rows, queries, indices, WINDOW, streamed.out) == 0
+    assert torch.equal(cache.sparse_attend_all(q=queries.q, **asked).out, streamed.out)
+    with pytest.raises(FailedPreconditionError, match="NO_KV_ROWS"):
+        cache.sparse_attend_all(q=queries.q, **asked | {"start_position": 1804, "window": 0})
 
 
 def test_no_cut_changes_a_bit(cache):

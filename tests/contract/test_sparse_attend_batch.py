@@ -82,6 +82,21 @@ def test_given_indices(client, sequences):
         assert result.indices is None  # what came is not sent back
 
 
+def test_all_visible_rows(client, sequences):
+    """Of sequences whose rows are not equally many, each as alone."""
+    items = [each.item(index_q=None, index_w=None) for each in sequences]
+    results = client.sparse_attend_batch(items, **GIVEN, all_visible=True, want_indices=True)
+    for sequence, result in zip(sequences, results, strict=True):
+        row = torch.arange(sequence.rows.kv.rows, dtype=torch.int32)
+        visible = (sequence.queries.positions + 1) // SHAPE.ratio
+        indices = torch.where(row < visible[:, None], row, -1).to(torch.int32)
+        alone = sequence.alone(index_q=None, index_w=None, top_k=None, all_visible=True)
+        assert torch.equal(result.out, alone.out)
+        assert torch.equal(result.lse, alone.lse)
+        sequence.check_right(result, indices)
+        assert result.indices is None
+
+
 def test_no_window_and_no_indices(client, sequences):
     none = [torch.empty((len(each.queries), 0), dtype=torch.int32) for each in sequences]
     items = [each.given(some) for each, some in zip(sequences, none, strict=True)]

@@ -83,6 +83,7 @@ def test_a_call_in_plain_protobuf_is_answered(calls, cache_id):
     ({"given_indices": None}, INVALID, "INVALID_ARGUMENT", "header.top_k"),
     ({"given_indices": 16_385}, INVALID, "INVALID_ARGUMENT", "header.given_indices"),
     ({"given_indices": None, "top_k": 0}, INVALID, "INVALID_ARGUMENT", "header.top_k"),
+    ({"given_indices": None, "all_visible": False}, INVALID, "INVALID_ARGUMENT", "header.all_visible"),
     ({"start_position": None}, INVALID, "INVALID_ARGUMENT", "header.start_position"),
     ({"scale": float("nan")}, INVALID, "INVALID_ARGUMENT", "header.scale"),
     ({"scale": float("inf")}, INVALID, "INVALID_ARGUMENT", "header.scale"),
@@ -138,6 +139,49 @@ def test_a_window_beyond_the_rows_held(calls, cache_id):
     assert dict(refusal.error.metadata) == {"row": "3", "needed_rows": "251", "window_rows": "250"}
     with attend(calls, header(cache_id, start_position=2**61), chunk()) as call:  # without a window nobody minds
         assert call.receive_until("done").row_count == 4
+
+
+def test_all_visible_rows_must_be_held(calls, cache_id):
+    """280 KV rows of ratio 1, where there are 300 keys."""
+    whole = {"given_indices": None, "all_visible": True}
+    with attend(calls, header(cache_id, start_position=277, **whole), chunk(indices=b"")) as call:
+        refusal = call.refusal()
+    assert (refusal.code, refusal.error.reason) == (PRECONDITION, "NO_KV_ROWS")
+    assert refusal.error.field == "header.start_position"
+    assert dict(refusal.error.metadata) == {"row": "3", "needed_rows": "281", "kv_rows": "280"}
+    with attend(calls, header(cache_id, start_position=276, **whole), chunk(indices=b"")) as call:
+        assert b"".join(each.chunk.out for each in call.rest()[1:-1]) == bf16(4, HEADS, DIM)
+    with attend(calls, header(cache_id, **whole), chunk()) as call:
+        assert call.refusal().error.field == "chunk.indices"
+
+
+def test_a_layer_is_attended_whole_up_to_a_limit(calls):
+    with calls.cache(KIND, kv=KV) as made:
+        for first, count in ((0, 16_384), (16_384, 1)):
+            start = key_cache_pb2.AppendKeysHeader.Start(
+                key_cache_id=made.id, first_row=first, row_count=count, row_kind=key_cache_pb2.ROW_KIND_KV
+            )
+            data = bf16(count, DIM)
+            with calls.append_call() as call:
+                each = 4096
+                call.send(key_cache_pb2.AppendKeysRequest(header=key_cache_pb2.AppendKeysHeader(start=start)))
+                for at in range(0, count, each):
+                    rows = min(each, count - at)
+                    part = data[64 * at : 64 * (at + rows)]
+                    sent = key_cache_pb2.KeyChunk(row_offset=at, row_count=rows, keys=part, crc32c=crc32c(part))
+                    call.send(key_cache_pb2.AppendKeysRequest(chunk=sent))
+                finish = key_cache_pb2.AppendKeysFinish(row_count=count, keys_crc32c=crc32c(data))
+                call.send(key_cache_pb2.AppendKeysRequest(finish=finish))
+                call.half_close()
+                call.receive_until("committed")
+            whole = header(made.id, given_indices=None, all_visible=True, start_position=16_000)
+            with attend(calls, whole, chunk(indices=b"")) as call:
+                if not first:
+                    assert call.receive_until("done").row_count == 4
+                    continue
+                refusal = call.refusal()
+            assert (refusal.code, refusal.error.field) == (INVALID, "header.all_visible")
+            assert dict(refusal.error.metadata) == {"kv_rows": "16385", "limit": "16384"}
 
 
 def test_announced_rows_must_come(calls, cache_id):

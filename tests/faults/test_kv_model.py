@@ -15,7 +15,8 @@ from tests.support.calls import Calls
 from tests.support.kv_history import KvHistory, settings_of
 from tests.support.services import is_idle, wait_for
 
-SEEDS = (7, 9, 14)  # those with much in them
+SEEDS = (6, 9, 11)  # those with much in them
+NEEDED = ("given", "found", "attended whole", "batch", "open", "rewrite", "fork")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["evicted", "spilled"])
@@ -42,7 +43,7 @@ def test_every_answer_is_what_the_rows_say(service, seed):
         assert after.device.evicted_pages > before.device.evicted_pages + 50
         assert after.device.promoted_pages > before.device.promoted_pages + 50
         assert after.worker_restarts > before.worker_restarts
-        assert min(history.steps[name] for name in ("given", "found", "batch", "open", "rewrite", "fork")) > 0
+        assert min(history.steps[name] for name in NEEDED) > 0
         if with_disk:
             assert after.spill.restored_pages > before.spill.restored_pages
         wait_for(lambda: is_idle(calls.load()))

@@ -14,7 +14,7 @@ from streamindex_service.worker.device import probe
 from streamindex_service.worker.memory import MemoryWatch
 from tests.support.attend_batch import Sequence
 from tests.support.attention import Queries, Rows, Shape
-from tests.support.attention_tiles import TILES, Tile
+from tests.support.attention_tiles import ALL_VISIBLE, TILES, Tile
 from tests.support.estimates import LEAST_RATIO, Work, ratios
 
 pytestmark = [
@@ -44,14 +44,16 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("want_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize(("spec", "width", "window", "parts"), TILES)
+@pytest.mark.parametrize(
+    ("spec", "width", "window", "parts"), [*TILES, *((spec, None, *rest) for spec, *rest in ALL_VISIBLE)]
+)
 def test_a_tile_takes_what_is_reserved_for_it(spec, width, window, parts, want_lse):
     tile = Tile(spec, width, window, parts, want_lse)
     sequences, (q, indices, positions) = tile.sequences(DEVICE), tile.inputs()
     watch, work = MemoryWatch(probe(DEVICE)), Work()
     for _ in range(2):  # the first compiles
         with watch.peak_of(work):
-            tile.attend(q.to(DEVICE), indices.to(DEVICE), positions, sequences)
+            tile.attend(q.to(DEVICE), None if indices is None else indices.to(DEVICE), positions, sequences)
         torch.cuda.synchronize()
     estimate = tile.estimate_bytes()
     ratio = work.peak_bytes / estimate

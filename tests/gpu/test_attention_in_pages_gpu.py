@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from streamindex_service.ops.cached_attention import CachedSequence, attend_cached
+from streamindex_service.ops.cached_attention import ATTENTION_TERMS, AllVisible, CachedSequence, attend_cached
 from streamindex_service.ops.extent_pages import ExtentPages
 from streamindex_service.ops.kv_rows import KvFormat, KvRows, pack_rows
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
-from streamindex_service.ops.sparse_attention import plan_for, sparse_attention
+from streamindex_service.ops.sparse_attention import (
+    AttentionResult,
+    check_sparse_attention,
+    plan_for,
+    sparse_attention,
+)
 from tests.ops.attention_cases import device_case, paged, shape_name
 
 pytestmark = [
@@ -106,6 +111,84 @@ def _attend_far_apart(extent: torch.Tensor, kv_format: KvFormat, key_dim: int, h
     assert torch.equal(answer.lse, expected.lse), (kv_format, heads)
 
 
+@pytest.mark.parametrize(
+    ("kv_format", "key_dim", "heads", "ratio"),
+    [
+        (KvFormat.FP8_D512, 512, 16, 128),
+        (KvFormat.FP8_D512, 512, 64, 128),
+        (KvFormat.BF16, 512, 64, 128),
+        (KvFormat.FP8_D576, 576, 128, 1),
+        (KvFormat.BF16, 512, 16, 4),
+    ],
+)
+def test_all_visible_rows_whatever_the_neighbours(kv_format, key_dim, heads, ratio):
+    """Right, and the same bits as alone, whatever others see and whatever the layer has beyond."""
+    most, window = 5000, 128
+    generator = torch.Generator().manual_seed(11)
+
+    def drawn(count: int) -> KvRows:
+        packed = pack_rows(torch.randn((count, key_dim), generator=generator), kv_format)
+        return KvRows(kv_format, packed.data.cuda(), None if packed.scales is None else packed.scales.cuda())
+
+    rows, recent = drawn(most), drawn(ratio * most if ratio < 100 else 40_000)
+    held = recent.rows
+    seen = [most, 1, 0, 900, 333, 2048] + [17 * number for number in range(60)]
+    positions = [min(max(ratio * count - 1, 0), held - 1) for count in seen]
+    sequence = CachedSequence(1, paged(rows), paged(recent))
+    q = torch.randn((len(seen), heads, key_dim), generator=generator).bfloat16().cuda()
+    asked = {
+        "window": window, "scale": key_dim**-0.5, "sink": None, "value_dim": 512, "implementation": "triton",
+        "workspace_bytes": ATTENTION_TERMS["triton"].least_bytes, "want_lse": True,
+    }  # fmt: skip
+    whole = AllVisible(ratio)
+    answer = attend_cached(q, whole, torch.tensor(positions), [sequence] * len(seen), **asked)
+    assert answer.lse is not None
+    for row in (0, 1, 2, 3, 5, 6, 40, 65):
+        few = (positions[row] + 1) // ratio + 1
+        cut = KvRows(kv_format, rows.data[:few], None if rows.scales is None else rows.scales[:few])
+        short = CachedSequence(1, paged(cut), paged(recent))
+        alone = attend_cached(q[row : row + 1], whole, torch.tensor(positions[row : row + 1]), [short], **asked)
+        assert torch.equal(alone.out[0], answer.out[row]), row
+        assert torch.equal(alone.lse[0], answer.lse[row]), row
+    at = torch.tensor(positions)
+    row = torch.arange(most)
+    visible = torch.where(row < ((at + 1) // ratio)[:, None], row, -1)
+    tokens = at[:, None] - window + 1 + torch.arange(window)
+    flat = torch.cat([torch.where(tokens >= 0, tokens + most, -1), visible], dim=1).to(torch.int32)
+    scales = None if rows.scales is None else torch.cat([rows.scales, recent.scales])
+    both = KvRows(kv_format, torch.cat([rows.data, recent.data]), scales)
+    report = check_sparse_attention(
+        answer.out, answer.lse, q, both, flat.cuda().contiguous(), scale=key_dim**-0.5, sink=None
+    )
+    assert report.wrong_rows == 0, report
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] > 100], ids=shape_name)
+def test_parts_are_the_same_bits_whatever_the_neighbours(shape):
+    """Of so many tokens that the workspace does not hold the parts of all at once, and of a few."""
+    inputs = device_case(shape)
+    tokens, _, _, key_dim, kv_format = shape
+    pages, none = paged(inputs.kv), PagedKvRows(kv_format, key_dim, 0, ())
+
+    def attend(part: slice) -> AttentionResult:
+        q = inputs.q[part].contiguous()
+        return attend_cached(
+            q, inputs.indices[part].contiguous(), torch.zeros(len(q), dtype=torch.int64),
+            [CachedSequence(len(q), pages, none)], window=0, scale=inputs.scale, sink=inputs.sink, value_dim=512,
+            implementation="triton", workspace_bytes=ATTENTION_TERMS["triton"].least_bytes, want_lse=True,
+        )  # fmt: skip
+
+    whole = attend(slice(0, tokens))
+    report = inputs.judge(whole)
+    assert report.wrong_rows == 0, report
+    assert whole.lse is not None
+    for part in (slice(0, 1), slice(1, 3), slice(tokens - 1, tokens), slice(40, 75)):
+        some = attend(part)
+        assert torch.equal(some.out, whole.out[part])
+        assert some.lse is not None
+        assert torch.equal(some.lse, whole.lse[part])
+
+
 def test_a_new_length_compiles_nothing():
     from streamindex_service.ops import compiled
 
@@ -121,7 +204,16 @@ def test_a_new_length_compiles_nothing():
 
     attend(300, 3, 17)
     attend(300, 300, 17)  # more rows than multiprocessors: where they end is looked for
+    attend(300, 3, 2048)  # in parts
     known = compiled.count()
-    for rows, tokens, width in [(1, 1, 1), (256, 16, 16), (5000, 33, 640), (4096, 256, 64), (300, 1, 1024)]:
+    for rows, tokens, width in [
+        (1, 1, 1),
+        (256, 16, 16),
+        (5000, 33, 640),
+        (4096, 256, 64),
+        (300, 1, 1024),
+        (700, 700, 2048),
+        (90, 41, 1111),
+    ]:
         attend(rows, tokens, width)
     assert compiled.count() == known

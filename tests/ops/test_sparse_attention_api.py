@@ -24,6 +24,7 @@ from streamindex_service.ops.sparse_attention.plan import (
     Shape,
     attention_tiles,
     choose_attention_kernel,
+    fixed_parts,
     plan_triton,
 )
 from tests.ops.attention_cases import in_pages, make_inputs
@@ -117,6 +118,32 @@ def test_ends_of_rows_are_found_where_that_can_save_a_turn() -> None:
     for tokens, expected in ((1, False), (32, False), (132, False), (133, True), (8192, True)):
         plan = plan_triton(Shape(tokens, 64, 512, 512, 640, "bf16"), 256 << 20, 132, AttentionKernel.HOPPER)
         assert plan.find_ends is expected
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "parts"),
+    [(640, 64, 4), (640, 128, 4), (300, 64, 2), (128, 64, 1), (640, 16, 1), (1152, 8, 2), (2048, 16, 4), (8320, 3, 4)],
+)
+def test_parts_that_do_not_depend_on_neighbours(width: int, heads: int, parts: int) -> None:
+    """Of the width and the heads alone; as many tokens at a time as the workspace holds the parts of."""
+    assert fixed_parts(width, heads) == parts
+    for tokens in (1, 7, 130, 5000):
+        shape = Shape(tokens, heads, 512, 512, width, "fp8_d512")
+        for budget in (MIN_WORKSPACE_BYTES, 64 << 20):
+            plan = plan_triton(shape, budget, 132, AttentionKernel.PORTABLE, parts)
+            assert plan.splits == parts
+            assert plan.workspace_bytes <= budget
+            assert 1 <= plan.token_chunk <= tokens
+            if parts > 1:
+                assert not plan.find_ends
+                assert plan.workspace_bytes >= 4 * parts * min(plan.token_chunk, tokens) * heads * 513
+                assert plan.token_chunk >= tokens or plan.token_chunk % 4 == 0
+
+
+def test_parts_of_one_token_must_fit() -> None:
+    shape = Shape(4, 128, 512, 512, 10**6, "bf16")
+    with pytest.raises(WorkspaceTooSmallError):
+        plan_triton(shape, MIN_WORKSPACE_BYTES, 132, AttentionKernel.PORTABLE, 64)
 
 
 ALL_GLUON = {AttentionKernel.HOPPER, AttentionKernel.HOPPER_FEW_HEADS}

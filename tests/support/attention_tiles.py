@@ -11,13 +11,13 @@ from streamindex_service.core.attention_estimates import AttentionTerms, Attenti
 from streamindex_service.core.sizes import KvFormat
 from streamindex_service.core.specs import KvSpec
 from streamindex_service.ops import kv_rows
-from streamindex_service.ops.cached_attention import ATTENTION_TERMS, CachedSequence, attend_cached
+from streamindex_service.ops.cached_attention import ATTENTION_TERMS, AllVisible, CachedSequence, attend_cached
 from streamindex_service.ops.extent_pages import ExtentPages
 from streamindex_service.ops.paged_kv_rows import PagedKvRows
 from streamindex_service.ops.sparse_attention import AttentionResult
 
-WORKSPACE_BYTES = 16 << 20
 TERMS = AttentionTerms(**asdict(ATTENTION_TERMS["triton"]))
+WORKSPACE_BYTES = TERMS.least_bytes
 V4, V4_PACKED = KvSpec(KvFormat.BF16, 512, 512, 64), KvSpec(KvFormat.FP8_D512, 512, 512, 128)
 GLM, SMALL = KvSpec(KvFormat.FP8_D576, 576, 512, 64), KvSpec(KvFormat.BF16, 80, 64, 5)
 NARROW = KvSpec(KvFormat.BF16, 16, 16, 1)
@@ -47,12 +47,22 @@ TILES = [
 ]
 
 
+# Of layers of ratio 128, whose queries attend all that they see: as above, without a width
+ALL_VISIBLE = [
+    (V4_PACKED, 128, [(1, 1_048_576, 8192)]),
+    (V4_PACKED, 128, [(250, 1_048_576, 8192)]),
+    (V4, 128, [(900, 262_144, 2048)]),
+    (GLM, 0, [(2, 131_072 + 128 * number, 1024 + number) for number in range(32)]),
+]
+RATIO = 128
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Parts of a tile in the order of its rows; `want_lse` as of `attend_cached`."""
+    """Parts of a tile in the order of its rows; `want_lse` as of `attend_cached`. width: None for all visible rows."""
 
     spec: KvSpec
-    width: int
+    width: int | None
     window: int
     parts: list[tuple[int, int, int]]
     want_lse: bool
@@ -61,13 +71,15 @@ class Tile:
     def rows(self) -> int:
         return sum(count for count, _, _ in self.parts)
 
-    def estimate_bytes(self, terms: AttentionTerms = TERMS) -> int:
+    def estimate_bytes(self, terms: AttentionTerms = TERMS, workspace_bytes: int = WORKSPACE_BYTES) -> int:
         """What it is expected to take, as the frontend adds it up."""
         total = 0
         for count, _, held in self.parts:
-            work = AttentionWork(self.spec, held, self.width, self.window, self.want_lse, terms)
+            width = held if self.width is None else self.width
+            named = self.width is not None
+            work = AttentionWork(self.spec, held, width, self.window, self.want_lse, terms, named)
             total += work.tile_bytes(count, count + self.window - 1 if self.window else 0)
-        return total + work.used_bytes(self.rows, WORKSPACE_BYTES)
+        return total + work.used_bytes(self.rows, workspace_bytes)
 
     def sequences(self, device: str) -> list[CachedSequence]:
         """Rows that hold anything. A layer of that length is made once, whoever has it."""
@@ -84,23 +96,24 @@ class Tile:
             found.append(CachedSequence(count, paged(held), paged(tokens - first if self.window else 0), first))
         return found
 
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """q, indices and positions, in host memory."""
         q = torch.zeros((self.rows, self.spec.heads, self.spec.key_dim), dtype=torch.bfloat16)
-        indices = torch.zeros((self.rows, self.width), dtype=torch.int32)
+        indices = None if self.width is None else torch.zeros((self.rows, self.width), dtype=torch.int32)
         return q, indices, torch.cat([torch.arange(tokens - count, tokens) for count, tokens, _ in self.parts])
 
     def attend(
         self,
         q: torch.Tensor,
-        indices: torch.Tensor,
+        indices: torch.Tensor | None,
         positions: torch.Tensor,
         sequences: list[CachedSequence],
         implementation: str = "triton",
     ) -> AttentionResult:
         """The operation, as the worker asks for it."""
         return attend_cached(
-            q, indices, positions, sequences, window=self.window, scale=1.0, sink=None, want_lse=self.want_lse,
+            q, AllVisible(RATIO) if indices is None else indices, positions, sequences,
+            window=self.window, scale=1.0, sink=None, want_lse=self.want_lse,
             value_dim=self.spec.value_dim, implementation=implementation, workspace_bytes=WORKSPACE_BYTES,
         )  # fmt: skip
 

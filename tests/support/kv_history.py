@@ -39,6 +39,7 @@ SHAPES = (
 )
 MOST_CACHES, MOST_BYTES = 6, 10 << 20
 MOST_ROW_BYTES = 1 << 20  # of one kind in one cache: three kinds of one cache fit the device
+MOST_SEEN = 1000  # by a query that attends all: more, widened in torch, do not fit the device beside the KV rows
 STEPS, WINDOW, TOP_K = 70, 60, 24
 
 
@@ -122,7 +123,7 @@ class KvHistory:
             return "delete"
         names = {
             "append": 7, "rewrite": 3, "truncate": 2, "fork": 2, "create": 1, "delete": 1, "given": 6, "found": 5,
-            "batch": 3, "open": 2, "end": 2, "kill_call": 0.7,
+            "whole": 3, "batch": 3, "open": 2, "end": 2, "kill_call": 0.7,
         }  # fmt: skip
         weights = np.array(list(names.values()))
         return str(self._random.choice(list(names), p=weights / weights.sum()))
@@ -290,6 +291,27 @@ class KvHistory:
             return
         answer = held.cache.sparse_attend_all(**arguments)
         self._judge(held.shape, held.rows, queries, self._found(held, queries), window, answer.out, answer.lse)
+
+    def _do_whole(self) -> None:
+        few = [held for held in self._held if held.rows.kv.rows <= MOST_SEEN]
+        if not few:
+            return
+        held = few[self._below(len(few))]
+        count = 1 + self._below(20)
+        window = self._window(count, held)
+        queries = self._queries(held, count, window)
+        self._say(f"cache {held.number}: {count} queries attend all that they see of {held.rows.kv.rows} rows")
+        arguments = {"q": queries.q, "all_visible": True, **self._header(held, queries, window)}
+        seen = (queries.positions + 1) // held.shape.ratio
+        if int(seen[-1]) > held.rows.kv.rows:
+            with pytest.raises(streamindex_client.FailedPreconditionError, match="NO_KV_ROWS"):
+                held.cache.sparse_attend_all(**arguments)
+            return
+        self.steps["attended whole"] += 1
+        answer = held.cache.sparse_attend_all(**arguments)
+        row = torch.arange(held.rows.kv.rows)
+        indices = torch.where(row < seen[:, None], row, -1).to(torch.int32)
+        self._judge(held.shape, held.rows, queries, indices, window, answer.out, answer.lse)
 
     def _do_batch(self) -> None:
         shape = self._pick().shape

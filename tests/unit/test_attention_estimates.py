@@ -18,6 +18,7 @@ from streamindex_service.ops import kv_rows
 from streamindex_service.ops.cached_attention import ATTENTION_TERMS
 from streamindex_service.ops.paged_kv_rows import row_sizes
 from streamindex_service.ops.sparse_attention import LIMITS, plan_for
+from streamindex_service.ops.sparse_attention.plan import MOST_FIXED_PARTS, fixed_parts
 
 V4 = KvSpec(KvFormat.BF16, 512, 512, 64)
 NAMES = {
@@ -55,12 +56,19 @@ def test_the_frontend_hears_what_the_worker_says(name):
     assert attention_terms(pb.AttentionTerms.FromString(said.SerializeToString())) == terms(name)
 
 
-def test_the_kernel_without_splits_needs_next_to_nothing():
+@pytest.mark.parametrize("heads", [1, 16, 64, 128])
+@pytest.mark.parametrize("rows", [1, 28, 300])
+def test_the_workspace_of_the_kernels_holds_the_parts_of_index_rows(heads, rows):
     from streamindex_service.ops.sparse_attention.plan import AttentionKernel, Shape, plan_triton
 
-    shape = Shape(4096, 128, 576, 512, 2176, "bf16")
-    plan = plan_triton(shape, terms("triton").size_bytes(128, 576, 2176), 1, AttentionKernel.PORTABLE)
-    assert plan.splits == 1
+    offered = terms("triton").size_bytes(heads, 576, 8320)
+    left = offered - terms("triton").fixed_bytes
+    shape = Shape(rows, heads, 576, 512, 8320, "fp8_d576")
+    plan = plan_triton(shape, left, 132, AttentionKernel.PORTABLE, MOST_FIXED_PARTS)
+    assert plan.workspace_bytes <= left
+    used = terms("triton").used_bytes(heads, 576, 8320, rows, named=False)
+    assert plan.workspace_bytes <= used - terms("triton").fixed_bytes + 1024
+    assert plan.token_chunk >= min(rows, 16)  # whatever the heads, so that what is launched is aligned
 
 
 @pytest.mark.parametrize("kv_format", KvFormat)
@@ -110,9 +118,29 @@ def test_a_tile_whose_rows_are_read_in_their_pages_takes_none_of_them():
     assert in_pages.tile_bytes(200, 1024) < work().tile_bytes(200, 1024) / 3
 
 
-def test_a_kernel_uses_little_of_its_workspace_and_torch_all_that_it_can_use():
+@pytest.mark.parametrize("heads", [1, 8, 16, 20, 33, 64, 128])
+def test_frontend_and_operation_agree_on_parts(heads):
+    for entries in (0, 1, 100, 128, 255, 256, 511, 512, 640, 1152, 2048, 8320, 20_000):
+        assert terms("triton").parts(heads, entries) == fixed_parts(entries, heads)
+    assert terms("triton").parts(heads, 1, named=False) == MOST_FIXED_PARTS
+    assert terms("chunked").parts(heads, 8320) == terms("chunked").parts(heads, 8320, named=False) == 1
+
+
+def test_all_visible_rows_have_no_indices():
+    named = AttentionWork(V4, 8192, 8192, 128, False, terms("triton"))
+    whole = replace(named, named=False)
+    assert named.staging_bytes(20) - whole.staging_bytes(20) == named.tile_bytes(20, 0) - whole.tile_bytes(20, 0)
+    assert named.tile_bytes(20, 0) - whole.tile_bytes(20, 0) == 20 * 8192 * 4
+    assert named.flop(20) == whole.flop(20)
+    # they are made where rows are copied
+    copied = replace(named, terms=terms("chunked"))
+    assert copied.tile_bytes(20, 0) == replace(copied, named=False).tile_bytes(20, 0)
+
+
+def test_rows_use_of_a_workspace_what_they_can():
     kernel = AttentionWork(V4, 65_536, 512, 128, False, terms("triton"))
-    assert kernel.used_bytes(1, 16 << 20) == kernel.used_bytes(1000, 16 << 20) < kernel.workspace_bytes()
+    assert kernel.used_bytes(1, 32 << 20) < kernel.used_bytes(3, 32 << 20) < kernel.workspace_bytes()
+    assert kernel.used_bytes(1000, 32 << 20) == kernel.workspace_bytes() == 32 << 20
     assert work().used_bytes(1, 64 << 20) < work().used_bytes(3, 64 << 20) < work().used_bytes(1000, 64 << 20)
     assert work().used_bytes(1000, 64 << 20) == 64 << 20
 

@@ -8,7 +8,7 @@ from streamindex import checksum, framing
 from streamindex.v1 import attention_pb2, types_pb2
 from streamindex_client.attend_requests import attend_source
 from streamindex_client.effects import Pause
-from streamindex_client.errors import DataLossError, FailedPreconditionError, ProtocolError
+from streamindex_client.errors import DataLossError, FailedPreconditionError, InputError, ProtocolError
 from streamindex_client.formats import KeyFormat
 from streamindex_client.model import KeyCacheInfo, KeyCacheSpec, KvSpec
 from streamindex_client.options import ClientOptions
@@ -73,6 +73,34 @@ def test_a_call_from_header_to_done():
     made.receive(attention_pb2.SparseAttendResponse(done=done).SerializeToString())
     assert made.done
     assert (made.summary.rows, made.summary.kv_rows, made.summary.attempts, made.summary.device_us) == (25, 9, 1, 4)
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["from a start", "with positions"])
+def test_all_visible_rows_take_queries_alone(positions):
+    where = {"start_position": None, "positions": np.arange(25)} if positions else {}
+    made = session(25, indices=None, all_visible=True, **where)
+    made.begin()
+    header, _ = send_all(made)
+    assert (header.header.WhichOneof("selection"), header.header.all_visible) == ("all_visible", True)
+    made.receive(accepted())
+    *chunks, _ = send_all(made)
+    assert sum(chunk.row_count for chunk in chunks) == 25
+    assert [[part.nbytes for part in chunk.parts[1:4]] for chunk in chunks] == [[0, 0, 0]] * len(chunks)
+    assert sum(chunk.parts[4].nbytes for chunk in chunks) == 200 * positions
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"all_visible": True}, {"indices": None}, {"all_visible": True, "indices": None, "top_k": 3}, {"top_k": 3}],
+)
+def test_there_is_one_selection(asked):
+    with pytest.raises(InputError, match="give top_k, indices or all_visible"):
+        session(3, **asked)
+
+
+def test_all_visible_rows_take_no_index_queries():
+    with pytest.raises(InputError, match="index_q"):
+        session(3, indices=None, all_visible=True, index_q=np.ones((3, 3, 16), np.uint16))
 
 
 def test_a_retry_begins_at_the_first_unanswered_row_of_the_same_layer():

@@ -64,6 +64,21 @@ def test_indices_that_are_given():
     assert build(top_k=None).message.WhichOneof("selection") == "given_indices"
 
 
+def test_all_visible_rows_are_attended_without_indices():
+    some = {"index_q": None, "index_w": None}
+    made = build(item(2, **some), top_k=None, all_visible=True)
+    assert (made.message.WhichOneof("selection"), made.message.all_visible) == ("all_visible", True)
+    assert not made.message.items[0].indices
+    (read,) = made.results(answer(result(2, indices=b"")))
+    assert read.indices is None
+    with pytest.raises(InputError, match="all_visible"):
+        build(item(2), all_visible=True)
+    with pytest.raises(InputError, match="indices"):
+        build(item(2, indices=np.zeros((2, 3)), **some), top_k=None, all_visible=True)
+    with pytest.raises(InputError, match="index_q"):
+        build(item(2), top_k=None, all_visible=True)
+
+
 def test_what_is_read():
     made = build(item(2), item(1))
     error = types_pb2.Error(code=5, reason="CACHE_NOT_FOUND", message="no such cache")

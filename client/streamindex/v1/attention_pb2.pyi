@@ -16,11 +16,12 @@ class SparseAttendRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[SparseAttendHeader, _Mapping]] = ..., chunk: _Optional[_Union[AttendChunk, _Mapping]] = ...) -> None: ...
 
 class SparseAttendHeader(_message.Message):
-    __slots__ = ("key_cache_id", "layer", "top_k", "given_indices", "query_format", "convention", "start_position", "explicit_positions", "window", "scale", "sink", "want_lse", "priority", "row_count", "request_key", "expected_layer_version")
+    __slots__ = ("key_cache_id", "layer", "top_k", "given_indices", "all_visible", "query_format", "convention", "start_position", "explicit_positions", "window", "scale", "sink", "want_lse", "priority", "row_count", "request_key", "expected_layer_version")
     KEY_CACHE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     GIVEN_INDICES_FIELD_NUMBER: _ClassVar[int]
+    ALL_VISIBLE_FIELD_NUMBER: _ClassVar[int]
     QUERY_FORMAT_FIELD_NUMBER: _ClassVar[int]
     CONVENTION_FIELD_NUMBER: _ClassVar[int]
     START_POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +38,7 @@ class SparseAttendHeader(_message.Message):
     layer: int
     top_k: int
     given_indices: int
+    all_visible: bool
     query_format: _types_pb2.KeyFormat
     convention: str
     start_position: int
@@ -49,7 +51,7 @@ class SparseAttendHeader(_message.Message):
     row_count: int
     request_key: str
     expected_layer_version: int
-    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., top_k: _Optional[int] = ..., given_indices: _Optional[int] = ..., query_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., convention: _Optional[str] = ..., start_position: _Optional[int] = ..., explicit_positions: bool = ..., window: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., want_lse: bool = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., row_count: _Optional[int] = ..., request_key: _Optional[str] = ..., expected_layer_version: _Optional[int] = ...) -> None: ...
+    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., top_k: _Optional[int] = ..., given_indices: _Optional[int] = ..., all_visible: bool = ..., query_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., convention: _Optional[str] = ..., start_position: _Optional[int] = ..., explicit_positions: bool = ..., window: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., want_lse: bool = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., row_count: _Optional[int] = ..., request_key: _Optional[str] = ..., expected_layer_version: _Optional[int] = ...) -> None: ...
 
 class AttendChunk(_message.Message):
     __slots__ = ("row_offset", "row_count", "q", "index_q", "index_w", "indices", "positions", "crc32c")
@@ -124,10 +126,11 @@ class SparseAttendDone(_message.Message):
     def __init__(self, row_count: _Optional[int] = ..., device_us: _Optional[int] = ..., queued_ms: _Optional[int] = ...) -> None: ...
 
 class SparseAttendBatchRequest(_message.Message):
-    __slots__ = ("items", "top_k", "given_indices", "window", "scale", "sink", "want_lse", "want_indices", "priority")
+    __slots__ = ("items", "top_k", "given_indices", "all_visible", "window", "scale", "sink", "want_lse", "want_indices", "priority")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     GIVEN_INDICES_FIELD_NUMBER: _ClassVar[int]
+    ALL_VISIBLE_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     SINK_FIELD_NUMBER: _ClassVar[int]
@@ -137,13 +140,14 @@ class SparseAttendBatchRequest(_message.Message):
     items: _containers.RepeatedCompositeFieldContainer[SparseAttendBatchItem]
     top_k: int
     given_indices: int
+    all_visible: bool
     window: int
     scale: float
     sink: _containers.RepeatedScalarFieldContainer[float]
     want_lse: bool
     want_indices: bool
     priority: _types_pb2.Priority
-    def __init__(self, items: _Optional[_Iterable[_Union[SparseAttendBatchItem, _Mapping]]] = ..., top_k: _Optional[int] = ..., given_indices: _Optional[int] = ..., window: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., want_lse: bool = ..., want_indices: bool = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
+    def __init__(self, items: _Optional[_Iterable[_Union[SparseAttendBatchItem, _Mapping]]] = ..., top_k: _Optional[int] = ..., given_indices: _Optional[int] = ..., all_visible: bool = ..., window: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., want_lse: bool = ..., want_indices: bool = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
 
 class SparseAttendBatchItem(_message.Message):
     __slots__ = ("key_cache_id", "layer", "query_format", "convention", "row_count", "q", "index_q", "index_w", "indices", "positions")

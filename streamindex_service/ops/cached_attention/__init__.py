@@ -6,10 +6,11 @@ from streamindex_service.ops.cached_attention.api import (
     attend_cached,
 )
 from streamindex_service.ops.cached_attention.gather import gather_rows
-from streamindex_service.ops.cached_attention.sequences import CachedSequence
+from streamindex_service.ops.cached_attention.sequences import AllVisible, CachedSequence
 
 __all__ = [
     "ATTENTION_TERMS",
+    "AllVisible",
     "AttentionTerms",
     "CachedSequence",
     "attend_cached",

@@ -6,21 +6,29 @@ not depend on how many sequences there are.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from streamindex_service.ops.cached_attention.copies import lay_out
 from streamindex_service.ops.cached_attention.gather import gather_rows
 from streamindex_service.ops.cached_attention.places import Places
-from streamindex_service.ops.cached_attention.sequences import CachedSequence
+from streamindex_service.ops.cached_attention.sequences import AllVisible, CachedSequence
+from streamindex_service.ops.extent_pages import to_device
 from streamindex_service.ops.index_rows import assemble_index_rows
 from streamindex_service.ops.kv_rows import KvRows
 from streamindex_service.ops.paged_kv_rows import PlacedKvRows
 from streamindex_service.ops.sparse_attention import AttentionResult, find_implementation, plan_for, sparse_attention
-from streamindex_service.ops.sparse_attention.plan import MIN_WORKSPACE_BYTES
+from streamindex_service.ops.sparse_attention.plan import (
+    FIXED_PART_PAIRS,
+    MIN_WORKSPACE_BYTES,
+    MOST_FIXED_PARTS,
+    fixed_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class AttentionTerms:
     Of anything, of each head, of each (head, element of a key), of each entry of an index row, of each (entry, head),
     of each (entry, element of a key). `least_bytes` is what it takes in any case. Beside the workspace, of each entry
     of an index row (the row itself among it), and unless rows are read in their pages, of each row that is copied,
-    while it is (the copy itself apart).
+    while it is (the copy itself apart). most_parts, part_pairs: how many parts an index row is split into at most, and
+    how many (entry, head) pairs one has at least; each has an output and a log-sum-exp in float32.
     """
 
     least_bytes: int = MIN_WORKSPACE_BYTES
@@ -43,6 +52,8 @@ class AttentionTerms:
     copied_row_bytes: int = 0
     index_entry_bytes: int = 0
     reads_pages: bool = False
+    most_parts: int = 1
+    part_pairs: int = 1
 
 
 # Upper bounds of what `sparse_attention.plan` computes; a value has no more elements than its key.
@@ -59,14 +70,22 @@ ATTENTION_TERMS: Mapping[str, AttentionTerms] = MappingProxyType(
             index_entry_bytes=48,
         ),
         # A block of the allocator may be larger by up to 1 MiB than the tensor that has it, and a tile has about ten.
-        "triton": AttentionTerms(fixed_bytes=10 << 20, index_entry_bytes=8, reads_pages=True),
+        # The least has room for the parts of a usual block's index rows.
+        "triton": AttentionTerms(
+            least_bytes=32 << 20,
+            fixed_bytes=10 << 20,
+            index_entry_bytes=8,
+            reads_pages=True,
+            most_parts=MOST_FIXED_PARTS,
+            part_pairs=FIXED_PART_PAIRS,
+        ),
     }
 )
 
 
 def attend_cached(
     q: Tensor,
-    indices: Tensor,
+    indices: Tensor | AllVisible,
     positions: Tensor,
     sequences: Sequence[CachedSequence],
     *,
@@ -85,7 +104,7 @@ def attend_cached(
     Args:
         q: [tokens, heads, key_dim] bf16.
         indices: [tokens, width] int32, rows of the sequence's own compressed rows; −1 and what is out of range
-            contribute nothing.
+            contribute nothing. Or all rows that a query sees.
         positions: [tokens] int64 on the CPU, the queries' own; the window of the query at p is the `window` tokens up
             to p, its own among them. 0: no window.
         sequences: at least one, of one format; their query rows, in this order, are those of `q`.
@@ -93,40 +112,63 @@ def attend_cached(
         workspace_bytes: for the attention itself. Where rows are copied, they are beside it, of each sequence
             min(tokens · width, compressed.length) and those of its window, each once.
 
-    Index rows are never split over programs: a query's answer is then the same sequence of operations whatever other
-    queries are computed with it. Raises ValueError for indices, positions or a window that are not as above, or if the
+    How an index row is split over programs follows from its width and the heads, or where it is all visible rows, from
+    its own length: a query's answer is then the same sequence of operations whatever other queries are computed with
+    it. Raises ValueError for indices, positions or a window that are not as above, or if the
     sequences disagree, and what `sparse_attention` raises.
     """
     _check(q, indices, positions, sequences, window)
+    tokens, heads, key_dim = q.shape
+    visible, width = None, 0
+    if isinstance(indices, Tensor):
+        width = indices.shape[1]
+    else:
+        visible = indices.counts(sequences, positions)
+        width = int(visible.max(initial=0))
     kv: KvRows | PlacedKvRows
     if find_implementation(implementation, q.device, sequences[0].compressed.format).takes_places:
-        places = Places.of(sequences, positions, window, q.device)
-        kv, entries = places.rows, places.entries(indices)
+        places = Places.of(sequences, positions, window, q.device, visible)
+        kv, ends = places.rows, places.ends
+        entries = places.entries(indices if isinstance(indices, Tensor) else None, width)
+        # what the allocator may take beyond is part of the workspace
+        workspace_bytes = max(MIN_WORKSPACE_BYTES, workspace_bytes - ATTENTION_TERMS[implementation].fixed_bytes)
     else:
-        kv, entries = _copy(sequences, positions, indices, window)
-    tokens, heads, key_dim = q.shape
+        ends = None
+        if visible is not None:
+            ends = to_device((window + visible).astype(np.int32), q.device)
+        named = indices if isinstance(indices, Tensor) else _first_rows(visible, width, q.device)
+        kv, entries = _copy(sequences, positions, named, window)
     plan = plan_for(
         implementation, q.device, kv.format,
         tokens=tokens, heads=heads, key_dim=key_dim, value_dim=value_dim, width=entries.shape[1],
         workspace_bytes=workspace_bytes,
+        parts=MOST_FIXED_PARTS if visible is not None else fixed_parts(entries.shape[1], heads),
     )  # fmt: skip
     return sparse_attention(
         q, kv, entries, scale=scale, sink=sink, value_dim=value_dim, implementation=implementation,
-        workspace_bytes=workspace_bytes, want_lse=want_lse, out=out, out_lse=out_lse,
-        plan=None if plan is None else replace(plan, splits=1),
+        workspace_bytes=workspace_bytes, want_lse=want_lse, out=out, out_lse=out_lse, plan=plan, ends=ends,
     )  # fmt: skip
 
 
-def _check(q: Tensor, indices: Tensor, positions: Tensor, sequences: Sequence[CachedSequence], window: int) -> None:
+def _first_rows(counts: npt.NDArray[np.int64] | None, width: int, device: torch.device) -> Tensor:
+    """Index rows of the first rows, so many of each query, −1 behind them: [queries, width] int32."""
+    assert counts is not None
+    row = torch.arange(width, dtype=torch.int32, device=device)
+    return torch.where(row < to_device(counts, device)[:, None], row, -1)
+
+
+def _check(
+    q: Tensor, indices: Tensor | AllVisible, positions: Tensor, sequences: Sequence[CachedSequence], window: int
+) -> None:
     tokens = len(q)
     if not sequences:
         raise ValueError("sequences: there are none")
     if window < 0:
         raise ValueError(f"window: {window}, expected 0 or more")
-    for name, tensor, dimensions, dtype, device in (
-        ("indices", indices, 2, torch.int32, q.device),
-        ("positions", positions, 1, torch.int64, torch.device("cpu")),
-    ):
+    given = [("positions", positions, 1, torch.int64, torch.device("cpu"))]
+    if isinstance(indices, Tensor):
+        given.append(("indices", indices, 2, torch.int32, q.device))
+    for name, tensor, dimensions, dtype, device in given:
         if tensor.dim() != dimensions or len(tensor) != tokens or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
                 f"{name}: expected {dimensions} dimensions of {tokens} rows, {dtype} on {device}, got "

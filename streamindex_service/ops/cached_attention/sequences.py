@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
 from streamindex_service.ops.paged_kv_rows import JoinedKvRows, PagedKvRows
 
 
@@ -18,6 +22,20 @@ class CachedSequence:
     compressed: PagedKvRows
     window_rows: PagedKvRows
     first_window_row: int = 0
+
+
+@dataclass(frozen=True)
+class AllVisible:
+    """Every query attends all compressed rows that it sees: row s if s < (position + 1) // ratio. Of DeepSeek-V4's
+    layers of ratio 128 (HCA)."""
+
+    ratio: int
+
+    def counts(self, sequences: Sequence[CachedSequence], positions: Tensor) -> npt.NDArray[np.int64]:
+        """How many rows each query sees: [queries], of positions [queries] int64 on the CPU."""
+        lengths = np.repeat([each.compressed.length for each in sequences], [each.tokens for each in sequences])
+        seen: npt.NDArray[np.int64] = np.minimum((positions.numpy() + 1) // self.ratio, lengths)
+        return seen
 
 
 def join(sequences: Sequence[CachedSequence], queries: int) -> JoinedKvRows:

@@ -20,9 +20,11 @@ _ROW = tl.constexpr((1 << PLACE_BITS) - 1)  # the bits of the row
     do_not_specialize=["queries", "window", "width"],
     do_not_specialize_on_alignment=["found", "positions", "columns", "table"],
 )
-def place_kernel(found, positions, columns, table, out, queries, window, width, BLOCK: tl.constexpr):
-    """Grid: (queries, blocks of entries). found: [queries, width] int32; columns, table and the rest: see Places; out:
-    [queries, window + width] int64."""
+def place_kernel(
+    found, positions, columns, table, out, queries, window, width, NAMED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid: (queries, blocks of entries). found: [queries, width] int32, not looked at unless NAMED: entry i is row i
+    else; columns, table and the rest: see Places; out: [queries, window + width] int64."""
     query = tl.program_id(0).to(tl.int64)
     step = queries.to(tl.int64)
     length = tl.load(columns + query)
@@ -35,7 +37,10 @@ def place_kernel(found, positions, columns, table, out, queries, window, width, 
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_local = entry < window
     chosen = (entry >= window) & (entry < entries)
-    index = tl.load(found + query * width + (entry - window), mask=chosen, other=-1).to(tl.int64)
+    if NAMED:
+        index = tl.load(found + query * width + (entry - window), mask=chosen, other=-1).to(tl.int64)
+    else:
+        index = tl.where(chosen, entry - window, -1).to(tl.int64)
     row = tl.where(is_local, position - window + 1 + entry - first_token, index)
     held = (row >= 0) & (row < tl.where(is_local, window_length, length))
     number = tl.where(held, row + tl.where(is_local, window_first, first), 0)
@@ -49,10 +54,13 @@ def compiled_variants() -> int:
     return variants((place_kernel,))
 
 
-def run_places(indices: Tensor, positions: Tensor, columns: Tensor, table: Tensor, out: Tensor) -> None:
+def run_places(
+    indices: Tensor | None, positions: Tensor, columns: Tensor, table: Tensor, out: Tensor, window: int
+) -> None:
     """See `Places.entries`. Does not wait for the device."""
-    queries, width = indices.shape
+    queries, entries = out.shape
     with torch.cuda.device_of(out):  # kernels start on the current device, which need not be the tensors'
-        place_kernel[(queries, triton.cdiv(out.shape[1], _BLOCK))](
-            indices, positions, columns, table, out, queries, out.shape[1] - width, width, BLOCK=_BLOCK, num_warps=4
-        )
+        place_kernel[(queries, triton.cdiv(entries, _BLOCK))](
+            positions if indices is None else indices, positions, columns, table, out, queries, window,
+            entries - window, NAMED=indices is not None, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip

@@ -38,13 +38,13 @@ class AttentionResult(NamedTuple):
 class Implementation(Runnable):
     """One way to compute the operation, and what it is good for.
 
-    plan: (shape, workspace_bytes, device) -> Plan, or None if nothing is tiled. takes_places: also takes rows that are
-    named by places.
+    plan: (shape, workspace_bytes, device, parts) -> Plan, or None if nothing is tiled. takes_places: also takes rows
+    that are named by places.
     """
 
     function: Callable[[Problem, Plan | None], None]
     formats: frozenset[KvFormat] = frozenset(KvFormat)
-    plan: Callable[[Shape, int, torch.device], Plan] | None = None
+    plan: Callable[[Shape, int, torch.device, int | None], Plan] | None = None
     takes_places: bool = False
 
     def supports(self, device: torch.device | str, kv_format: KvFormat) -> bool:
@@ -69,7 +69,7 @@ def _triton(problem: Problem, plan: Plan | None) -> None:
     run_triton(problem, plan)
 
 
-def _plan_triton(shape: Shape, workspace_bytes: int, device: torch.device) -> Plan:
+def _plan_triton(shape: Shape, workspace_bytes: int, device: torch.device, parts: int | None) -> Plan:
     capability, processors = None, 1
     if device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)
@@ -77,7 +77,7 @@ def _plan_triton(shape: Shape, workspace_bytes: int, device: torch.device) -> Pl
     kernel = choose_attention_kernel(
         shape.format_name, shape.heads, shape.value_dim, capability, gluon=() if capability is None else gluon_kernels()
     )
-    return planning.plan_triton(shape, workspace_bytes, processors, kernel)
+    return planning.plan_triton(shape, workspace_bytes, processors, kernel, parts)
 
 
 @cache
@@ -101,7 +101,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = by_name(
     Implementation(
         name="chunked",
         function=_chunked,
-        plan=lambda shape, budget, device: planning.plan_chunked(shape, budget),
+        plan=lambda shape, budget, device, parts: planning.plan_chunked(shape, budget),
     ),
     Implementation(
         name="triton",
@@ -136,9 +136,12 @@ def plan_for(
     value_dim: int,
     width: int,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    parts: int | None = None,
 ) -> Plan | None:
     """The plan that `sparse_attention` would run with, for a scheduler's estimate; None if the implementation has no
-    tiles. width: entries of an index row.
+    tiles. width: entries of an index row. parts: of each index row, that different programs take, whatever the number
+    of tokens: then a token's answer is the same sequence of operations whatever others are computed with it. None: as
+    many as are fast.
 
     Raises UnsupportedImplementationError and WorkspaceTooSmallError.
     """
@@ -146,7 +149,7 @@ def plan_for(
     if found.plan is None:
         return None
     shape = Shape(tokens, heads, key_dim, value_dim, width, kv_format.value)
-    return found.plan(shape, workspace_bytes, torch.device(device))
+    return found.plan(shape, workspace_bytes, torch.device(device), parts)
 
 
 def sparse_attention(
@@ -163,6 +166,7 @@ def sparse_attention(
     out: Tensor | None = None,
     out_lse: Tensor | None = None,
     plan: Plan | None = None,
+    ends: Tensor | None = None,
 ) -> AttentionResult:
     """Attention of each query over the rows of one shared KV head that its indices name.
 
@@ -182,7 +186,9 @@ def sparse_attention(
         workspace_bytes: device memory beside inputs and outputs that the run may take, at least 16 MiB.
         want_lse: also return the natural log-sum-exp of the scaled logits, without the sink (implied by `out_lse`).
         out, out_lse: [tokens, heads, value_dim] bf16 and [tokens, heads] float32, contiguous, to write into.
-        plan: tiles to use instead of the planned ones, for tests and benchmarks.
+        plan: instead of the planned one.
+        ends: [tokens] int32, if it is known: one past the last entry of each index row that is not to be skipped, 0 to
+            width. Kernels pass over what follows, and share out what comes before.
 
     A row with nothing to attend has output 0 and lse +inf.
 
@@ -210,9 +216,11 @@ def sparse_attention(
         if out_lse is not None:
             out_lse.fill_(torch.inf)
         return AttentionResult(out, out_lse)
-    problem = Problem(q, kv, indices, scale, sink, out, out_lse)
+    if ends is not None:
+        check_output("ends", ends, (tokens,), torch.int32, q.device)
+    problem = Problem(q, kv, indices, scale, sink, out, out_lse, ends)
     if plan is None and found.plan is not None:
         shape = Shape(tokens, heads, key_dim, value_dim, indices.shape[1], kv.format.value)
-        plan = found.plan(shape, workspace_bytes, q.device)
+        plan = found.plan(shape, workspace_bytes, q.device, None)
     found.function(problem, plan)
     return AttentionResult(out, out_lse)

@@ -11,6 +11,11 @@ MIN_WORKSPACE_BYTES = 16 << 20
 _SLACK_BYTES = 1 << 20
 MAX_TOKEN_CHUNK = 1024
 MAX_SPLITS = 64
+# Of index rows whose parts do not depend on how many tokens there are: so many parts at most, and so many (entry, head)
+# pairs in one at least, that what it writes and another kernel reads again is worth it.
+MOST_FIXED_PARTS = 4
+FIXED_PART_PAIRS = 8192
+_ALIGNED_TOKENS = 4  # whatever a tensor's rows are, every fourth is aligned to 16 bytes as the first is
 # What the Hopper kernels take; everything else keeps the portable kernel.
 HOPPER_FORMATS = frozenset({"bf16", "fp8_d512", "fp8_d576"})
 HOPPER_HEADS = frozenset({64, 128})
@@ -62,9 +67,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """token_chunk: query tokens at a time (torch). splits: parts of each index row that different programs take, whose
-    results are combined. find_ends: a kernel first finds where the last valid entry of each index row stands, so that
-    nothing is done beyond. workspace_bytes: the peak beside inputs and outputs."""
+    """token_chunk: query tokens at a time; kernels that do not split take all. splits: parts of each index row that
+    different programs take, whose results are combined. find_ends: a kernel first finds where the last valid entry of
+    each index row stands, so that nothing is done beyond. workspace_bytes: the peak beside inputs and outputs."""
 
     workspace_bytes: int
     token_chunk: int = MAX_TOKEN_CHUNK
@@ -102,14 +107,19 @@ def chunked_token_bytes(shape: Shape) -> int:
     return shape.width * entry + 4 * shape.heads * (shape.key_dim + shape.value_dim + 8)
 
 
-def plan_triton(shape: Shape, workspace_bytes: int, processors: int, kernel: AttentionKernel) -> Plan:
-    """Tiles of the kernel, and how many parts each index row is split into so that all multiprocessors have work.
+def plan_triton(
+    shape: Shape, workspace_bytes: int, processors: int, kernel: AttentionKernel, parts: int | None = None
+) -> Plan:
+    """Tiles of the kernel, and how many parts each index row is split into: as many as give all multiprocessors work,
+    or just `parts`, whatever the number of tokens.
 
-    Raises WorkspaceTooSmallError below 16 MiB, or if not even a run without a split fits.
+    Raises WorkspaceTooSmallError below 16 MiB, or if not even a run without a split fits, or one token's `parts`.
     """
     if workspace_bytes < MIN_WORKSPACE_BYTES:
         raise WorkspaceTooSmallError(workspace_bytes, MIN_WORKSPACE_BYTES)
     tiles = attention_tiles(shape.format_name, shape.heads, shape.key_dim, shape.value_dim, kernel)
+    if parts is not None:
+        return _plan_parts(shape, workspace_bytes, processors, tiles, parts)
     programs = shape.tokens * -(-shape.heads // tiles.block_heads)
     blocks = -(-shape.width // tiles.block_entries)
     splits = max(1, min(processors // max(programs, 1), blocks, MAX_SPLITS))
@@ -120,6 +130,27 @@ def plan_triton(shape: Shape, workspace_bytes: int, processors: int, kernel: Att
         raise WorkspaceTooSmallError(workspace_bytes, needed)
     # where every multiprocessor has but one program, a kernel more costs more than rows that end early would save
     return Plan(needed, splits=splits, tiles=tiles, find_ends=programs > processors)
+
+
+def fixed_parts(width: int, heads: int) -> int:
+    """How many parts an index row of so many entries is split into where that must not depend on its neighbours."""
+    pairs = width * min(64, max(16, heads))
+    return max(1, min(MOST_FIXED_PARTS, pairs // FIXED_PART_PAIRS))
+
+
+def _plan_parts(shape: Shape, workspace_bytes: int, processors: int, tiles: Tiles, parts: int) -> Plan:
+    """As many tokens at a time as there is room for the parts of. Where a row ends is not looked for if it has several:
+    that would decide where they begin."""
+    if parts == 1:
+        programs = shape.tokens * -(-shape.heads // tiles.block_heads)
+        return Plan(ends_bytes(shape), token_chunk=max(shape.tokens, 1), tiles=tiles, find_ends=programs > processors)
+    token_bytes = 4 * parts * shape.heads * (shape.value_dim + 1)
+    chunk = min(max(shape.tokens, 1), (workspace_bytes - 2 * 512) // token_bytes)
+    if chunk < 1:
+        raise WorkspaceTooSmallError(workspace_bytes, token_bytes + 2 * 512)
+    if _ALIGNED_TOKENS < chunk < shape.tokens:
+        chunk = chunk // _ALIGNED_TOKENS * _ALIGNED_TOKENS
+    return Plan(chunk * token_bytes + 2 * 512, token_chunk=chunk, splits=parts, tiles=tiles, find_ends=False)
 
 
 def ends_bytes(shape: Shape) -> int:

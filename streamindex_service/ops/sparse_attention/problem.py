@@ -40,6 +40,7 @@ class Problem:
     q: [tokens, heads, key_dim] bf16; indices: [tokens, width] int32, or int64 of placed rows; sink: [heads] float32 or
     None.
     out: [tokens, heads, value_dim] bf16; out_lse: [tokens, heads] float32 or None. All contiguous.
+    ends: [tokens] int32, one past the last entry of each index row that may be valid, or None.
     """
 
     q: Tensor
@@ -49,6 +50,7 @@ class Problem:
     sink: Tensor | None
     out: Tensor
     out_lse: Tensor | None
+    ends: Tensor | None = None
 
     @property
     def placed(self) -> bool:

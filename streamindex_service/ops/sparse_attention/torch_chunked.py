@@ -1,7 +1,7 @@
 """The operation in torch, a chunk of query tokens at a time: gather their rows in float32, two batched products.
 
 On the CPU every token is computed by products of its own, whose shape does not depend on the chunk: no chunk and no
-neighbour can change a bit of a result.
+neighbour can change a bit of a result, nor can entries behind the end of its index row.
 """
 
 from functools import partial
@@ -18,21 +18,23 @@ from streamindex_service.ops.sparse_attention.problem import Problem
 def run_chunked(problem: Problem, plan: Plan) -> None:
     """Fill the outputs, one chunk of tokens after another, within the plan's workspace."""
     if not problem.q.is_cuda:
-        share_rows(partial(_fill_one_by_one, problem), 0, problem.tokens, most=plan.token_chunk)
+        ends = None if problem.ends is None else problem.ends.tolist()
+        share_rows(partial(_fill_one_by_one, problem, ends), 0, problem.tokens, most=plan.token_chunk)
         return
     for start in range(0, problem.tokens, plan.token_chunk):
-        _fill(problem, start, min(start + plan.token_chunk, problem.tokens))
+        _fill(problem, start, min(start + plan.token_chunk, problem.tokens), problem.width)
 
 
-def _fill_one_by_one(problem: Problem, start: int, stop: int) -> None:
+def _fill_one_by_one(problem: Problem, ends: list[int] | None, start: int, stop: int) -> None:
     for token in range(start, stop):
-        _fill(problem, token, token + 1)
+        # one entry at least, for there is no largest of none; it is to be skipped then
+        _fill(problem, token, token + 1, problem.width if ends is None else max(1, ends[token]))
 
 
-def _fill(problem: Problem, start: int, stop: int) -> None:
+def _fill(problem: Problem, start: int, stop: int, width: int) -> None:
     p = problem
     assert isinstance(p.kv, KvRows)
-    indices = p.indices[start:stop]
+    indices = p.indices[start:stop, :width]
     valid = (indices >= 0) & (indices < p.kv.rows)
     keys = p.kv.gather(indices.long().masked_fill_(~valid, 0), torch.float32)
     keys.masked_fill_(~valid[:, :, None], 0.0)  # a row that is not asked for may hold anything

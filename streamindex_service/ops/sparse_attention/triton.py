@@ -10,7 +10,9 @@ softmax is the online one, in base 2. Blocks past the last valid entry of a row 
 No token count, row count or width is a compile-time constant or specialised upon: a new length compiles nothing.
 """
 
+import math
 import sys
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -250,15 +252,38 @@ def run_triton(problem: Problem, plan: Plan) -> None:
         return
     assert plan.tiles is not None
     with torch.cuda.device_of(problem.q):  # kernels start on the current device, which need not be the tensors'
-        ends = last_entries(problem) if plan.find_ends else None
+        ends = problem.ends
+        if ends is None and plan.find_ends:
+            ends = last_entries(problem)
         if plan.splits == 1:
             _launch(problem, plan, ends, problem.out, problem.out_lse)
             return
-        shape = (plan.splits, problem.tokens, problem.heads)
+        step = min(plan.token_chunk, problem.tokens)
+        shape = (plan.splits, step, problem.heads)
         partial = torch.empty((*shape, problem.value_dim), device=problem.q.device)
         partial_lse = torch.empty(shape, device=problem.q.device)
-        _launch(problem, plan, ends, partial, partial_lse)
-        combine(problem, plan, partial, partial_lse)
+        for first in range(0, problem.tokens, step):
+            chosen = slice(first, min(first + step, problem.tokens))
+            part = problem if step == problem.tokens else _tokens_of(problem, chosen)
+            # the last chunk may be smaller: its parts lie closer together
+            room, room_lse = (_first(each, plan.splits, part.tokens) for each in (partial, partial_lse))
+            _launch(part, plan, None if ends is None else ends[chosen], room, room_lse)
+            combine(part, plan, room, room_lse)
+
+
+def _tokens_of(problem: Problem, chosen: slice) -> Problem:
+    """Some of the query tokens."""
+    p = problem
+    return replace(
+        p, q=p.q[chosen], indices=p.indices[chosen], out=p.out[chosen],
+        out_lse=None if p.out_lse is None else p.out_lse[chosen],
+    )  # fmt: skip
+
+
+def _first(partial: Tensor, parts: int, tokens: int) -> Tensor:
+    """Room for the parts of so many tokens, [parts, tokens, ...], at the beginning of `partial`."""
+    shape = (parts, tokens, *partial.shape[2:])
+    return partial.view(-1)[: math.prod(shape)].view(shape)
 
 
 def last_entries(problem: Problem) -> Tensor:
