@@ -35,6 +35,7 @@ BENCHMARKS = {
     "csa_pipeline": False,
     "upload_throughput": False,
     "search_stream": False,
+    "attend_calls": False,
     "governor_mix": False,
     "governor_memory": True,
 }

@@ -8,8 +8,8 @@ pages; `pages`, the places of all rows and the kernel that reads them there, as 
 copied out of their pages and the kernel over the copies. `seconds` are those of a step within a graph of several, each
 with rows of its own, so that they come from memory; what tells the device of the pages is there already. `called` are
 those of a step that is called by itself, pages told anew, as the service does. Index rows are split over programs as in
-the service, by their width; `unsplit` is `pages` with each in one. `ratio` is to `copied`; every output is that of
-`tensor` bit for bit, which is judged, as is that of `unsplit`.
+the service whose tiles have as many rows; `unsplit` is `pages` with each in one. `ratio` is to `copied`; every output
+is that of `tensor` bit for bit, which is judged, as is that of `unsplit`.
 """
 
 import statistics
@@ -36,6 +36,9 @@ from benchmarks.attention import (
 )
 from benchmarks.attention_decode import CONTEXT, CPU_CONTEXT, V4_HCA, in_one_go, make_decode
 from benchmarks.timing import measure
+from streamindex_service.core.attention_estimates import parts_of
+from streamindex_service.core.sizes import KvFormat as KvFormatOfCore
+from streamindex_service.core.specs import KvSpec
 from streamindex_service.ops import KvFormat, KvRows
 from streamindex_service.ops.cached_attention import ATTENTION_TERMS, CachedSequence, attend_cached
 from streamindex_service.ops.cached_attention.copies import Copies, lay_out
@@ -44,7 +47,6 @@ from streamindex_service.ops.extent_pages import ExtentPages
 from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.paged_kv_rows import PagedKvRows, PlacedKvRows
 from streamindex_service.ops.sparse_attention import plan_for, sparse_attention
-from streamindex_service.ops.sparse_attention.plan import fixed_parts
 
 TABLE = "attention_pages"
 SEQUENCES, TILE_TOKENS, PREFILL_CONTEXT = 32, 1024, 65_536
@@ -75,15 +77,15 @@ class Step:
     own: Tensor  # indices [tokens, top_k] of each sequence's own compressed rows
     places: Places
     copies: Copies
+    parts: int  # of an index row, as the service splits it
 
     def attend(self, kv: KvRows | PlacedKvRows, entries: Tensor, out: Tensor, parts: int | None = None) -> None:
         """parts: of an index row; None: as many as in the service."""
         w, device = self.whole, self.own.device
-        width, heads = entries.shape[1], w.model.heads
         plan = plan_for(
-            "triton", device, kv.format, tokens=w.tokens, heads=heads, key_dim=w.model.key_dim,
-            value_dim=w.model.value_dim, width=width, workspace_bytes=WORKSPACE_BYTES,
-            parts=fixed_parts(width, heads) if parts is None else parts,
+            "triton", device, kv.format, tokens=w.tokens, heads=w.model.heads, key_dim=w.model.key_dim,
+            value_dim=w.model.value_dim, width=entries.shape[1], workspace_bytes=WORKSPACE_BYTES,
+            parts=self.parts if parts is None else parts,
         )  # fmt: skip
         sparse_attention(
             w.q, kv, entries, scale=w.scale, sink=w.sink, value_dim=w.model.value_dim, implementation="triton",
@@ -110,7 +112,7 @@ class Step:
         attend_cached(
             w.q, self.own, self.positions, self.sequences, window=w.model.window, scale=w.scale, sink=w.sink,
             value_dim=w.model.value_dim, implementation="triton",
-            workspace_bytes=ATTENTION_TERMS["triton"].least_bytes, out=out,
+            workspace_bytes=ATTENTION_TERMS["triton"].least_bytes, parts=self.parts, out=out,
         )  # fmt: skip
 
 
@@ -136,6 +138,12 @@ def shuffled(kv: KvRows, bounds: list[tuple[int, int]], seed: int = 0) -> list[P
         pages = ExtentPages([extent.flatten()], which, starts, (size,), torch.uint8)
         pieces.append(PagedKvRows(kv.format, kv.key_dim, stop - first, pages))
     return pieces
+
+
+def row_parts(model: AttentionModel, rows: int) -> int:
+    """As the service splits index rows whose tiles have so many rows."""
+    kv = KvSpec(KvFormatOfCore.BF16, model.key_dim, model.value_dim, model.heads)  # whatever the format
+    return parts_of(kv, model.width, rows)
 
 
 def cut(whole: Attention, parts: list[Tensor], caches: list[int], local: int, rows_each: int) -> list[Step]:
@@ -164,6 +172,7 @@ def cut(whole: Attention, parts: list[Tensor], caches: list[int], local: int, ro
             Step(
                 step, sequences, positions, own, Places.of(sequences, positions, window, device),
                 lay_out(sequences, positions, own.shape[1], window, device),
+                row_parts(whole.model, len(tokens)),
             )
         )  # fmt: skip
     return steps

@@ -165,7 +165,8 @@ class AsyncClient:
         `all_visible` KV rows. These, window, scale, sink and want_lse are those of `KeyCache.sparse_attend`, the same
         for all items, as of one layer of a model; `want_indices`: what was found comes with the outputs. `priority`: of
         all items; None is INTERACTIVE, whatever the caches' are. A failed item has its `error` set and fails no other;
-        rows are answered as `sparse_attend` answers them, to the bit. Raises InputError naming the item.
+        rows are answered as `sparse_attend` answers them, but for the order of sums, and the same bits whatever the
+        other items are. Raises InputError naming the item.
         """
         batch = build_attend_batch(
             items, top_k=top_k, all_visible=all_visible, window=window, scale=scale, sink=sink, want_lse=want_lse,

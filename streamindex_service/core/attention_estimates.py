@@ -23,9 +23,13 @@ _PAGE_ADDRESS_BYTES = 8
 _KEPT_ENTRY_BYTES = 4  # of each entry of an index row: its place among the copies
 _WIDE_ENTRY_BYTES = 25  # and while that is looked for
 _CHOSEN_ENTRY_BYTES, _CHOSEN_ROW_BYTES = 13, 25  # of each entry and each copied row, while the latter are listed
-# Where index rows are split over programs, a part is of so many heads at least and at most.
+_PART_ELEMENT_BYTES = 4  # of the output of a part of an index row
+# How index rows are split over programs: so that a tile is about so many of these, as a device has multiprocessors; in so
+# many parts at most, each of so many (entry, head) pairs at least, for what they give is written and read again. A
+# program takes between 16 and 64 heads. A decode step is taken to have so many rows.
+_PROGRAMS, MOST_PARTS, _PART_PAIRS = 128, 4, 8192
 _LEAST_PART_HEADS, _MOST_PART_HEADS = 16, 64
-_PART_ELEMENT_BYTES = 4
+STEP_ROWS = 32
 # Window pages come in groups of so many, so that a stream of queries does not change its pages with every tile.
 WINDOW_GROUP = 4
 
@@ -46,26 +50,29 @@ class AttentionTerms:
     copied_row_bytes: int = 0
     index_entry_bytes: int = 0
     reads_pages: bool = False
-    most_parts: int = 1
-    part_pairs: int = 1
+    splits: bool = False
 
-    def size_bytes(self, heads: int, key_dim: int, entries: int, *, named: bool = True) -> int:
-        """Of rows with so many entries, computed one at a time. named: see `AttentionWork`."""
-        return max(self.least_bytes, self.used_bytes(heads, key_dim, entries, 1, named=named))
+    def size_bytes(self, heads: int, key_dim: int, entries: int, parts: int = 1) -> int:
+        """Of rows with so many entries, in so many parts, computed one at a time."""
+        return max(self.least_bytes, self.used_bytes(heads, key_dim, entries, 1, parts))
 
-    def used_bytes(self, heads: int, key_dim: int, entries: int, rows: int, *, named: bool = True) -> int:
+    def used_bytes(self, heads: int, key_dim: int, entries: int, rows: int, parts: int = 1) -> int:
         """What so many rows take if they are computed together, for which there may be no room."""
         head = self.head_bytes + self.head_dim_bytes * key_dim
         entry = self.entry_bytes + self.entry_head_bytes * heads + self.entry_dim_bytes * key_dim
-        parts = self.parts(heads, entries, named=named)
         if parts > 1:  # an output of each in float32, no longer than a key, and its lse
             head += parts * _PART_ELEMENT_BYTES * (key_dim + 1)
         return self.fixed_bytes + rows * (heads * head + entries * entry)
 
-    def parts(self, heads: int, entries: int, *, named: bool = True) -> int:
-        """Of an index row, which different programs take; `sparse_attention.plan.fixed_parts` is the same."""
-        pairs = entries * min(_MOST_PART_HEADS, max(_LEAST_PART_HEADS, heads))
-        return max(1, min(self.most_parts, pairs // self.part_pairs)) if named else self.most_parts
+
+def parts_of(kv: KvSpec, entries: int | None, tile_rows: int) -> int:
+    """How many parts each index row is split into. entries: of a row, None where each query attends all that it sees;
+    tile_rows: query rows of a usual tile. Nothing here is of a single tile: a row's answer has the same bits in any."""
+    items = max(1, tile_rows) * -(-kv.heads // _MOST_PART_HEADS)
+    parts = min(MOST_PARTS, _PROGRAMS // items)
+    if entries is not None:
+        parts = min(parts, entries * min(_MOST_PART_HEADS, max(_LEAST_PART_HEADS, kv.heads)) // _PART_PAIRS)
+    return max(1, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ class AttentionWork:
     """Attention on one layer, query rows apart: everything that its cost depends on.
 
     width: indices of a query row; window: tokens of a window; kv_rows: of the layer. named: the indices come with the
-    query rows; else there are none, and `width` is how many rows a query may see.
+    query rows; else there are none, and `width` is how many rows a query may see. parts: see `parts_of`.
     """
 
     kv: KvSpec
@@ -83,6 +90,7 @@ class AttentionWork:
     want_lse: bool
     terms: AttentionTerms
     named: bool = True
+    parts: int = 1
 
     def flop(self, rows: int) -> int:
         """Operations of query rows that attend all they may: two products of a product and a sum each."""
@@ -132,12 +140,12 @@ class AttentionWork:
     def workspace_bytes(self) -> int:
         """The least workspace of the attention itself. It takes one query row, and more of them one after the other."""
         entries = self.width + self.window
-        return self.terms.size_bytes(self.kv.heads, self.kv.key_dim, entries, named=self.named)
+        return self.terms.size_bytes(self.kv.heads, self.kv.key_dim, entries, self.parts)
 
     def used_bytes(self, rows: int, workspace_bytes: int) -> int:
         """What of a workspace so many query rows make use of."""
         entries = self.width + self.window
-        used_bytes = self.terms.used_bytes(self.kv.heads, self.kv.key_dim, entries, rows, named=self.named)
+        used_bytes = self.terms.used_bytes(self.kv.heads, self.kv.key_dim, entries, rows, self.parts)
         return min(workspace_bytes, used_bytes)
 
     def window_bytes(self, rows: int) -> int:

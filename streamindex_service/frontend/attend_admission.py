@@ -90,6 +90,7 @@ class AdmittedAttention(OpenCall):
                 parameters,
                 self.layout,
                 self._place,
+                in_steps=among_others,
             )
             self._operations.append(self.attend)
             rows = max(1, parameters.row_count)

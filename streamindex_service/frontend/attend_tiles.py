@@ -8,10 +8,16 @@ from functools import partial
 
 import numpy as np
 
-from streamindex_service.core.attention_estimates import AttentionTerms, AttentionWork, window_group
+from streamindex_service.core.attention_estimates import (
+    STEP_ROWS,
+    AttentionTerms,
+    AttentionWork,
+    parts_of,
+    window_group,
+)
 from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.layers import Page, Snapshot
-from streamindex_service.core.sizes import PAGE_KEYS
+from streamindex_service.core.sizes import BF16_BYTES, PAGE_KEYS
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.errors import ExceedsBudgetError, ServiceError
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, POSITIONS, Q, positions_of
@@ -40,7 +46,8 @@ class AttendTiles:
     """What attention has the device do, and what that takes.
 
     `window` is the snapshot of the window rows, None where the call has no window; `search` is the call's place among
-    the others, once it is open. Raises ExceedsBudgetError when not even one row can ever be computed.
+    the others, once it is open; `in_steps`: rows come a few of each call. Raises ExceedsBudgetError when not even one
+    row can ever be computed.
     """
 
     def __init__(
@@ -51,6 +58,8 @@ class AttendTiles:
         parameters: AttendParameters,
         layout: BlockLayout,
         search: Callable[[], OpenSearch],
+        *,
+        in_steps: bool,
     ) -> None:
         self._service = service
         self._kv = kv
@@ -62,14 +71,16 @@ class AttendTiles:
         self._window_view: View | None = None
         self._viewed: _Place | None = None  # what the window view shows
         self._places: dict[tuple[int, int], _Place] = {}  # by page numbers, oldest first
+        terms = attention_terms(service.require_worker_info().attention.terms)
         self.work = AttentionWork(
             parameters.kv,
             kv.length_keys,
             kv.length_keys if parameters.all_visible else parameters.width,
             parameters.window,
             parameters.want_lse,
-            attention_terms(service.require_worker_info().attention.terms),
+            terms,
             named=not parameters.all_visible,
+            parts=_parts(parameters, service.blocks.block_bytes, in_steps=in_steps) if terms.splits else 1,
         )
         floor = int(service.settings.memory.workspace_floor_bytes)
         self.workspace_bytes = max(floor, self.work.workspace_bytes())
@@ -177,6 +188,7 @@ class AttendTiles:
             "positions": at[POSITIONS],
             "indices": None if parameters.all_visible else at[INDICES],
             "visible_ratio": self._kv.spec.ratio if parameters.all_visible else 0,
+            "parts": self.work.parts,
             "out": at[OUT],
             "lse": at[LSE] if parameters.want_lse else None,
             "band": due.band,
@@ -278,6 +290,14 @@ class AttendTiles:
                 oldest = self._places.pop(next(iter(self._places)))
                 self._service.governor.let_go(self._search(), oldest.pages)
         return place
+
+
+def _parts(parameters: AttendParameters, block_bytes: int, *, in_steps: bool) -> int:
+    """How many parts index rows are split into, by what a block holds of queries and outputs."""
+    kv = parameters.kv
+    rows = block_bytes // (kv.heads * (kv.key_dim + kv.value_dim) * BF16_BYTES)
+    entries = None if parameters.all_visible else parameters.width + parameters.window
+    return parts_of(kv, entries, min(rows, STEP_ROWS) if in_steps else rows)
 
 
 def attention_terms(message: pb.AttentionTerms) -> AttentionTerms:

@@ -79,5 +79,5 @@ def attend(
         q, AllVisible(message.visible_ratio) if indices is None else indices, positions, sequences,
         window=message.window, scale=message.scale, sink=None if sink is None else sink.to(q.device, non_blocking=True),
         value_dim=message.value_dim, implementation=implementation, workspace_bytes=message.workspace_bytes,
-        want_lse=message.HasField("lse"), out=out, out_lse=out_lse,
+        parts=message.parts, want_lse=message.HasField("lse"), out=out, out_lse=out_lse,
     )  # fmt: skip

@@ -83,20 +83,24 @@ def test_answers_of_the_kernels(client, shape):
 
 @pytest.mark.parametrize("heads", [16, 64])
 def test_layers_of_ratio_128_are_attended_whole(client, heads):
-    """In a stream and in a step of several sequences, the same bits."""
+    """In a stream and in a step of several sequences; each the same bits whatever is beside it."""
     shape = Shape(KvFormat.FP8_D512, 512, 512, heads=heads, index_heads=1, index_dim=16, ratio=128)
     made = [Sequence(client, shape, tokens, 2, tokens, window=WINDOW) for tokens in (60_000, 300, 20_000)]
     asked = {"all_visible": True, "window": WINDOW, "scale": shape.scale, "want_lse": True}
     items = [each.item(index_q=None, index_w=None) for each in made]
-    for each, result in zip(made, client.sparse_attend_batch(items, **asked), strict=True):
+    for each, item, result in zip(made, items, client.sparse_attend_batch(items, **asked), strict=True):
         assert result.error is None, result.error
-        q = each.queries
-        alone = each.cache.sparse_attend_all(layer=0, q=q.q, positions=q.positions, **asked)
+        (alone,) = client.sparse_attend_batch([item], **asked)
         assert torch.equal(alone.out, result.out)
         assert torch.equal(alone.lse, result.lse)
+        q = each.queries
+        stream = each.cache.sparse_attend_all(layer=0, q=q.q, positions=q.positions, **asked)
+        one = each.cache.sparse_attend_all(layer=0, q=q.q[1:], positions=q.positions[1:], **asked)
+        assert torch.equal(one.out, stream.out[1:])
         row = torch.arange(each.rows.kv.rows, dtype=torch.int32)
         indices = torch.where(row < ((q.positions + 1) // 128)[:, None], row, -1).to(torch.int32)
-        assert wrong_rows(shape, each.rows, q, indices, WINDOW, result.out, result.lse) == 0
+        for some in (result, stream):
+            assert wrong_rows(shape, each.rows, q, indices, WINDOW, some.out, some.lse) == 0
         each.cache.delete()
 
 

@@ -138,7 +138,7 @@ def test_all_visible_rows_whatever_the_neighbours(kv_format, key_dim, heads, rat
     q = torch.randn((len(seen), heads, key_dim), generator=generator).bfloat16().cuda()
     asked = {
         "window": window, "scale": key_dim**-0.5, "sink": None, "value_dim": 512, "implementation": "triton",
-        "workspace_bytes": ATTENTION_TERMS["triton"].least_bytes, "want_lse": True,
+        "workspace_bytes": ATTENTION_TERMS["triton"].least_bytes, "want_lse": True, "parts": 4,
     }  # fmt: skip
     whole = AllVisible(ratio)
     answer = attend_cached(q, whole, torch.tensor(positions), [sequence] * len(seen), **asked)
@@ -176,6 +176,7 @@ def test_parts_are_the_same_bits_whatever_the_neighbours(shape):
             q, inputs.indices[part].contiguous(), torch.zeros(len(q), dtype=torch.int64),
             [CachedSequence(len(q), pages, none)], window=0, scale=inputs.scale, sink=inputs.sink, value_dim=512,
             implementation="triton", workspace_bytes=ATTENTION_TERMS["triton"].least_bytes, want_lse=True,
+            parts=3,
         )  # fmt: skip
 
     whole = attend(slice(0, tokens))
@@ -192,21 +193,21 @@ def test_parts_are_the_same_bits_whatever_the_neighbours(shape):
 def test_a_new_length_compiles_nothing():
     from streamindex_service.ops import compiled
 
-    def attend(rows: int, tokens: int, width: int) -> None:
+    def attend(rows: int, tokens: int, width: int, parts: int = 1) -> None:
         kv = pack_rows(torch.randn((rows, 512)), KvFormat.FP8_D512)
         kv = KvRows(kv.format, kv.data.cuda(), None if kv.scales is None else kv.scales.cuda())
         q = torch.randn((tokens, 16, 512)).bfloat16().cuda()
         indices = torch.randint(0, rows, (tokens, width), dtype=torch.int32).cuda()
         attend_cached(
             q, indices, torch.arange(tokens), [CachedSequence(tokens, paged(kv), paged(kv))], window=20, scale=0.05,
-            sink=None, value_dim=512, implementation="triton", workspace_bytes=16 << 20,
+            sink=None, value_dim=512, implementation="triton", workspace_bytes=16 << 20, parts=parts,
         )  # fmt: skip
 
     attend(300, 3, 17)
     attend(300, 300, 17)  # more rows than multiprocessors: where they end is looked for
-    attend(300, 3, 2048)  # in parts
+    attend(300, 3, 17, 2)
     known = compiled.count()
-    for rows, tokens, width in [
+    for rows, tokens, width, parts in [
         (1, 1, 1),
         (256, 16, 16),
         (5000, 33, 640),
@@ -215,5 +216,5 @@ def test_a_new_length_compiles_nothing():
         (700, 700, 2048),
         (90, 41, 1111),
     ]:
-        attend(rows, tokens, width)
+        attend(rows, tokens, width, parts)
     assert compiled.count() == known

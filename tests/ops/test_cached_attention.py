@@ -170,6 +170,7 @@ def test_what_a_sequence_does_not_hold_is_nobodys(implementation):
         ({"positions": torch.zeros(3, dtype=torch.int32)}, "positions: expected"),
         ({"positions": torch.zeros(2, dtype=torch.int64)}, "positions: expected"),
         ({"window": -1}, "window: -1"),
+        ({"parts": 0}, "parts: 0"),
         ({"sequences": []}, "sequences: there are none"),
     ],
 )

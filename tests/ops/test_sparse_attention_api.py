@@ -24,7 +24,6 @@ from streamindex_service.ops.sparse_attention.plan import (
     Shape,
     attention_tiles,
     choose_attention_kernel,
-    fixed_parts,
     plan_triton,
 )
 from tests.ops.attention_cases import in_pages, make_inputs
@@ -120,13 +119,9 @@ def test_ends_of_rows_are_found_where_that_can_save_a_turn() -> None:
         assert plan.find_ends is expected
 
 
-@pytest.mark.parametrize(
-    ("width", "heads", "parts"),
-    [(640, 64, 4), (640, 128, 4), (300, 64, 2), (128, 64, 1), (640, 16, 1), (1152, 8, 2), (2048, 16, 4), (8320, 3, 4)],
-)
-def test_parts_that_do_not_depend_on_neighbours(width: int, heads: int, parts: int) -> None:
-    """Of the width and the heads alone; as many tokens at a time as the workspace holds the parts of."""
-    assert fixed_parts(width, heads) == parts
+@pytest.mark.parametrize(("width", "heads", "parts"), [(640, 64, 4), (640, 128, 3), (128, 64, 1), (8320, 3, 2)])
+def test_parts_that_are_asked_for(width: int, heads: int, parts: int) -> None:
+    """Whatever the number of tokens; as many of these at a time as the workspace holds the parts of."""
     for tokens in (1, 7, 130, 5000):
         shape = Shape(tokens, heads, 512, 512, width, "fp8_d512")
         for budget in (MIN_WORKSPACE_BYTES, 64 << 20):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from streamindex_service.core.attention_estimates import AttentionTerms, AttentionWork
+from streamindex_service.core.attention_estimates import STEP_ROWS, AttentionTerms, AttentionWork, parts_of
 from streamindex_service.core.sizes import KvFormat
 from streamindex_service.core.specs import KvSpec
 from streamindex_service.ops import kv_rows
@@ -68,6 +68,11 @@ class Tile:
     want_lse: bool
 
     @property
+    def row_parts(self) -> int:
+        """Of each index row."""
+        return parts_of(self.spec, None if self.width is None else self.width + self.window, STEP_ROWS)
+
+    @property
     def rows(self) -> int:
         return sum(count for count, _, _ in self.parts)
 
@@ -77,7 +82,8 @@ class Tile:
         for count, _, held in self.parts:
             width = held if self.width is None else self.width
             named = self.width is not None
-            work = AttentionWork(self.spec, held, width, self.window, self.want_lse, terms, named)
+            parts = self.row_parts if terms.splits else 1
+            work = AttentionWork(self.spec, held, width, self.window, self.want_lse, terms, named, parts)
             total += work.tile_bytes(count, count + self.window - 1 if self.window else 0)
         return total + work.used_bytes(self.rows, workspace_bytes)
 
@@ -115,6 +121,7 @@ class Tile:
             q, AllVisible(RATIO) if indices is None else indices, positions, sequences,
             window=self.window, scale=1.0, sink=None, want_lse=self.want_lse,
             value_dim=self.spec.value_dim, implementation=implementation, workspace_bytes=WORKSPACE_BYTES,
+            parts=self.row_parts,
         )  # fmt: skip
 
 

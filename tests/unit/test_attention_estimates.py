@@ -8,7 +8,15 @@ import pytest
 import torch
 from streamindex.v1 import types_pb2
 
-from streamindex_service.core.attention_estimates import WINDOW_GROUP, AttentionTerms, AttentionWork, window_group
+from streamindex_service.core.attention_estimates import (
+    MOST_PARTS,
+    STEP_ROWS,
+    WINDOW_GROUP,
+    AttentionTerms,
+    AttentionWork,
+    parts_of,
+    window_group,
+)
 from streamindex_service.core.sizes import KvFormat, RowForm
 from streamindex_service.core.specs import KvSpec, RowKind
 from streamindex_service.frontend import requests
@@ -18,7 +26,6 @@ from streamindex_service.ops import kv_rows
 from streamindex_service.ops.cached_attention import ATTENTION_TERMS
 from streamindex_service.ops.paged_kv_rows import row_sizes
 from streamindex_service.ops.sparse_attention import LIMITS, plan_for
-from streamindex_service.ops.sparse_attention.plan import MOST_FIXED_PARTS, fixed_parts
 
 V4 = KvSpec(KvFormat.BF16, 512, 512, 64)
 NAMES = {
@@ -61,12 +68,12 @@ def test_the_frontend_hears_what_the_worker_says(name):
 def test_the_workspace_of_the_kernels_holds_the_parts_of_index_rows(heads, rows):
     from streamindex_service.ops.sparse_attention.plan import AttentionKernel, Shape, plan_triton
 
-    offered = terms("triton").size_bytes(heads, 576, 8320)
+    offered = terms("triton").size_bytes(heads, 576, 8320, MOST_PARTS)
     left = offered - terms("triton").fixed_bytes
     shape = Shape(rows, heads, 576, 512, 8320, "fp8_d576")
-    plan = plan_triton(shape, left, 132, AttentionKernel.PORTABLE, MOST_FIXED_PARTS)
+    plan = plan_triton(shape, left, 132, AttentionKernel.PORTABLE, MOST_PARTS)
     assert plan.workspace_bytes <= left
-    used = terms("triton").used_bytes(heads, 576, 8320, rows, named=False)
+    used = terms("triton").used_bytes(heads, 576, 8320, rows, MOST_PARTS)
     assert plan.workspace_bytes <= used - terms("triton").fixed_bytes + 1024
     assert plan.token_chunk >= min(rows, 16)  # whatever the heads, so that what is launched is aligned
 
@@ -118,12 +125,31 @@ def test_a_tile_whose_rows_are_read_in_their_pages_takes_none_of_them():
     assert in_pages.tile_bytes(200, 1024) < work().tile_bytes(200, 1024) / 3
 
 
-@pytest.mark.parametrize("heads", [1, 8, 16, 20, 33, 64, 128])
-def test_frontend_and_operation_agree_on_parts(heads):
-    for entries in (0, 1, 100, 128, 255, 256, 511, 512, 640, 1152, 2048, 8320, 20_000):
-        assert terms("triton").parts(heads, entries) == fixed_parts(entries, heads)
-    assert terms("triton").parts(heads, 1, named=False) == MOST_FIXED_PARTS
-    assert terms("chunked").parts(heads, 8320) == terms("chunked").parts(heads, 8320, named=False) == 1
+BLOCK_BYTES = 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "heads", "entries", "in_steps", "parts"),
+    [
+        (KvFormat.BF16, 64, 640, False, 4),  # 32 rows are a block: as many items of 64 heads
+        (KvFormat.FP8_D512, 128, 1152, False, 4),  # 16 rows, two items each
+        (KvFormat.FP8_D576, 128, 2048, True, 4),
+        (KvFormat.BF16, 64, 300, False, 2),  # too few entries for more
+        (KvFormat.BF16, 64, 100, True, 1),
+        (KvFormat.FP8_D576, 16, 2048, True, 4),  # a step of 32 rows
+        (KvFormat.FP8_D576, 16, 2048, False, 1),  # a block has 118
+        (KvFormat.FP8_D512, 16, 640, True, 1),
+        (KvFormat.FP8_D512, 8, 1152, True, 2),
+        (KvFormat.FP8_D512, 16, None, True, 4),  # all visible: whatever there is
+        (KvFormat.FP8_D512, 16, None, False, 1),
+        (KvFormat.FP8_D512, 64, None, False, 4),
+    ],
+)
+def test_a_tile_is_shared_out_by_what_a_block_holds(kv_format, heads, entries, in_steps, parts):
+    kv = KvSpec(kv_format, kv_format.key_dim or 512, 512, heads)
+    rows = BLOCK_BYTES // (2 * heads * (kv.key_dim + 512))
+    assert parts_of(kv, entries, min(rows, STEP_ROWS) if in_steps else rows) == parts
+    assert parts_of(kv, entries, 1000 * rows) == 1  # where a tile has rows enough
 
 
 def test_all_visible_rows_have_no_indices():
@@ -138,7 +164,9 @@ def test_all_visible_rows_have_no_indices():
 
 
 def test_rows_use_of_a_workspace_what_they_can():
-    kernel = AttentionWork(V4, 65_536, 512, 128, False, terms("triton"))
+    kernel = AttentionWork(V4, 65_536, 512, 128, False, terms("triton"), parts=4)
+    unsplit = replace(kernel, parts=1)
+    assert unsplit.used_bytes(1, 32 << 20) == unsplit.used_bytes(1000, 32 << 20) < kernel.used_bytes(1, 32 << 20)
     assert kernel.used_bytes(1, 32 << 20) < kernel.used_bytes(3, 32 << 20) < kernel.workspace_bytes()
     assert kernel.used_bytes(1000, 32 << 20) == kernel.workspace_bytes() == 32 << 20
     assert work().used_bytes(1, 64 << 20) < work().used_bytes(3, 64 << 20) < work().used_bytes(1000, 64 << 20)

@@ -19,7 +19,7 @@ from tests.support.attention_tiles import ALL_VISIBLE, TERMS, TILES, WORKSPACE_B
 # here no block is larger than the tensor that has it
 IN_PAGES = replace(TERMS, fixed_bytes=1 << 20)
 # of an implementation that reads rows of one tensor, and takes nothing to copy them but a list
-COPIED = replace(IN_PAGES, reads_pages=False, copied_row_bytes=8, index_entry_bytes=4, most_parts=1)
+COPIED = replace(IN_PAGES, reads_pages=False, copied_row_bytes=8, index_entry_bytes=4, splits=False)
 
 
 @pytest.fixture

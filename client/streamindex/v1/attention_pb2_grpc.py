@@ -79,7 +79,8 @@ class AttentionServiceServicer(object):
 
     def SparseAttendBatch(self, request, context):
         """A ragged decode step: a few rows in each of many caches, in one round trip. Every row is answered as SparseAttend
-        answers it, to the bit, and every item succeeds or fails by itself. Safe to repeat.
+        answers it, but for the order of sums, and to the bit whatever the other items are; every item succeeds or fails by
+        itself. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

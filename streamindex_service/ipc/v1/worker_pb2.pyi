@@ -229,7 +229,7 @@ class AttendSequence(_message.Message):
     def __init__(self, view_id: _Optional[int] = ..., window_view_id: _Optional[int] = ..., first_window_row: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class AttendTile(_message.Message):
-    __slots__ = ("tile_id", "sequences", "window", "rows", "heads", "width", "value_dim", "scale", "sink", "workspace_bytes", "q", "positions", "indices", "visible_ratio", "out", "lse", "band", "estimated_us", "request_id", "traceparent")
+    __slots__ = ("tile_id", "sequences", "window", "rows", "heads", "width", "value_dim", "scale", "sink", "workspace_bytes", "q", "positions", "indices", "visible_ratio", "parts", "out", "lse", "band", "estimated_us", "request_id", "traceparent")
     TILE_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +244,7 @@ class AttendTile(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     VISIBLE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     OUT_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
     BAND_FIELD_NUMBER: _ClassVar[int]
@@ -264,13 +265,14 @@ class AttendTile(_message.Message):
     positions: Span
     indices: Span
     visible_ratio: int
+    parts: int
     out: Span
     lse: Span
     band: int
     estimated_us: int
     request_id: str
     traceparent: str
-    def __init__(self, tile_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[AttendSequence, _Mapping]]] = ..., window: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., value_dim: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., visible_ratio: _Optional[int] = ..., out: _Optional[_Union[Span, _Mapping]] = ..., lse: _Optional[_Union[Span, _Mapping]] = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    def __init__(self, tile_id: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[AttendSequence, _Mapping]]] = ..., window: _Optional[int] = ..., rows: _Optional[int] = ..., heads: _Optional[int] = ..., width: _Optional[int] = ..., value_dim: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., workspace_bytes: _Optional[int] = ..., q: _Optional[_Union[Span, _Mapping]] = ..., positions: _Optional[_Union[Span, _Mapping]] = ..., indices: _Optional[_Union[Span, _Mapping]] = ..., visible_ratio: _Optional[int] = ..., parts: _Optional[int] = ..., out: _Optional[_Union[Span, _Mapping]] = ..., lse: _Optional[_Union[Span, _Mapping]] = ..., band: _Optional[int] = ..., estimated_us: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class CancelTiles(_message.Message):
     __slots__ = ("tile_ids",)
@@ -319,7 +321,7 @@ class AttentionSupport(_message.Message):
     def __init__(self, implementation: _Optional[str] = ..., kv_formats: _Optional[_Iterable[int]] = ..., terms: _Optional[_Union[AttentionTerms, _Mapping]] = ...) -> None: ...
 
 class AttentionTerms(_message.Message):
-    __slots__ = ("least_bytes", "fixed_bytes", "head_bytes", "head_dim_bytes", "entry_bytes", "entry_head_bytes", "entry_dim_bytes", "most_parts", "part_pairs", "copied_row_bytes", "index_entry_bytes", "reads_pages")
+    __slots__ = ("least_bytes", "fixed_bytes", "head_bytes", "head_dim_bytes", "entry_bytes", "entry_head_bytes", "entry_dim_bytes", "splits", "copied_row_bytes", "index_entry_bytes", "reads_pages")
     LEAST_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIXED_BYTES_FIELD_NUMBER: _ClassVar[int]
     HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -327,8 +329,7 @@ class AttentionTerms(_message.Message):
     ENTRY_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENTRY_HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENTRY_DIM_BYTES_FIELD_NUMBER: _ClassVar[int]
-    MOST_PARTS_FIELD_NUMBER: _ClassVar[int]
-    PART_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    SPLITS_FIELD_NUMBER: _ClassVar[int]
     COPIED_ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
     INDEX_ENTRY_BYTES_FIELD_NUMBER: _ClassVar[int]
     READS_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -339,12 +340,11 @@ class AttentionTerms(_message.Message):
     entry_bytes: int
     entry_head_bytes: int
     entry_dim_bytes: int
-    most_parts: int
-    part_pairs: int
+    splits: bool
     copied_row_bytes: int
     index_entry_bytes: int
     reads_pages: bool
-    def __init__(self, least_bytes: _Optional[int] = ..., fixed_bytes: _Optional[int] = ..., head_bytes: _Optional[int] = ..., head_dim_bytes: _Optional[int] = ..., entry_bytes: _Optional[int] = ..., entry_head_bytes: _Optional[int] = ..., entry_dim_bytes: _Optional[int] = ..., most_parts: _Optional[int] = ..., part_pairs: _Optional[int] = ..., copied_row_bytes: _Optional[int] = ..., index_entry_bytes: _Optional[int] = ..., reads_pages: bool = ...) -> None: ...
+    def __init__(self, least_bytes: _Optional[int] = ..., fixed_bytes: _Optional[int] = ..., head_bytes: _Optional[int] = ..., head_dim_bytes: _Optional[int] = ..., entry_bytes: _Optional[int] = ..., entry_head_bytes: _Optional[int] = ..., entry_dim_bytes: _Optional[int] = ..., splits: bool = ..., copied_row_bytes: _Optional[int] = ..., index_entry_bytes: _Optional[int] = ..., reads_pages: bool = ...) -> None: ...
 
 class WorkspaceTerms(_message.Message):
     __slots__ = ("fixed_bytes", "row_bytes", "row_element_bytes", "row_entry_bytes", "row_key_32nds", "row_key_head_bytes", "key_bytes", "key_dim_bytes", "filter_keys", "filter_entries", "survivor_bytes", "survivors", "entry_survivors", "marked_row_bytes", "marked_key_32nds")

@@ -23,12 +23,7 @@ from streamindex_service.ops.index_rows import assemble_index_rows
 from streamindex_service.ops.kv_rows import KvRows
 from streamindex_service.ops.paged_kv_rows import PlacedKvRows
 from streamindex_service.ops.sparse_attention import AttentionResult, find_implementation, plan_for, sparse_attention
-from streamindex_service.ops.sparse_attention.plan import (
-    FIXED_PART_PAIRS,
-    MIN_WORKSPACE_BYTES,
-    MOST_FIXED_PARTS,
-    fixed_parts,
-)
+from streamindex_service.ops.sparse_attention.plan import MIN_WORKSPACE_BYTES
 
 
 @dataclass(frozen=True)
@@ -38,8 +33,8 @@ class AttentionTerms:
     Of anything, of each head, of each (head, element of a key), of each entry of an index row, of each (entry, head),
     of each (entry, element of a key). `least_bytes` is what it takes in any case. Beside the workspace, of each entry
     of an index row (the row itself among it), and unless rows are read in their pages, of each row that is copied,
-    while it is (the copy itself apart). most_parts, part_pairs: how many parts an index row is split into at most, and
-    how many (entry, head) pairs one has at least; each has an output and a log-sum-exp in float32.
+    while it is (the copy itself apart). splits: an index row may be split into parts, of which each has an output and a
+    log-sum-exp in float32.
     """
 
     least_bytes: int = MIN_WORKSPACE_BYTES
@@ -52,8 +47,7 @@ class AttentionTerms:
     copied_row_bytes: int = 0
     index_entry_bytes: int = 0
     reads_pages: bool = False
-    most_parts: int = 1
-    part_pairs: int = 1
+    splits: bool = False
 
 
 # Upper bounds of what `sparse_attention.plan` computes; a value has no more elements than its key.
@@ -76,8 +70,7 @@ ATTENTION_TERMS: Mapping[str, AttentionTerms] = MappingProxyType(
             fixed_bytes=10 << 20,
             index_entry_bytes=8,
             reads_pages=True,
-            most_parts=MOST_FIXED_PARTS,
-            part_pairs=FIXED_PART_PAIRS,
+            splits=True,
         ),
     }
 )
@@ -95,6 +88,7 @@ def attend_cached(
     value_dim: int,
     implementation: str,
     workspace_bytes: int,
+    parts: int = 1,
     out: Tensor | None = None,
     out_lse: Tensor | None = None,
     want_lse: bool = False,
@@ -111,13 +105,14 @@ def attend_cached(
         scale, sink, value_dim, implementation, out, out_lse, want_lse: as for `sparse_attention`.
         workspace_bytes: for the attention itself. Where rows are copied, they are beside it, of each sequence
             min(tokens · width, compressed.length) and those of its window, each once.
+        parts: of an index row, that different programs take; implementations in torch never split.
 
-    How an index row is split over programs follows from its width and the heads, or where it is all visible rows, from
-    its own length: a query's answer is then the same sequence of operations whatever other queries are computed with
-    it. Raises ValueError for indices, positions or a window that are not as above, or if the
-    sequences disagree, and what `sparse_attention` raises.
+    A query's answer is the same sequence of operations whatever other queries are computed with it: what is split into
+    parts is its index row as it is given, or of all visible rows those that it sees itself. Raises ValueError for
+    indices, positions, parts or a window that are not as above, or if the sequences disagree, and what
+    `sparse_attention` raises.
     """
-    _check(q, indices, positions, sequences, window)
+    _check(q, indices, positions, sequences, window, parts)
     tokens, heads, key_dim = q.shape
     visible, width = None, 0
     if isinstance(indices, Tensor):
@@ -142,7 +137,7 @@ def attend_cached(
         implementation, q.device, kv.format,
         tokens=tokens, heads=heads, key_dim=key_dim, value_dim=value_dim, width=entries.shape[1],
         workspace_bytes=workspace_bytes,
-        parts=MOST_FIXED_PARTS if visible is not None else fixed_parts(entries.shape[1], heads),
+        parts=parts,
     )  # fmt: skip
     return sparse_attention(
         q, kv, entries, scale=scale, sink=sink, value_dim=value_dim, implementation=implementation,
@@ -158,11 +153,18 @@ def _first_rows(counts: npt.NDArray[np.int64] | None, width: int, device: torch.
 
 
 def _check(
-    q: Tensor, indices: Tensor | AllVisible, positions: Tensor, sequences: Sequence[CachedSequence], window: int
+    q: Tensor,
+    indices: Tensor | AllVisible,
+    positions: Tensor,
+    sequences: Sequence[CachedSequence],
+    window: int,
+    parts: int,
 ) -> None:
     tokens = len(q)
     if not sequences:
         raise ValueError("sequences: there are none")
+    if parts < 1:
+        raise ValueError(f"parts: {parts}, expected 1 or more")
     if window < 0:
         raise ValueError(f"window: {window}, expected 0 or more")
     given = [("positions", positions, 1, torch.int64, torch.device("cpu"))]

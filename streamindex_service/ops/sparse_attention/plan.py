@@ -11,10 +11,6 @@ MIN_WORKSPACE_BYTES = 16 << 20
 _SLACK_BYTES = 1 << 20
 MAX_TOKEN_CHUNK = 1024
 MAX_SPLITS = 64
-# Of index rows whose parts do not depend on how many tokens there are: so many parts at most, and so many (entry, head)
-# pairs in one at least, that what it writes and another kernel reads again is worth it.
-MOST_FIXED_PARTS = 4
-FIXED_PART_PAIRS = 8192
 _ALIGNED_TOKENS = 4  # whatever a tensor's rows are, every fourth is aligned to 16 bytes as the first is
 # What the Hopper kernels take; everything else keeps the portable kernel.
 HOPPER_FORMATS = frozenset({"bf16", "fp8_d512", "fp8_d576"})
@@ -130,12 +126,6 @@ def plan_triton(
         raise WorkspaceTooSmallError(workspace_bytes, needed)
     # where every multiprocessor has but one program, a kernel more costs more than rows that end early would save
     return Plan(needed, splits=splits, tiles=tiles, find_ends=programs > processors)
-
-
-def fixed_parts(width: int, heads: int) -> int:
-    """How many parts an index row of so many entries is split into where that must not depend on its neighbours."""
-    pairs = width * min(64, max(16, heads))
-    return max(1, min(MOST_FIXED_PARTS, pairs // FIXED_PART_PAIRS))
 
 
 def _plan_parts(shape: Shape, workspace_bytes: int, processors: int, tiles: Tiles, parts: int) -> Plan:
