@@ -78,7 +78,7 @@ def cases_of(device: str, *, quick: bool) -> list[Case]:
         found += [
             Case(v3_2, harness.V3_2, context),
             Case(whole, None, 4 * context),
-            Case(replace(v3_2, heads=8), harness.V3_2, 1_048_576, steps=(), rows=rows),
+            Case(replace(v3_2, heads=8), harness.V3_2, 262_144, steps=(), rows=rows),
         ]
     return found
 

@@ -24,8 +24,8 @@ _KEPT_ENTRY_BYTES = 4  # of each entry of an index row: its place among the copi
 _WIDE_ENTRY_BYTES = 25  # and while that is looked for
 _CHOSEN_ENTRY_BYTES, _CHOSEN_ROW_BYTES = 13, 25  # of each entry and each copied row, while the latter are listed
 _PART_ELEMENT_BYTES = 4  # of the output of a part of an index row
-# How index rows are split over programs: so that a tile is about so many of these, as a device has multiprocessors; in so
-# many parts at most, each of so many (entry, head) pairs at least, for what they give is written and read again. A
+# How index rows are split over programs: so that a tile is about so many of these, as a device has multiprocessors; in
+# so many parts at most, each of so many (entry, head) pairs at least, for what they give is written and read again. A
 # program takes between 16 and 64 heads. A decode step is taken to have so many rows.
 _PROGRAMS, MOST_PARTS, _PART_PAIRS = 128, 4, 8192
 _LEAST_PART_HEADS, _MOST_PART_HEADS = 16, 64
