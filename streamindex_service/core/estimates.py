@@ -24,6 +24,9 @@ _FIRST_SECONDS_PER_FLOP = 1e-10  # before anything was measured
 _LEAST_TELLING = 20  # log2 of operations, about: what takes fewer is no measure of what takes more
 _WEIGHT = 0.2  # of a new measurement against those before it
 _FIRST_TIMES = 3  # measurements of which the least counts
+# A size that took so many times as long an operation as a smaller one is doubted with every measurement of the smaller,
+# and forgotten after so many doubts; each time it was right after all, after twice as many.
+_DOUBTFUL, _PATIENCE, _MOST_PATIENCE = 2.0, 8, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,13 @@ class _Seen:
     """What work of one size has shown: its seconds for an operation, and how often it was measured."""
 
     seconds_per_flop: float
+    patience: int = _PATIENCE
     times: int = 1
+    doubts: int = 0
 
     def add(self, rate: float) -> None:
         """One more measurement. A rise counts up to a doubling: a single slow tile says little."""
+        self.doubts = 0
         self.times += 1
         if self.times <= _FIRST_TIMES:
             self.seconds_per_flop = min(self.seconds_per_flop, rate)
@@ -115,7 +121,8 @@ class DeviceSpeed:
     Small tiles are slow for their size, and say little of large ones: the time is kept for each power of two of
     operations apart, at most 64 numbers. A size between two that were seen lies between them; one beyond all is judged
     by the nearest. The first tile of a shape may have waited for its kernels to be compiled: of the first few
-    measurements of a size the least counts.
+    measurements of a size the least counts. If it is avoided for what that one took, there are no others: so
+    what took longer than smaller work since has shown to be enough is forgotten after a while, and tried again.
 
     Tiles of next to no work (a search of an empty layer has one operation) show what a launch takes, and are no measure
     of anything larger: by them a common search would take hours, and be refused for its deadline.
@@ -125,6 +132,7 @@ class DeviceSpeed:
         self.copy_bytes_per_s = copy_bytes_per_s
         self._seen: dict[int, _Seen] = {}  # by the operations' number of bits
         self._sizes: list[int] = []  # its keys in order
+        self._patience: dict[int, int] = {}  # of sizes that were forgotten
 
     @property
     def measured(self) -> bool:
@@ -136,10 +144,24 @@ class DeviceSpeed:
         rate, size = max(seconds, 1e-7) / flop, flop.bit_length()
         seen = self._seen.get(size)
         if seen is None:
-            self._seen[size] = _Seen(rate)
+            self._seen[size] = seen = _Seen(rate, self._patience.get(size, _PATIENCE))
             insort(self._sizes, size)
         else:
             seen.add(rate)
+        if size >= _LEAST_TELLING:
+            self._doubt(size, seen.seconds_per_flop)
+
+    def _doubt(self, size: int, rate: float) -> None:
+        """Work of this size took so long an operation: what is larger should not take much longer."""
+        for larger in self._sizes[bisect_left(self._sizes, size + 1) :]:
+            seen = self._seen[larger]
+            if seen.seconds_per_flop <= _DOUBTFUL * rate:
+                continue
+            seen.doubts += 1
+            if seen.doubts >= seen.patience:
+                self._patience[larger] = min(2 * seen.patience, _MOST_PATIENCE)
+                self._sizes.remove(larger)
+                del self._seen[larger]
 
     def seconds(self, flop: int) -> float:
         """What so many operations will take, about."""

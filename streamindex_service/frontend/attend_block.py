@@ -21,10 +21,10 @@ from streamindex_service.errors import InvalidArgumentError, NoKvRowsError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.attend_requests import AttendParameters
 from streamindex_service.frontend.host_memory import Block
-from streamindex_service.frontend.query_block import BlockLayout, fill_positions
+from streamindex_service.frontend.query_block import POSITIONS, BlockLayout, fill_positions
 from streamindex_service.frontend.tensors import RowRange
 
-INDEX_Q, INDEX_W, POSITIONS, INDICES, SCORES, Q, OUT, LSE = range(8)
+INDEX_Q, INDEX_W, _, INDICES, SCORES, Q, OUT, LSE = range(8)  # positions lie where those of a search do
 # What a search of these rows reads and writes, as it wants it.
 SEARCHED = (INDEX_Q, INDEX_W, POSITIONS, INDICES, SCORES)
 # Of a chunk, in the order of its fields.
@@ -63,11 +63,6 @@ def part_bytes(layout: BlockLayout, parameters: AttendParameters) -> tuple[int, 
     if parameters.start_position is not None:
         sizes[PARTS.index("positions")] = 0
     return tuple(sizes)
-
-
-def positions_of(layout: BlockLayout, block: Block, first: int, count: int) -> npt.NDArray[np.int64]:
-    """Token positions of rows of a block."""
-    return layout.part(block, POSITIONS, first, count).view(np.int64)
 
 
 class AttendFiller:

@@ -8,7 +8,6 @@ from typing import Any
 from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_output_chunk
 
-from streamindex_service.core.sizes import MAX_POSITION
 from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.frontend.attend_admission import AdmittedAttention
 from streamindex_service.frontend.attend_block import LSE, OUT, PARTS, AttendFiller, part_bytes
@@ -16,6 +15,7 @@ from streamindex_service.frontend.attend_requests import AttendParameters
 from streamindex_service.frontend.attend_run import AttendRun
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.messages import MessageWriter
+from streamindex_service.frontend.query_block import positions_of
 from streamindex_service.frontend.row_stream import RowStream, Run
 from streamindex_service.frontend.service import Service
 
@@ -34,7 +34,6 @@ class AttendStream(RowStream):
     ) -> None:
         self._admitted = admitted
         self._layout = layout = admitted.layout
-        self._start = parameters.start_position
         self._blame_key = blame_key
         self._filler = AttendFiller(
             layout, admitted.keys.spec, parameters, admitted.kv.length_keys, admitted.window.length_keys
@@ -63,8 +62,8 @@ class AttendStream(RowStream):
     def _needs(self) -> Iterable[Need]:
         return self._admitted.needs
 
-    def _keys_at(self, row: int) -> int:
-        return self._admitted.keys_seen(MAX_POSITION if self._start is None else self._start + row)
+    def _keys_at(self, block: Block, first: int, rows: int) -> int:
+        return self._admitted.keys_seen(int(positions_of(self._layout, block, first, rows).max()))
 
     def _new_run(self, block: Block, first: int, rows: int, keys: int) -> Run:
         admitted = self._admitted

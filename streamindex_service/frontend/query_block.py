@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from streamindex.framing import Chunk
 
 from streamindex_service.core.sizes import (
@@ -125,3 +126,8 @@ def fill_positions(positions_bytes: tensors.Bytes, start_position: int | None, r
     if bad.any():
         row = row_offset + int(np.argmax(bad))
         raise InvalidArgumentError(f"the position of row {row} is not from 0 to 2^62", field="chunk.positions")
+
+
+def positions_of(layout: BlockLayout, block: Block, first: int, count: int) -> npt.NDArray[np.int64]:
+    """Token positions of rows of a block."""
+    return layout.part(block, POSITIONS, first, count).view(np.int64)

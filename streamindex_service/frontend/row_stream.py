@@ -168,8 +168,8 @@ class RowStream(ABC):
         """Most rows of the next tile, where they see up to so many keys."""
 
     @abstractmethod
-    def _keys_at(self, row: int) -> int:
-        """Keys that this row of the stream sees, as far as that is known without looking at it."""
+    def _keys_at(self, block: Block, first: int, rows: int) -> int:
+        """The most index keys that one of these rows of a block sees."""
 
     @abstractmethod
     def _needs(self) -> Iterable[Need]:
@@ -358,11 +358,11 @@ class RowStream(ABC):
         """Make tiles of the rows that are there, up to _TILES_AHEAD; one that still waits takes more rows first."""
         for filling in self._at.fillings:
             while (ready := filling.rows - filling.submitted) > 0:
-                limit = self._tile_rows(self._keys_seen(ready))
+                limit = self._tile_rows(self._keys_seen(filling, ready))
                 last = self._at.tiles[-1] if self._at.tiles else None
                 if last is not None and last.filling is filling and last.run.waiting and last.run.rows < limit:
                     rows = min(ready, limit - last.run.rows)
-                    last.run.grow(rows, self._keys_seen(rows))
+                    last.run.grow(rows, self._keys_seen(filling, rows))
                     self._submitted(filling, rows)
                 elif len(self._outstanding) < _TILES_AHEAD and self._may_go(filling, ready >= limit):
                     self._submit(filling, min(ready, limit))
@@ -393,7 +393,7 @@ class RowStream(ABC):
             self._pump()
 
     def _submit(self, filling: _Filling, rows: int) -> None:
-        keys = self._keys_seen(rows)
+        keys = self._keys_seen(filling, rows)
         run = self._new_run(filling.block, filling.submitted, rows, keys)
         self._at.tiles.append(_Tile(filling, run, self._at.submitted))
         self._submitted(filling, rows)
@@ -405,9 +405,9 @@ class RowStream(ABC):
         filling.submitted += rows
         self._at.submitted += rows
 
-    def _keys_seen(self, rows: int) -> int:
-        """Of the next rows, the last."""
-        return self._keys_at(self._at.submitted + rows - 1)
+    def _keys_seen(self, filling: _Filling, rows: int) -> int:
+        """By the next rows."""
+        return self._keys_at(filling.block, filling.submitted, rows)
 
     def _run_ended(self, run: Run) -> None:
         self._outstanding.discard(run)

@@ -8,12 +8,12 @@ from typing import Any
 from streamindex.checksum import crc32c
 from streamindex.framing import Chunk, encode_index_chunk
 
-from streamindex_service.core.sizes import MAX_POSITION, POSITION_BYTES
+from streamindex_service.core.sizes import POSITION_BYTES
 from streamindex_service.core.turns import Need, OpenSearch
 from streamindex_service.frontend.admission import AdmittedSearch
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.messages import MessageWriter
-from streamindex_service.frontend.query_block import INDICES, SCORES, Q, W, fill_rows
+from streamindex_service.frontend.query_block import INDICES, SCORES, Q, W, fill_rows, positions_of
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.row_stream import RowStream, Run
 from streamindex_service.frontend.service import Service
@@ -64,9 +64,8 @@ class SearchStream(RowStream):
     def _needs(self) -> Iterable[Need]:
         return (self._tiles.least,)
 
-    def _keys_at(self, row: int) -> int:
-        # Explicit positions are not looked at: as many as there are.
-        return self._tiles.keys_seen(MAX_POSITION if self._start is None else self._start + row)
+    def _keys_at(self, block: Block, first: int, rows: int) -> int:
+        return self._tiles.keys_seen(int(positions_of(self._layout, block, first, rows).max()))
 
     def _new_run(self, block: Block, first: int, rows: int, keys: int) -> Run:
         return TileRun(self._tiles, block, first, rows, keys, self._blame_key, self._run_ended)

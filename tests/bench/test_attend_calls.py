@@ -209,5 +209,5 @@ def test_cases_of_a_gpu(quick: bool):
     else:
         assert [(case.name, case.sequences) for case in cases] == [
             ("V4-Flash H=64 S=65536", 32), ("V3.2 H=16 S=65536", 32), ("V4-HCA H=16 S=262144", 32),
-            ("V3.2 H=128 S=65536", 32), ("V4-HCA H=64 S=262144", 32), ("V3.2 H=8 S=1048576", 1),
+            ("V3.2 H=128 S=65536", 32), ("V4-HCA H=64 S=262144", 32), ("V3.2 H=8 S=262144", 1),
         ]  # fmt: skip

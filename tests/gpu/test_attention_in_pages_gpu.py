@@ -208,13 +208,13 @@ def test_a_new_length_compiles_nothing():
     attend(300, 3, 17, 2)
     known = compiled.count()
     for rows, tokens, width, parts in [
-        (1, 1, 1),
-        (256, 16, 16),
-        (5000, 33, 640),
-        (4096, 256, 64),
-        (300, 1, 1024),
-        (700, 700, 2048),
-        (90, 41, 1111),
+        (1, 1, 1, 1),
+        (256, 16, 16, 4),
+        (5000, 33, 640, 1),
+        (4096, 256, 64, 2),
+        (300, 1, 1024, 1),
+        (700, 700, 2048, 4),
+        (90, 41, 1111, 3),
     ]:
         attend(rows, tokens, width, parts)
     assert compiled.count() == known

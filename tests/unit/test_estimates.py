@@ -114,6 +114,34 @@ def test_one_slow_tile_among_many_says_little():
     assert speed.seconds(10**12) < 0.005
 
 
+ROW_FLOP = 2 * 65_536 * 64 * 128
+
+
+@pytest.mark.parametrize("rows", [2, 32, 128, 240])
+def test_a_size_whose_first_tile_compiled_its_kernels_is_tried_again(rows):
+    """However small the tiles that are right, and though no tile has that size any more."""
+    speed = DeviceSpeed()
+    for _ in range(3):
+        speed.observe(ROW_FLOP, 0.0004)
+    speed.observe(rows * ROW_FLOP, 2.0)
+    for _ in range(40):
+        chosen = speed.rows(ROW_FLOP, 0.1, 240)
+        speed.observe(chosen * ROW_FLOP, 0.0004 + 2e-6 * chosen)
+    assert speed.rows(ROW_FLOP, 0.1, 240) == 240
+
+
+def test_a_size_that_is_slow_is_tried_ever_less_often():
+    """As where larger work is of another shape, or does not fit what it works in."""
+    speed = DeviceSpeed()
+    slow = []
+    for number in range(20_000):
+        chosen = speed.rows(ROW_FLOP, 0.1, 240)
+        speed.observe(chosen * ROW_FLOP, 3.0 if chosen >= 64 else 0.0004 + 2e-6 * chosen)
+        slow += [number] * (chosen >= 64)
+    assert 2 < len(slow) < 40
+    assert len([number for number in slow if number >= 10_000]) <= 4
+
+
 def test_a_tile_is_not_so_short_that_most_of_it_is_overhead():
     speed = DeviceSpeed()
     speed.observe(10**9, 0.005)  # one row, nearly all of it overhead
