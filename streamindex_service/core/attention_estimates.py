@@ -158,7 +158,9 @@ class AttentionWork:
     def rows_within(self, size_bytes: int, most: int) -> int:
         """The most query rows of a tile, up to `most`, for which all but KV pages and workspace takes no more than so
         many bytes; 0 when not even one row's does."""
-        low, high = 0, most + 1
+        if self.beside_bytes(most) <= size_bytes:  # as nearly always
+            return most
+        low, high = 0, most
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.beside_bytes(middle) <= size_bytes else (low, middle)

@@ -220,18 +220,29 @@ class CacheStore:
             raise NoKvRowsError("the cache holds index keys alone")
         return cache.of_kind(kind)[index]
 
-    def snapshot(self, cache: KeyCache, layer_index: int, kind: RowKind = RowKind.KEYS) -> Snapshot:
-        """Hold rows as they are now; `release_snapshot` lets them go. Raises InvalidArgumentError, NoKvRowsError."""
+    def snapshot(
+        self,
+        cache: KeyCache,
+        layer_index: int,
+        kind: RowKind = RowKind.KEYS,
+        held: Callable[[int], tuple[int, int]] | None = None,
+    ) -> Snapshot:
+        """Hold rows as they are now; `release_snapshot` lets them go. held: of so many pages [first, stop) that will be
+        asked for, by default all. Raises InvalidArgumentError, NoKvRowsError."""
         layer = self.layer(cache, layer_index, kind)
         assert not layer.spilled_pages, "a search begins on rows that are not in host memory"
         if layer.snapshot_pages is None:
             layer.snapshot_pages = tuple(layer.pages)
-        self.hold(layer.snapshot_pages)
-        return Snapshot(cache.spec, layer.length_keys, layer.snapshot_pages, layer.version, kind)
+        pages = kept = layer.snapshot_pages
+        if held is not None:
+            first, stop = held(len(pages))
+            kept = pages[first:stop]
+        self.hold(kept)
+        return Snapshot(cache.spec, layer.length_keys, pages, layer.version, kind, kept)
 
     def release_snapshot(self, snapshot: Snapshot) -> None:
         """Let go of a snapshot."""
-        self.release(snapshot.pages)
+        self.release(snapshot.held)
 
     def hold(self, pages: Sequence[Page]) -> None:
         """Pages do not go, and are not spilled, until they are released."""
@@ -329,19 +340,23 @@ class CacheStore:
 
     def release(self, pages: Sequence[Page]) -> None:
         """Let go of pages; those that nobody else has are freed."""
-        for page in pages:
-            page.references -= 1
-            assert page.references >= 0, "a page was released twice"
-            if page.references == 0:
-                assert page.pins == 0, "a page in use was released"
-                if page.device is not None:
-                    self._drop_device(page)
-                if page.spilled is not None:
-                    self.drop_spilled(page.spilled)
-                else:
-                    self.host.free(page.in_host)
-                page.account.take(-page.page_bytes)
-                self.accounts.forget_if_empty(page.account)
+        for page in pages:  # a decode step has thousands
+            left = page.references = page.references - 1
+            if left <= 0:
+                self._free(page)
+
+    def _free(self, page: Page) -> None:
+        """Nobody has it any more."""
+        assert page.references == 0, "a page was released twice"
+        assert page.pins == 0, "a page in use was released"
+        if page.device is not None:
+            self._drop_device(page)
+        if page.spilled is not None:
+            self.drop_spilled(page.spilled)
+        else:
+            self.host.free(page.in_host)
+        page.account.take(-page.page_bytes)
+        self.accounts.forget_if_empty(page.account)
 
 
 def edges(layer: Layer, first_row: int, rows: int) -> list[tuple[int, int, int]]:

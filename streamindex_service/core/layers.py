@@ -161,13 +161,17 @@ def displace_all(pages: Iterable[Page]) -> list[PageSlot]:
 
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """Rows of one kind of a layer as they were at one moment; holds references on their pages until it is released."""
+    """Rows of one kind of a layer as they were at one moment; holds references on pages until it is released.
+
+    held: which of its pages, all or those that will be asked for. The others may be gone any time.
+    """
 
     spec: CacheSpec
     length_keys: int
     pages: tuple[Page, ...]
     version: int
     kind: RowKind = RowKind.KEYS
+    held: tuple[Page, ...] = ()
 
 
 @dataclass(slots=True, eq=False)

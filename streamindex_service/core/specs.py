@@ -20,6 +20,9 @@ class RowKind(enum.IntEnum):
     WINDOW = 3
 
 
+_KEYS_ALONE, _ALL_KINDS = (RowKind.KEYS,), tuple(RowKind)
+
+
 @dataclass(frozen=True)
 class KvSpec:
     """KV rows and window rows of a cache, and who reads them: `heads` query heads of attention."""
@@ -63,7 +66,7 @@ class CacheSpec:
     @property
     def kinds(self) -> tuple[RowKind, ...]:
         """Kinds of rows that its layers have."""
-        return (RowKind.KEYS,) if self.kv is None else tuple(RowKind)
+        return _KEYS_ALONE if self.kv is None else _ALL_KINDS
 
     def form(self, kind: RowKind) -> RowForm:
         """How rows of a kind lie in a page."""

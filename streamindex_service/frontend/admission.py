@@ -100,8 +100,10 @@ class OpenCall:
         """Its place among the others."""
         return self._place()
 
-    def _hold(self, layer: int, kind: RowKind = RowKind.KEYS) -> Snapshot:
-        snapshot = self.service.caches.snapshot(self._cache, layer, kind)
+    def _hold(
+        self, layer: int, kind: RowKind = RowKind.KEYS, held: Callable[[int], tuple[int, int]] | None = None
+    ) -> Snapshot:
+        snapshot = self.service.caches.snapshot(self._cache, layer, kind, held)
         self._snapshots.append(snapshot)
         return snapshot
 

@@ -46,6 +46,10 @@ async def admit_attention(
         return AdmittedAttention(service, cache, layer, parameters, deadline_s(), among_others)
 
 
+def _nothing(pages: int) -> tuple[int, int]:
+    return 0, 0
+
+
 class AdmittedAttention(OpenCall):
     """An open call of attention: `index` finds indices, where the caller does not give them, and `attend` the outputs.
 
@@ -64,7 +68,10 @@ class AdmittedAttention(OpenCall):
         among_others: bool = False,
     ) -> None:
         super().__init__(service, cache)
-        self.keys, self.kv, self.window = (self._hold(layer, kind) for kind in RowKind)
+        # what no query of the call asks for is not held: windows may be a few of very many pages
+        self.keys = self._hold(layer, RowKind.KEYS, _nothing if parameters.search is None else None)
+        self.kv = self._hold(layer, RowKind.KV)
+        self.window = self._hold(layer, RowKind.WINDOW, parameters.window_pages)
         self.version = self.keys.version + self.kv.version + self.window.version
         self.index: IndexTiles | None = None
         try:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from streamindex.v1 import attention_pb2, types_pb2
 
 from streamindex_service.config import Settings
+from streamindex_service.core.attention_estimates import window_group
 from streamindex_service.core.band_queue import Band
+from streamindex_service.core.sizes import PAGE_KEYS
 from streamindex_service.core.specs import CacheSpec, KvSpec
 from streamindex_service.errors import InvalidArgumentError, NoKvRowsError
 from streamindex_service.frontend import requests
@@ -22,7 +24,7 @@ class AttendParameters:
     `search` is what finds the indices, None where the caller gives them; `width` indices a row either way.
     `all_visible`: there are none, each query attends all KV rows that it sees. `window` tokens, 0 for none. `sink`: a
     logit for each head, or empty. `start_position` is None when chunks carry positions; `row_count` is 0 when it was
-    not announced.
+    not announced. `last_position` is None when nobody knows it, and `first_position` 0.
     """
 
     kv: KvSpec
@@ -37,6 +39,15 @@ class AttendParameters:
     start_position: int | None
     row_count: int
     request_key: str
+    first_position: int
+    last_position: int | None
+
+    def window_pages(self, pages: int) -> tuple[int, int]:
+        """Of so many pages of window rows, those [first, stop) that the windows of the call's queries may need."""
+        if not self.window:
+            return 0, 0
+        last = pages * PAGE_KEYS if self.last_position is None else self.last_position
+        return window_group(max(0, self.first_position - self.window + 1), last + 1, pages)
 
 
 Asked = attention_pb2.SparseAttendHeader | attention_pb2.SparseAttendBatchRequest
@@ -55,7 +66,8 @@ def attend_parameters(
     requests.check_request_key(header.request_key)
     start, row_count = requests.start_and_count(header)
     band = Band(header.priority or spec.priority)
-    return _parameters(header, header, spec, band, start, row_count, header.request_key, "header.")
+    last = None if start is None or not row_count else start + row_count - 1
+    return _parameters(header, header, spec, band, start, row_count, header.request_key, "header.", (start or 0, last))
 
 
 def item_parameters(
@@ -64,7 +76,8 @@ def item_parameters(
     """Check an item of a batch against its cache; the request has been checked by `check_asked`. Raises likewise."""
     _refuse_without_kv(spec, "")
     band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
-    return _parameters(request, item, spec, band, None, item.row_count, "", "")
+    known = (min(item.positions), max(item.positions)) if item.positions else (0, None)
+    return _parameters(request, item, spec, band, None, item.row_count, "", "", known)
 
 
 def check_asked(asked: Asked, settings: Settings, prefix: str = "") -> None:
@@ -102,8 +115,9 @@ def _parameters(
     row_count: int,
     request_key: str,
     prefix: str,
+    known: tuple[int, int | None],
 ) -> AttendParameters:
-    """What is asked, of the cache that is named."""
+    """What is asked, of the cache that is named. known: the first and the last position."""
     kv = spec.kv
     assert kv is not None, "the cache holds index keys alone"
     search = None
@@ -129,4 +143,5 @@ def _parameters(
         start,
         row_count,
         request_key,
+        *known,
     )

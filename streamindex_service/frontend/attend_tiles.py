@@ -71,6 +71,7 @@ class AttendTiles:
         self._window_view: View | None = None
         self._viewed: _Place | None = None  # what the window view shows
         self._places: dict[tuple[int, int], _Place] = {}  # by page numbers, oldest first
+        self._looked_at: tuple[TilePiece, tuple[int, int]] | None = None  # see _tokens_of
         terms = attention_terms(service.require_worker_info().attention.terms)
         self.work = AttentionWork(
             parameters.kv,
@@ -165,6 +166,7 @@ class AttendTiles:
 
     def drop_views(self) -> None:
         """No tile will come any more."""
+        self._looked_at = None
         for view in (self._kv_view, self._window_view):
             if view is not None:
                 self._service.device.drop_view(view)
@@ -274,8 +276,11 @@ class AttendTiles:
         """Tokens that are in the windows of a tile's rows."""
         if self._window is None:
             return 0, 0
-        positions = positions_of(self._layout, piece.block, piece.first, piece.rows)
-        return max(0, int(positions.min()) - self._parameters.window + 1), int(positions.max()) + 1
+        if self._looked_at is None or self._looked_at[0] is not piece:
+            positions = positions_of(self._layout, piece.block, piece.first, piece.rows)
+            tokens = max(0, int(positions.min()) - self._parameters.window + 1), int(positions.max()) + 1
+            self._looked_at = piece, tokens
+        return self._looked_at[1]
 
     def _place_of(self, piece: TilePiece) -> _Place:
         """The pages that a tile reads: the same object for as long as they are the same, for so they stay pinned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -53,8 +54,9 @@ class BlockLayout:
         assert layout.rows >= 1
         return layout
 
-    @classmethod
-    def packed(cls, row_bytes: tuple[int, ...], block_bytes: int) -> BlockLayout:
+    @staticmethod
+    @lru_cache(256)  # a decode step asks for each of its items
+    def packed(row_bytes: tuple[int, ...], block_bytes: int) -> BlockLayout:
         """As many rows of tensors as a block holds; perhaps none."""
         # Every tensor starts on a multiple of 256 bytes, as wide loads want it.
         rows = max(0, (block_bytes - 256 * len(row_bytes)) // sum(row_bytes))
@@ -63,7 +65,7 @@ class BlockLayout:
             offsets.append(offset)
             offset = align(offset + rows * size)
         assert offset <= block_bytes
-        return cls(rows, tuple(offsets), row_bytes)
+        return BlockLayout(rows, tuple(offsets), row_bytes)
 
     def only(self, which: tuple[int, ...]) -> BlockLayout:
         """The same rows, of these tensors alone, in this order."""

@@ -277,6 +277,24 @@ def test_what_can_never_fit_is_refused_with_the_figures():
     world.store.release_snapshot(snapshot)
 
 
+def test_a_snapshot_holds_the_pages_that_will_be_asked_for():
+    world = World()
+    cache = world.store.create(OWNER, spec(layers=1))
+    world.write(cache, 0, 0, 10 * 256)
+    snapshot = world.store.snapshot(cache, 0, held=lambda pages: (pages - 3, pages - 1))
+    assert snapshot.held == snapshot.pages[7:9]
+    assert len(snapshot.pages) == 10
+    assert [page.references for page in snapshot.pages] == [1] * 7 + [2, 2, 1]
+    used = world.store.accounts.of(OWNER).host_bytes
+    world.store.truncate(cache, 0, 0)
+    assert [page.references for page in snapshot.pages] == [0] * 7 + [1, 1, 0]
+    assert world.store.accounts.of(OWNER).host_bytes == used * 2 // 10
+    world.store.release_snapshot(snapshot)
+    assert world.store.accounts.of(OWNER).host_bytes == 0
+    with pytest.raises(AssertionError, match="twice"):
+        world.store.release_snapshot(snapshot)
+
+
 def test_a_queue_that_is_full_and_a_deadline_that_cannot_be_met():
     world = World(max_device_turns=2)
     world.governor.device_ready()
