@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from streamindex_service.core.sizes import (
@@ -94,8 +95,12 @@ class AttentionWork:
 
     def flop(self, rows: int) -> int:
         """Operations of query rows that attend all they may: two products of a product and a sum each."""
-        entries = min(self.width, self.kv_rows) + self.window
-        return max(1, 2 * rows * entries * self.kv.heads * (self.kv.key_dim + self.kv.value_dim))
+        return self.flop_of_entries(rows * min(self.width, self.kv_rows), rows)
+
+    def flop_of_entries(self, entries: int, rows: int) -> int:
+        """Operations of query rows that attend so many KV rows together, and their windows."""
+        attended = entries + rows * self.window
+        return max(1, 2 * attended * self.kv.heads * (self.kv.key_dim + self.kv.value_dim))
 
     def staging_bytes(self, rows: int) -> int:
         """Device memory of the query rows and their answers."""
@@ -170,6 +175,32 @@ class AttentionWork:
         """Of so many query rows, all that a tile takes beside the KV pages and the workspace."""
         span = rows + self.window if self.window else 0
         return self.tile_bytes(rows, span) + self.window_bytes(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """How much wider the index rows of a tile are than each by itself: all of them are as wide as the widest."""
+
+    rows: int = 0
+    widest: int = 0
+    own_entries: int = 0
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[int, int]]) -> Padding:
+        """Of (rows, width) of each part."""
+        found = cls()
+        for rows, width in parts:
+            found = found.plus(rows, width)
+        return found
+
+    def plus(self, rows: int, width: int) -> Padding:
+        """With so many rows more."""
+        return Padding(self.rows + rows, max(self.widest, width), self.own_entries + rows * width)
+
+    @property
+    def entries(self) -> int:
+        """Of all rows, beyond their own."""
+        return self.rows * self.widest - self.own_entries
 
 
 def window_group(first_token: int, stop_token: int, pages: int) -> tuple[int, int]:

@@ -234,11 +234,12 @@ class CacheStore:
         if layer.snapshot_pages is None:
             layer.snapshot_pages = tuple(layer.pages)
         pages = kept = layer.snapshot_pages
+        first = 0
         if held is not None:
             first, stop = held(len(pages))
             kept = pages[first:stop]
         self.hold(kept)
-        return Snapshot(cache.spec, layer.length_keys, pages, layer.version, kind, kept)
+        return Snapshot(cache.spec, layer.length_keys, pages, layer.version, kind, kept, first)
 
     def release_snapshot(self, snapshot: Snapshot) -> None:
         """Let go of a snapshot."""

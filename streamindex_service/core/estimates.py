@@ -25,7 +25,7 @@ _LEAST_TELLING = 20  # log2 of operations, about: what takes fewer is no measure
 _WEIGHT = 0.2  # of a new measurement against those before it
 _FIRST_TIMES = 3  # measurements of which the least counts
 # A size that took so many times as long an operation as a smaller one is doubted with every measurement of the smaller,
-# and forgotten after so many doubts; each time it was right after all, after twice as many.
+# and forgotten after so many doubts; the next time after twice as many, for it may have been right.
 _DOUBTFUL, _PATIENCE, _MOST_PATIENCE = 2.0, 8, 1 << 16
 
 

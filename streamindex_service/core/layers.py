@@ -163,7 +163,8 @@ def displace_all(pages: Iterable[Page]) -> list[PageSlot]:
 class Snapshot:
     """Rows of one kind of a layer as they were at one moment; holds references on pages until it is released.
 
-    held: which of its pages, all or those that will be asked for. The others may be gone any time.
+    held: which of its pages, all or those that will be asked for, which follow each other from number `first_held` on.
+    The others may be gone, and their memory somebody else's, any time: `held_pages` gives none of them.
     """
 
     spec: CacheSpec
@@ -172,6 +173,16 @@ class Snapshot:
     version: int
     kind: RowKind = RowKind.KEYS
     held: tuple[Page, ...] = ()
+    first_held: int = 0
+
+    def held_pages(self, first: int, stop: int) -> tuple[Page, ...]:
+        """Pages [first, stop). Asking for one that is not held is a defect, and raises AssertionError."""
+        start = first - self.first_held
+        if first < stop and not 0 <= start <= start + stop - first <= len(self.held):
+            raise AssertionError(
+                f"pages {first} to {stop} are asked for, {len(self.held)} are held from {self.first_held}"
+            )
+        return self.held[start : start + stop - first] if first < stop else ()
 
 
 @dataclass(slots=True, eq=False)

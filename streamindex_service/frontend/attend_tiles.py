@@ -12,6 +12,7 @@ from streamindex_service.core.attention_estimates import (
     STEP_ROWS,
     AttentionTerms,
     AttentionWork,
+    Padding,
     parts_of,
     window_group,
 )
@@ -76,7 +77,7 @@ class AttendTiles:
         self.work = AttentionWork(
             parameters.kv,
             kv.length_keys,
-            kv.length_keys if parameters.all_visible else parameters.width,
+            self._most_seen(kv.length_keys) if parameters.all_visible else parameters.width,
             parameters.window,
             parameters.want_lse,
             terms,
@@ -87,7 +88,7 @@ class AttendTiles:
         self.workspace_bytes = max(floor, self.work.workspace_bytes())
         kv_bytes = len(kv.pages) * parameters.kv.form.page_bytes
         room = service.hbm.limit_bytes - kv_bytes - self.workspace_bytes
-        self._most_rows = self.work.rows_within(room, layout.rows)
+        self._most_rows = self.work.rows_within(room, min(layout.rows, self._most_listed()))
         if not self._most_rows:
             raise ExceedsBudgetError(
                 "the KV rows of the layer and the smallest workspace do not fit the device memory budget",
@@ -98,6 +99,16 @@ class AttendTiles:
             )
         least_bytes = self.workspace_bytes + self.work.beside_bytes(1)
         self.least = Need(kv.pages, least_bytes, least_bytes, self.work.flop(1), speed=service.attention_speed)
+
+    def _most_seen(self, kv_rows: int) -> int:
+        """KV rows that a query may see, where it attends all of those."""
+        last = self._parameters.last_position
+        return kv_rows if last is None else min(kv_rows, (last + 1) // self._kv.spec.ratio)
+
+    def _most_listed(self) -> int:
+        """Query rows whose index rows, as the device has them, take no more than a workspace; at least 1."""
+        most_bytes = int(self._service.settings.memory.workspace_bytes)
+        return max(1, most_bytes // max(1, self._list_bytes(1, self.work.width)))
 
     name = "attend"
 
@@ -233,11 +244,28 @@ class AttendTiles:
 
     def flop_of(self, piece: TilePiece) -> int:
         """Operations of a tile."""
-        return self.work.flop(piece.rows)
+        if not self._parameters.all_visible:
+            return self.work.flop(piece.rows)
+        positions = positions_of(self._layout, piece.block, piece.first, piece.rows)
+        return self.work.flop_of_entries(
+            int(np.minimum((positions + 1) // self._kv.spec.ratio, self.work.width).sum()), piece.rows
+        )
 
-    def may_join(self, rows: int, keys: int) -> bool:
-        """Whether a tile of so many rows is as fast as several: each row is worked on by itself."""
-        return True
+    @property
+    def width(self) -> int:
+        """See `Joinable`."""
+        return self.work.width
+
+    def may_join(self, rows: int, keys: int, padding: Padding) -> bool:
+        """Whether a tile of so many rows is as fast as several: each row is worked on by itself. Where rows are copied,
+        the workspace depends on the width."""
+        if not self.work.terms.reads_pages and padding.entries:
+            return False
+        return self._list_bytes(rows, padding.widest) <= int(self._service.settings.memory.workspace_bytes)
+
+    def _list_bytes(self, rows: int, width: int) -> int:
+        """Device memory of index rows, as the kernels read them."""
+        return rows * (width + self.work.window) * self.work.terms.index_entry_bytes
 
     @staticmethod
     def need_together(parts: Sequence[tuple[AttendTiles, TilePiece]], *, smallest: bool) -> Need:
@@ -250,10 +278,12 @@ class AttendTiles:
         if len(parts) > 1:  # each once, for forks share them
             layers = [each.pages_of(piece) for each, piece in parts]
             pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
+        padding = Padding.of((piece.rows, each.width) for each, piece in parts)
         beside_bytes = sum(each.tile_bytes(piece) for each, piece in parts)
+        beside_bytes += padding.entries * tiles.work.terms.index_entry_bytes
         floor_bytes = tiles.workspace_bytes + beside_bytes
         used_bytes = tiles.work.used_bytes(rows, tiles.workspace_bytes) + beside_bytes
-        flop = sum(each.work.flop(piece.rows) for each, piece in parts)
+        flop = sum(each.flop_of(piece) for each, piece in parts)
         size_bytes = tiles.work.staging_bytes(rows)
         return Need(pages, floor_bytes, floor_bytes, flop, size_bytes, used_bytes, tiles.speed, layers)
 
@@ -288,7 +318,7 @@ class AttendTiles:
         first, stop = window_group(*self._tokens_of(piece), len(pages))
         place = self._places.get((first, stop))
         if place is None:
-            window = pages[first:stop]
+            window = () if self._window is None else self._window.held_pages(first, stop)
             place = _Place(first, window, (*self._kv.pages, *window) if window else self._kv.pages)
             self._places[first, stop] = place
             if len(self._places) > _PLACES_KEPT:

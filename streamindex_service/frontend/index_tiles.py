@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 
+from streamindex_service.core.attention_estimates import Padding
 from streamindex_service.core.estimates import DeviceSpeed, TopkWork, WorkspaceTerms
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
@@ -172,7 +173,9 @@ class IndexTiles:
         """Operations of a tile."""
         return self.work.flop(piece.rows, piece.keys)
 
-    def may_join(self, rows: int, keys: int) -> bool:
+    width = 0
+
+    def may_join(self, rows: int, keys: int, padding: Padding) -> bool:
         """Whether a tile of so many rows, of which one sees so many keys, is as fast as several of fewer."""
         return self.work.workspace_bytes(rows, keys) <= int(self._service.settings.memory.workspace_bytes)
 

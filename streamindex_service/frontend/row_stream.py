@@ -334,6 +334,14 @@ class RowStream(ABC):
                 field="chunk.row_offset",
                 metadata={"expected_row_offset": self._at.received},
             )
+        announced = self._announced_rows
+        if announced and self._at.received + chunk.row_count > announced:
+            # before they are computed: a call may hold no more than what those it announced can ask for
+            raise InvalidArgumentError(
+                f"the header announced {announced} rows, more came",
+                field="header.row_count",
+                metadata={"announced_rows": announced, "received_rows": self._at.received + chunk.row_count},
+            )
         tensors.check_part_sizes(chunk, self._parts, self._part_bytes)
 
     async def _room(self) -> _Filling:

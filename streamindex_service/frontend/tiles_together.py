@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from streamindex_service.core.attention_estimates import Padding
 from streamindex_service.core.estimates import DeviceSpeed
 from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.errors import ServiceError
@@ -41,8 +42,13 @@ class Joinable(Protocol):
     def flop_of(self, piece: TilePiece) -> int:
         """Operations of a tile."""
 
-    def may_join(self, rows: int, keys: int) -> bool:
-        """Whether a tile of so many rows, of which one sees so many keys, is as fast as several of fewer."""
+    @property
+    def width(self) -> int:
+        """Of an index row, as the device has it: all those of a tile are as wide as the widest."""
+
+    def may_join(self, rows: int, keys: int, padding: Padding) -> bool:
+        """Whether a tile of so many rows, of which one sees so many keys, is as fast as several of fewer, and no more
+        than the device may have."""
 
     def need_together(self, parts: Sequence[Any], *, smallest: bool) -> Need:
         """What a tile takes whose rows, one after another in a block, are these `Part`s. `smallest`: with no more
@@ -124,13 +130,14 @@ class Together(Generic[Tiles]):
 
 @dataclass(slots=True)
 class _Sums:
-    """Of the parts of a tile: device memory of all that they read, write and copy, rows, operations, and the most keys
-    that any of them sees."""
+    """Of the parts of a tile: device memory of all that they read, write and copy, each by itself, rows, operations,
+    the most keys that any of them sees, and how wide their index rows are."""
 
     size_bytes: int = 0
     rows: int = 0
     flop: int = 0
     keys: int = 0
+    padding: Padding = Padding()  # noqa: RUF009, for it is frozen
 
     def plus(self, part: Part[Any]) -> _Sums:
         tiles, piece = part
@@ -139,6 +146,7 @@ class _Sums:
             self.rows + piece.rows,
             self.flop + tiles.flop_of(piece),
             max(self.keys, piece.keys),
+            self.padding.plus(piece.rows, tiles.width),
         )
 
 
@@ -169,7 +177,7 @@ def _fit(tiles: Joinable, sums: _Sums, search: OpenSearch) -> bool:
     service = tiles.service
     # Pages lie in extents, of which the last may be filled in part only.
     needed = tiles.workspace_bytes + int(service.settings.memory.extent_bytes)
-    if needed + sums.size_bytes > service.hbm.limit_bytes or not tiles.may_join(sums.rows, sums.keys):
+    if needed + sums.size_bytes > service.hbm.limit_bytes or not tiles.may_join(sums.rows, sums.keys, sums.padding):
         return False
     tile_s = service.governor.tile_s(search.band)
     return tiles.speed.rows(sums.flop // sums.rows, tile_s, sums.rows) == sums.rows

@@ -97,6 +97,21 @@ def test_all_visible_rows(client, sequences):
         assert result.indices is None
 
 
+def test_all_visible_rows_of_layers_of_all_lengths(client, calls):
+    """Long ones beside short ones, with widths that take more workspace than the least."""
+    shape = Shape(key_dim=512, value_dim=512, ratio=1, index_heads=1, index_dim=16)
+    failures = client.load().memory_failures
+    made = [Sequence(client, shape, tokens, 1, tokens, window=0) for tokens in (40, 3500, 41, 40, 1, 2000)]
+    items = [each.item(index_q=None, index_w=None) for each in made]
+    results = client.sparse_attend_batch(items, all_visible=True, scale=SCALE, want_lse=True)
+    for sequence, result in zip(made, results, strict=True):
+        row = torch.arange(sequence.rows.kv.rows, dtype=torch.int32)
+        indices = torch.where(row <= sequence.queries.positions[:, None], row, -1).to(torch.int32)
+        sequence.check_right(result, indices)
+        sequence.cache.delete()
+    assert client.load().memory_failures == failures
+
+
 def test_no_window_and_no_indices(client, sequences):
     none = [torch.empty((len(each.queries), 0), dtype=torch.int32) for each in sequences]
     items = [each.given(some) for each, some in zip(sequences, none, strict=True)]

@@ -189,6 +189,20 @@ def test_announced_rows_must_come(calls, cache_id):
         assert call.refusal().error.field == "header.row_count"
 
 
+def test_rows_beyond_those_announced_are_not_computed(calls, cache_id):
+    """The call holds what those it announced can ask for; the rest may be somebody else's by now."""
+    call = StreamCall(calls.attention.SparseAttend, metadata=calls.metadata)
+    with call:  # it stays open: what ends it is the chunk
+        call.send(header(cache_id, row_count=5, window=2), chunk(), chunk(row_offset=4))
+        refusal = call.refusal()
+    assert (refusal.code, refusal.error.reason, refusal.error.field) == (
+        INVALID,
+        "INVALID_ARGUMENT",
+        "header.row_count",
+    )
+    assert dict(refusal.error.metadata) == {"announced_rows": "5", "received_rows": "8"}
+
+
 def test_a_cache_of_index_keys_alone(calls):
     with calls.cache(KIND) as made:
         with attend(calls, header(made.id)) as call:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from streamindex_service.core.attention_estimates import STEP_ROWS, AttentionTerms, AttentionWork, parts_of
+from streamindex_service.core.attention_estimates import STEP_ROWS, AttentionTerms, AttentionWork, Padding, parts_of
 from streamindex_service.core.sizes import KvFormat
 from streamindex_service.core.specs import KvSpec
 from streamindex_service.ops import kv_rows
@@ -53,6 +53,9 @@ ALL_VISIBLE = [
     (V4_PACKED, 128, [(250, 1_048_576, 8192)]),
     (V4, 128, [(900, 262_144, 2048)]),
     (GLM, 0, [(2, 131_072 + 128 * number, 1024 + number) for number in range(32)]),
+    # one that is much longer than the others, for which all of them have index rows as long
+    (V4, 128, [(1, 2_097_152, 16_384), *[(1, 1024, 8)] * 255]),
+    (NARROW, 0, [*[(2, 1024, 8)] * 255, (1, 2_097_152, 16_384)]),
 ]
 RATIO = 128
 
@@ -85,6 +88,8 @@ class Tile:
             parts = self.row_parts if terms.splits else 1
             work = AttentionWork(self.spec, held, width, self.window, self.want_lse, terms, named, parts)
             total += work.tile_bytes(count, count + self.window - 1 if self.window else 0)
+        padding = Padding.of((count, held if self.width is None else self.width) for count, _, held in self.parts)
+        total += padding.entries * terms.index_entry_bytes
         return total + work.used_bytes(self.rows, workspace_bytes)
 
     def sequences(self, device: str) -> list[CachedSequence]:

@@ -14,6 +14,7 @@ from streamindex_service.core.attention_estimates import (
     WINDOW_GROUP,
     AttentionTerms,
     AttentionWork,
+    Padding,
     parts_of,
     window_group,
 )
@@ -150,6 +151,12 @@ def test_a_tile_is_shared_out_by_what_a_block_holds(kv_format, heads, entries, i
     rows = BLOCK_BYTES // (2 * heads * (kv.key_dim + 512))
     assert parts_of(kv, entries, min(rows, STEP_ROWS) if in_steps else rows) == parts
     assert parts_of(kv, entries, 1000 * rows) == 1  # where a tile has rows enough
+
+
+def test_index_rows_of_a_tile_are_as_wide_as_the_widest():
+    padding = Padding.of([(3, 100), (1, 900), (2, 0)])
+    assert (padding.rows, padding.widest, padding.entries) == (6, 900, 6 * 900 - 300 - 900)
+    assert Padding.of([(5, 70)]).entries == Padding().entries == 0
 
 
 def test_all_visible_rows_have_no_indices():

@@ -285,6 +285,12 @@ def test_a_snapshot_holds_the_pages_that_will_be_asked_for():
     assert snapshot.held == snapshot.pages[7:9]
     assert len(snapshot.pages) == 10
     assert [page.references for page in snapshot.pages] == [1] * 7 + [2, 2, 1]
+    assert snapshot.held_pages(7, 9) == snapshot.held
+    assert snapshot.held_pages(8, 9) == snapshot.held[1:]
+    assert snapshot.held_pages(2, 2) == ()
+    for first, stop in ((6, 8), (8, 10), (0, 1), (9, 10)):
+        with pytest.raises(AssertionError, match="2 are held from 7"):
+            snapshot.held_pages(first, stop)
     used = world.store.accounts.of(OWNER).host_bytes
     world.store.truncate(cache, 0, 0)
     assert [page.references for page in snapshot.pages] == [0] * 7 + [1, 1, 0]

@@ -107,10 +107,10 @@ def attend_cached(
             min(tokens · width, compressed.length) and those of its window, each once.
         parts: of an index row, that different programs take; implementations in torch never split.
 
-    A query's answer is the same sequence of operations whatever other queries are computed with it: what is split into
-    parts is its index row as it is given, or of all visible rows those that it sees itself. Raises ValueError for
-    indices, positions, parts or a window that are not as above, or if the sequences disagree, and what
-    `sparse_attention` raises.
+    A query's answer is the same sequence of operations whatever other queries are computed with it (of implementations
+    in torch on a CPU alone): what is split into parts is its index row as it is given, or of all visible rows those
+    that it sees itself. Raises ValueError for indices, positions, parts or a window that are not as above, or if the
+    sequences disagree, and what `sparse_attention` raises.
     """
     _check(q, indices, positions, sequences, window, parts)
     tokens, heads, key_dim = q.shape
