@@ -76,7 +76,9 @@ def item_parameters(
     """Check an item of a batch against its cache; the request has been checked by `check_asked`. Raises likewise."""
     _refuse_without_kv(spec, "")
     band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
-    known = (min(item.positions), max(item.positions)) if item.positions else (0, None)
+    # how many there are is checked later, and nobody looks at more of them than rows
+    positions = item.positions if len(item.positions) == item.row_count else ()
+    known = (min(positions), max(positions)) if positions else (0, None)
     return _parameters(request, item, spec, band, None, item.row_count, "", "", known)
 
 

@@ -256,6 +256,10 @@ class AttendTiles:
         """See `Joinable`."""
         return self.work.width
 
+    def padding_bytes(self, padding: Padding) -> int:
+        """See `Joinable`."""
+        return padding.entries * self.work.terms.index_entry_bytes
+
     def may_join(self, rows: int, keys: int, padding: Padding) -> bool:
         """Whether a tile of so many rows is as fast as several: each row is worked on by itself. Where rows are copied,
         the workspace depends on the width."""
@@ -280,7 +284,7 @@ class AttendTiles:
             pages = tuple(dict.fromkeys(page for layer in layers for page in layer))
         padding = Padding.of((piece.rows, each.width) for each, piece in parts)
         beside_bytes = sum(each.tile_bytes(piece) for each, piece in parts)
-        beside_bytes += padding.entries * tiles.work.terms.index_entry_bytes
+        beside_bytes += tiles.padding_bytes(padding)
         floor_bytes = tiles.workspace_bytes + beside_bytes
         used_bytes = tiles.work.used_bytes(rows, tiles.workspace_bytes) + beside_bytes
         flop = sum(each.flop_of(piece) for each, piece in parts)

@@ -175,6 +175,10 @@ class IndexTiles:
 
     width = 0
 
+    def padding_bytes(self, padding: Padding) -> int:
+        """None: see `width`."""
+        return 0
+
     def may_join(self, rows: int, keys: int, padding: Padding) -> bool:
         """Whether a tile of so many rows, of which one sees so many keys, is as fast as several of fewer."""
         return self.work.workspace_bytes(rows, keys) <= int(self._service.settings.memory.workspace_bytes)

@@ -39,6 +39,9 @@ class Joinable(Protocol):
     def bytes_of(self, piece: TilePiece) -> int:
         """Device memory of all that a tile reads and writes; without the workspace."""
 
+    def padding_bytes(self, padding: Padding) -> int:
+        """Device memory of what index rows are wider for than each by itself."""
+
     def flop_of(self, piece: TilePiece) -> int:
         """Operations of a tile."""
 
@@ -177,7 +180,8 @@ def _fit(tiles: Joinable, sums: _Sums, search: OpenSearch) -> bool:
     service = tiles.service
     # Pages lie in extents, of which the last may be filled in part only.
     needed = tiles.workspace_bytes + int(service.settings.memory.extent_bytes)
-    if needed + sums.size_bytes > service.hbm.limit_bytes or not tiles.may_join(sums.rows, sums.keys, sums.padding):
+    needed += sums.size_bytes + tiles.padding_bytes(sums.padding)
+    if needed > service.hbm.limit_bytes or not tiles.may_join(sums.rows, sums.keys, sums.padding):
         return False
     tile_s = service.governor.tile_s(search.band)
     return tiles.speed.rows(sums.flop // sums.rows, tile_s, sums.rows) == sums.rows
