@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ import numpy.typing as npt
 import streamindex_client
 from streamindex_client import AttendBatchItem, AttendBatchResult, Client, KeyCache
 
-from benchmarks.callers import READY, Caller
+from benchmarks.callers import READY, Caller, running
 
 if TYPE_CHECKING:  # a caller starts without torch
     from benchmarks.attend_cases import Case, Held, Queries
@@ -125,16 +124,9 @@ def serve(address: str, directory: Path, name: str) -> None:
             print(json.dumps(repeat(client, items, step, int(sys.stdin.readline()) / 1e3)), flush=True)
 
 
-@contextmanager
-def started(address: str, directory: Path, name: str) -> Iterator[Caller]:
-    """A caller in a process of its own, which is ended at the end of the block."""
-    command = [sys.executable, "-m", "benchmarks.attend_steps", address, str(directory), name]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield Caller(process)
-    finally:
-        process.kill()
-        process.communicate()
+def started(address: str, directory: Path, name: str) -> AbstractContextManager[Caller]:
+    """A caller in a process of its own."""
+    return running([sys.executable, "-m", "benchmarks.attend_steps", address, str(directory), name])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -92,12 +92,19 @@ def caller(kind: str, address: str, caches: Mapping[str, KeyCache], **options: i
         command = [sys.executable, "-m", "benchmarks.callers", kind, address, ids, "--tokens-file", str(tokens_file)]
         for name, value in options.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        try:
-            yield Caller(process)
-        finally:
-            process.kill()
-            process.communicate()
+        with running(command) as made:
+            yield made
+
+
+@contextmanager
+def running(command: Sequence[str]) -> Iterator[Caller]:
+    """A caller's process, which is ended at the end of the block."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Caller(process)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def load_of(address: str, token: str) -> server_pb2.GetLoadResponse:
