@@ -23,11 +23,11 @@ from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.errors import ExceedsBudgetError, ServiceError
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, Q
 from streamindex_service.frontend.attend_requests import AttendParameters
-from streamindex_service.frontend.device import View
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import POSITIONS, BlockLayout, positions_of
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tiles import Fields, Submitted, TileDue, TilePiece, span
+from streamindex_service.frontend.views import View
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _TERMS = [field.name for field in fields(AttentionTerms)]

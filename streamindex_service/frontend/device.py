@@ -6,46 +6,20 @@ import asyncio
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from streamindex_service.core.governor import Governor
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.pages import PageSlot
-from streamindex_service.core.specs import RowKind
 from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
 from streamindex_service.frontend.host_memory import Block, HostExtents, SharedSegment
+from streamindex_service.frontend.views import DeviceViews, View
 from streamindex_service.ipc.link import PAGES_PER_MESSAGE
 from streamindex_service.ipc.supervisor import Supervisor, WorkerLink
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _MAX_SUSPECTS = 1024
-# Of views that no search uses: each keeps a page table on the device, and numbers of its pages here and in the worker.
-_MOST_IDLE_PAGES = 16_384
-_MOST_IDLE_VIEWS = 1024
 _SUSPICION_S = 3600.0  # a request is tried again after so long
-
-
-@dataclass(slots=True, eq=False)
-class View:
-    """Pages of a snapshot as one worker knows them.
-
-    `moves` is what the governor's residency counted when it was made; `extents` are what its pages lie in. While tiles
-    of it are with the worker it stays, `stale` or not. `is_whole`: all pages of a layer, so that other searches have a
-    use for it; `users` are those that have it now.
-    """
-
-    view_id: int
-    worker: WorkerLink
-    defined: asyncio.Future[pb.FromWorker]
-    pages: Sequence[Page]
-    places: list[PageSlot | None]
-    extents: frozenset[int]
-    moves: int
-    is_whole: bool
-    users: int = 1
-    tiles: int = 0
-    stale: bool = False
 
 
 class DeviceWorker:
@@ -57,10 +31,7 @@ class DeviceWorker:
         self.extents = extents
         self._poison_deaths = poison_deaths
         self._clock = clock
-        self._views: set[View] = set()
-        self._whole: dict[int, View] = {}  # of them, those of whole layers that are not stale, by identity of the pages
-        self._idle: OrderedDict[View, None] = OrderedDict()  # of these, those without users, unused for longest first
-        self._idle_pages = 0
+        self.views = DeviceViews(self._moves, self._watch)
         self._mapped: set[int] = set()
         self._loads: deque[Page] = deque()
         self._device_extents: set[int] = set()
@@ -81,8 +52,7 @@ class DeviceWorker:
     def drop_extent(self, extent_id: int) -> None:
         """Have the worker give it back. Views that a search keeps for its next tile would hold the memory: they go."""
         self._device_extents.discard(extent_id)
-        for view in [view for view in self._views if extent_id in view.extents]:
-            self._retire(view)
+        self.views.retire_those_in(extent_id)
         self._worker().send(pb.ToWorker(free_extent=pb.FreeExtent(extent_id=extent_id)))
 
     def load(self, page: Page) -> None:
@@ -112,12 +82,7 @@ class DeviceWorker:
         self._forget_loads()
         self._mapped.clear()
         self._device_extents.clear()
-        for view in self._views:
-            view.stale = True
-        self._views.clear()
-        self._whole.clear()
-        self._idle.clear()
-        self._idle_pages = 0
+        self.views.forget()
         self.governor.device_lost()
 
     def on_lost(self, blamed: bool) -> None:
@@ -145,103 +110,11 @@ class DeviceWorker:
         another search's of the same pages. `drop_view` must follow for what is returned and not given here again."""
         worker = self._worker()
         self._send_loads(worker)
-        if view is not None:
-            if self._serves(view, worker):
-                return view
-            self._retire(view)
-        known = self._whole.get(id(pages))
-        if known is not None:
-            if self._serves(known, worker):
-                self._use(known)
-                return known
-            self._retire(known)
-        return self._make_view(worker, snapshot, pages, length_keys)
+        return self.views.of(view, worker, snapshot, pages, length_keys)
 
     def drop_view(self, view: View) -> None:
-        """The search is over. A view of a whole layer stays for the next search of it, as long as it is right."""
-        if not view.stale:
-            view.users -= 1
-        if view.stale or (view.users == 0 and not view.is_whole):
-            self._retire(view)
-        elif view.users == 0:
-            self._idle[view] = None
-            self._idle_pages += len(view.pages)
-            while self._idle_pages > _MOST_IDLE_PAGES or len(self._idle) > _MOST_IDLE_VIEWS:
-                self._retire(next(iter(self._idle)))
-
-    def _serves(self, view: View, worker: WorkerLink) -> bool:
-        """Whether its pages are where it says. Nobody looks at each while none has lost its place."""
-        assert self.governor is not None
-        if view.stale or view.worker is not worker:
-            return False
-        moves = self.governor.residency.moves
-        if view.moves != moves:
-            if view.places != [page.device for page in view.pages]:
-                return False
-            view.moves = moves
-        return True
-
-    def _use(self, view: View) -> None:
-        view.users += 1
-        if view in self._idle:
-            del self._idle[view]
-            self._idle_pages -= len(view.pages)
-
-    def _make_view(self, worker: WorkerLink, snapshot: Snapshot, pages: Sequence[Page], length_keys: int) -> View:
-        assert self.governor is not None
-        view_id, places = worker.next_id(), [page.device for page in pages]
-        defined = self._define(worker, view_id, snapshot, places, length_keys)
-        extents = frozenset(place.extent_id for place in places if place is not None)
-        # all empty layers have the same pages, whatever their keys would be
-        moves, is_whole = self.governor.residency.moves, bool(pages) and pages is snapshot.pages
-        view = View(view_id, worker, defined, pages, places, extents, moves, is_whole)
-        self._views.add(view)
-        if is_whole:
-            self._whole[id(pages)] = view
-        return view
-
-    def _define(
-        self,
-        worker: WorkerLink,
-        view_id: int,
-        snapshot: Snapshot,
-        places: list[PageSlot | None],
-        length_keys: int,
-    ) -> asyncio.Future[pb.FromWorker]:
-        kv = snapshot.spec.kv if snapshot.kind is not RowKind.KEYS else None
-        count = max(1, -(-len(places) // PAGES_PER_MESSAGE))
-        for part in range(count):
-            some = places[part * PAGES_PER_MESSAGE : (part + 1) * PAGES_PER_MESSAGE]
-            extent_ids = [slot.extent_id for slot in some if slot is not None]
-            assert len(extent_ids) == len(some), "a pinned page is not on the device"
-            fields = {
-                "view_id": view_id,
-                "key_format": int(snapshot.spec.key_format) if kv is None else 0,
-                "kv_format": 0 if kv is None else int(kv.kv_format),
-                "head_dim": snapshot.spec.head_dim if kv is None else kv.key_dim,
-                "length_keys": length_keys,
-                "extent_ids": extent_ids,
-                "extent_offsets": [slot.offset_bytes for slot in some if slot is not None],
-                "complete": part == count - 1,
-            }
-            message = pb.ToWorker(define_view=fields)
-            if part < count - 1:
-                worker.send(message)
-        defined = worker.request(message, view_id)
-        self._watch(defined)
-        return defined
-
-    def _retire(self, view: View) -> None:
-        """No more tiles of it; the worker forgets it once it has none."""
-        view.stale = True
-        if self._whole.get(id(view.pages)) is view:
-            del self._whole[id(view.pages)]
-        if view in self._idle:
-            del self._idle[view]
-            self._idle_pages -= len(view.pages)
-        if view.tiles == 0 and view in self._views:
-            self._views.discard(view)
-            view.worker.send(pb.ToWorker(drop_view=pb.DropView(view_id=view.view_id)))
+        """The search is over, or has no more use for it."""
+        self.views.drop(view)
 
     def submit(
         self, views: Sequence[View], block: Block, request_key: str, message: Callable[[int], pb.ToWorker]
@@ -252,6 +125,7 @@ class DeviceWorker:
         CancelledTileError or InternalError.
         """
         worker = views[0].worker
+        self.views.tell()
         self._map(worker, block.shared)
         tile_id = worker.next_id()
         asked = message(tile_id)
@@ -331,13 +205,14 @@ class DeviceWorker:
         return shared.segment_id
 
     def _tile_done(self, tile_id: int, views: Sequence[View], future: asyncio.Future[pb.FromWorker]) -> None:
-        for view in views:
-            view.tiles -= 1
-            if view.stale:
-                self._retire(view)
+        self.views.tile_done(views)
         # A tile that died with its worker stays listed until `on_down` has looked at the list.
         if future.cancelled() or not isinstance(future.exception(), WorkerLostError):
             self._outstanding.pop(tile_id, None)
+
+    def _moves(self) -> int:
+        assert self.governor is not None
+        return self.governor.residency.moves
 
     def _watch(self, operation: asyncio.Future[pb.FromWorker]) -> None:
         assert self.governor is not None
@@ -353,8 +228,7 @@ class DeviceWorker:
         # What is on the device is not what the governor believes. Forget all of it: tiles that run keep their views
         # (and with them the memory), everything else is copied again when it is used.
         worker = self._worker()
-        for view in list(self._views):
-            self._retire(view)
+        self.views.retire_all()
         for extent_id in sorted(self._device_extents):
             worker.send(pb.ToWorker(free_extent=pb.FreeExtent(extent_id=extent_id)))
         self._device_extents.clear()
@@ -371,7 +245,7 @@ def _copied(pages: Iterable[Page], _: asyncio.Future[pb.FromWorker] | None = Non
 def tile_error(views: Sequence[View], error: ServiceError) -> ServiceError:
     """The cause of a tile's failure: if one of its views could not be made for lack of memory, that."""
     for view in views:
-        if view.defined.done() and not view.defined.cancelled():
+        if view.defined is not None and view.defined.done() and not view.defined.cancelled():
             cause = view.defined.exception()
             if isinstance(cause, ServiceError):
                 return cause

@@ -13,11 +13,11 @@ from streamindex_service.core.turns import Grant, Need, OpenSearch, SearchTurn
 from streamindex_service.core.windows import MERGE_BYTES_PER_ENTRY, windows_of
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import requests
-from streamindex_service.frontend.device import View
 from streamindex_service.frontend.query_block import BlockLayout
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tiles import Submitted, TileDue, TilePart, TilePiece, TileSpec, search_tile
+from streamindex_service.frontend.views import View
 from streamindex_service.ipc.v1 import worker_pb2
 
 _TERMS = [field.name for field in fields(WorkspaceTerms)]

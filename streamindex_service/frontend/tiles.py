@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from streamindex_service.core.turns import Grant, SearchTurn
 from streamindex_service.errors import ServiceError
-from streamindex_service.frontend.device import View
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.service import Service
+from streamindex_service.frontend.views import View
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _SCORE_ORDER = 1  # streamindex.v1.ResultOrder: parts are merged in this order

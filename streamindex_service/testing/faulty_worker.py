@@ -132,7 +132,7 @@ def _seams() -> list[Seam]:
         Seam(Point.SEGMENT_MAPPED, SegmentMap, "add", after=True),
         Seam(Point.PAGES_RECEIVED, Executor, "load_pages", after=False),
         Seam(Point.PAGES_COPIED, Executor, "_copy_pages", after=True),
-        Seam(Point.VIEW_DEFINED, KeyStore, "define_view", after=True),
+        Seam(Point.VIEW_DEFINED, KeyStore, "define_views", after=True),
         Seam(Point.TILE_RECEIVED, Commands, "put", after=False, when=_is_tile),
         Seam(Point.TILE_BEGUN, Executor, "search_tile", after=False),
         Seam(Point.TILE_BEGUN, Executor, "attend_tile", after=False),

@@ -215,12 +215,13 @@ class Worker:
             executor.attend_tile(message.attend_tile)
         elif kind == "load_pages":
             executor.load_pages(message.load_pages)
-        elif kind == "define_view":
-            executor.store.define_view(message.define_view)
-            if message.define_view.complete:
-                self._send(pb.FromWorker(operation_done=pb.OperationDone(operation_id=message.define_view.view_id)))
-        elif kind == "drop_view":
-            executor.store.drop_view(message.drop_view.view_id)
+        elif kind == "define_views":
+            executor.store.define_views(message.define_views)
+            if operation_id := message.define_views.operation_id:
+                self._send(pb.FromWorker(operation_done=pb.OperationDone(operation_id=operation_id)))
+        elif kind == "drop_views":
+            for view_id in message.drop_views.view_ids:
+                executor.store.drop_view(view_id)
         elif kind == "allocate_extent":
             extent = message.allocate_extent
             executor.store.extents.allocate(extent.extent_id, extent.extent_bytes)
@@ -237,7 +238,7 @@ class Worker:
 
     def _fail(self, message: pb.ToWorker, kind: pb.FailureKind, error: Exception) -> None:
         inner: Any = getattr(message, message.WhichOneof("message") or "")
-        work_id = getattr(inner, "tile_id", 0) or getattr(inner, "operation_id", 0) or getattr(inner, "view_id", 0)
+        work_id = getattr(inner, "tile_id", 0) or getattr(inner, "operation_id", 0)
         failed = pb.FromWorker(failed=pb.Failed(id=work_id, kind=kind, detail=repr(error)[:4000]))
         if kind == pb.FAILURE_KIND_DEVICE:
             self._send(failed)  # this process ends: what it was running stays listed

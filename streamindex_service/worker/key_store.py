@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,16 +105,30 @@ class KeyStore:
         """A part of an extent, [size_bytes] uint8. Raises MissingMemoryError."""
         return self.extents[extent_id][offset_bytes : offset_bytes + size_bytes]
 
-    def define_view(self, message: pb.DefineView) -> None:
-        """Add pages to a view; the last message makes it usable. Raises MissingMemoryError for a missing extent.
+    def define_views(self, message: pb.DefineViews) -> None:
+        """Add pages to views; of each, the last part makes it usable. Raises MissingMemoryError for a missing extent.
 
-        What raises has changed nothing: given again, the last message finds the pages of those before it.
+        What raises has changed nothing: given again, a message finds what it found before.
         """
-        part = _numbers(message.extent_ids), _numbers(message.extent_offsets)
-        slots = [*self._partial.get(message.view_id, ()), part]
-        if not message.complete:
-            self._partial[message.view_id] = slots
-            return
+        partial: dict[int, list[_Slots]] = {}
+        made: dict[int, PagedKeys | PagedKvRows] = {}
+        for each in message.views:
+            part = _numbers(each.extent_ids), _numbers(each.extent_offsets)
+            slots = [*self._partial.get(each.view_id, ()), part]
+            if each.complete:
+                made[each.view_id] = self._made(each, slots)
+            else:
+                partial[each.view_id] = slots
+        self._partial.update(partial)
+        for view_id, view in made.items():
+            self._partial.pop(view_id, None)
+            if isinstance(view, PagedKvRows):
+                self._kv_views[view_id] = view
+            else:
+                self._views[view_id] = view
+
+    def _made(self, message: pb.DefineView, slots: Sequence[_Slots]) -> PagedKeys | PagedKvRows:
+        """A view whose pages are all there."""
         extent_ids, starts = (np.concatenate(parts) for parts in zip(*slots, strict=True))
         used, which = np.unique(extent_ids, return_inverse=True)
         extents = [self.extents[int(extent_id)] for extent_id in used]
@@ -125,14 +139,11 @@ class KeyStore:
 
         if message.kv_format:
             whole = pages(0, (PAGE_KEYS * (row_bytes + scale_bytes),), torch.uint8)
-            kv_format = KV_FORMATS[message.kv_format]
-            self._kv_views[message.view_id] = PagedKvRows(kv_format, message.head_dim, message.length_keys, whole)
-        else:
-            key_format = FORMATS[message.key_format]
-            values = pages(0, (PAGE_KEYS, message.head_dim), key_format.torch_dtype)
-            scales = pages(PAGE_KEYS * row_bytes, (PAGE_KEYS,), torch.float32) if key_format.has_scales else None
-            self._views[message.view_id] = PagedKeys(key_format, message.head_dim, message.length_keys, values, scales)
-        self._partial.pop(message.view_id, None)
+            return PagedKvRows(KV_FORMATS[message.kv_format], message.head_dim, message.length_keys, whole)
+        key_format = FORMATS[message.key_format]
+        values = pages(0, (PAGE_KEYS, message.head_dim), key_format.torch_dtype)
+        scales = pages(PAGE_KEYS * row_bytes, (PAGE_KEYS,), torch.float32) if key_format.has_scales else None
+        return PagedKeys(key_format, message.head_dim, message.length_keys, values, scales)
 
     def view(self, view_id: int) -> PagedKeys:
         """A view. Raises MissingMemoryError."""

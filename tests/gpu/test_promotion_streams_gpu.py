@@ -144,7 +144,7 @@ class Rig:
             extent_ids=[extent_id] * self.pages,
             extent_offsets=[self.page_bytes * page for page in range(self.pages)],
         )  # fmt: skip
-        self.executor.store.define_view(message)
+        self.executor.store.define_views(pb.DefineViews(views=[message]))
         return Layer(number, extent_id)
 
     def layer(self, seed: int) -> Layer:

@@ -39,7 +39,7 @@ class OnDevice:
         assert sum(page_bytes for _, page_bytes in placed) == residency.resident_bytes == pool.page_bytes_in_use
         tables_of = {page_bytes_of(kind): 1 + kind.has_scales for kind in kinds}
         tables = 0
-        for view in service.device._views:
+        for view in service.device.views:
             if view.pages:
                 rounded = -(-8 * len(view.pages) // ROUNDED_BYTES) * ROUNDED_BYTES
                 tables += tables_of.get(view.pages[0].page_bytes, 0) * rounded

@@ -13,7 +13,7 @@ from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.specs import RowKind
-from streamindex_service.frontend import device as frontend_device
+from streamindex_service.frontend import views as views_module
 from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import HostExtents
 from streamindex_service.ipc.v1 import worker_pb2 as pb
@@ -23,6 +23,9 @@ class OneEpoch:
     """A governor that never loses anything."""
 
     epoch = 1
+
+    def device_lost(self):
+        pass
 
     class residency:  # noqa: N801
         moves = 0
@@ -72,6 +75,18 @@ def sent(device, kind):
     return [getattr(message, kind) for message in device.supervisor.link.sent if message.HasField(kind)]
 
 
+def defined(device):
+    """What was told of views that were made, in order."""
+    device.views.tell()  # as whoever submits a tile does
+    return [view for message in sent(device, "define_views") for view in message.views]
+
+
+def dropped(device):
+    """Numbers of views of which the worker has heard that they are gone, in order."""
+    device.views.tell()  # as the loop does
+    return [view_id for message in sent(device, "drop_views") for view_id in message.view_ids]
+
+
 async def test_a_view_serves_until_its_pages_move_and_goes_with_its_memory():
     device = DeviceWorker(HostExtents(lambda segment_id: None, Ledger("host", 1 << 30)), 2, time.monotonic)
     device.governor, device.supervisor = OneEpoch(), OneLink()
@@ -81,20 +96,20 @@ async def test_a_view_serves_until_its_pages_move_and_goes_with_its_memory():
     assert device.view_of(view, Snapshot, pages, 300) is view
     residency.moves += 1  # somebody else's
     assert device.view_of(view, Snapshot, pages, 300) is view
-    assert len(sent(device, "define_view")) == 1
+    assert len(defined(device)) == 1
     pages[0].device = PageSlot(8, 0)
     residency.moves += 1
     second = device.view_of(view, Snapshot, pages, 300)
-    assert [each.view_id for each in sent(device, "define_view")] == [view.view_id, second.view_id]
-    assert [each.view_id for each in sent(device, "drop_view")] == [view.view_id]
+    assert [each.view_id for each in defined(device)] == [view.view_id, second.view_id]
+    assert dropped(device) == [view.view_id]
     second.tiles = 1  # it is read: it stays until that has ended
     device.drop_extent(8)
     assert second.stale
-    assert len(sent(device, "drop_view")) == 1
+    assert len(dropped(device)) == 1
     second.tiles = 0
     device.drop_view(second)
     device.drop_view(second)
-    assert [each.view_id for each in sent(device, "drop_view")] == [view.view_id, second.view_id]
+    assert dropped(device) == [view.view_id, second.view_id]
 
 
 def shown(*places):
@@ -115,18 +130,18 @@ async def test_searches_of_a_layer_share_a_view_and_the_next_one_finds_it():
     device.drop_view(first)
     assert device.view_of(None, snapshot, snapshot.pages, 300) is first
     device.drop_view(first)
-    assert len(sent(device, "define_view")) == 1
-    assert not sent(device, "drop_view")
+    assert len(defined(device)) == 1
+    assert not dropped(device)
     snapshot.pages[0].device = PageSlot(9, 2048)
     device.governor.residency.moves += 1
     second = device.view_of(None, snapshot, snapshot.pages, 300)
     assert second is not first
-    assert [each.view_id for each in sent(device, "drop_view")] == [first.view_id]
+    assert dropped(device) == [first.view_id]
     device.drop_view(second)
     device.drop_extent(9)  # what nobody uses must not hold memory that is given back
-    assert [each.view_id for each in sent(device, "drop_view")] == [first.view_id, second.view_id]
-    assert not device._idle
-    assert device._idle_pages == 0
+    assert dropped(device) == [first.view_id, second.view_id]
+    assert not device.views._idle
+    assert device.views._idle_pages == 0
 
 
 async def test_a_page_that_moves_is_copied_anew_before_anything_reads_it_and_its_view_is_made_anew():
@@ -150,6 +165,7 @@ async def test_a_page_that_moves_is_copied_anew_before_anything_reads_it_and_its
         assert residency.try_place(each.pages, 0)
         views[each] = device.view_of(None, each, each.pages, 256 * len(each.pages))
         residency.unpin(each.pages)
+    assert len(defined(device)) == len(views)
     for future in link.futures:  # the copies are made
         future.set_result(pb.FromWorker())
     await asyncio.sleep(0)
@@ -161,8 +177,8 @@ async def test_a_page_that_moves_is_copied_anew_before_anything_reads_it_and_its
     other = layer(32_768, 2048, 2)
     assert residency.try_place(other.pages, 0)
     kinds = [message.WhichOneof("message") for message in link.sent]
-    assert kinds == ["drop_view"] * 4 + ["free_extent", "allocate_extent"]  # nothing reads the extent that goes
-    assert {each.view_id for each in sent(device, "drop_view")} == {views[each].view_id for each in gone[2:]}
+    assert kinds == ["drop_views", "free_extent", "allocate_extent"]  # nothing reads the extent that goes
+    assert set(dropped(device)) == {views[each].view_id for each in gone[2:]}
     assert [gone[2].pages[0].copies, *(page.copies for page in stays.pages)] == [1, 0, 0]
     del link.sent[:]
     # Whoever is next sends the copies first, of what has moved too, though the view is of something else.
@@ -180,23 +196,23 @@ async def test_a_page_that_moves_is_copied_anew_before_anything_reads_it_and_its
     assert place.extent_id == stays.pages[0].device.extent_id
     assert (second.page_bytes, len(second.extent_ids)) == (2048, 2)
     assert device.view_of(None, gone[2], gone[2].pages, 256) is not views[gone[2]]
-    (defined,) = sent(device, "define_view")
-    assert (list(defined.extent_ids), list(defined.extent_offsets)) == ([place.extent_id], [place.offset_bytes])
+    (made,) = defined(device)
+    assert (list(made.extent_ids), list(made.extent_offsets)) == ([place.extent_id], [place.offset_bytes])
 
 
 @pytest.mark.parametrize(("name", "most"), [("_MOST_IDLE_PAGES", 3), ("_MOST_IDLE_VIEWS", 1)])
 async def test_views_without_a_search_are_bounded_and_a_window_s_is_not_kept(monkeypatch, name, most):
-    monkeypatch.setattr(frontend_device, name, most)
+    monkeypatch.setattr(views_module, name, most)
     device, one = shown(0, 1024)
     other = Snapshot()
     other.pages = one.pages[:1] + one.pages[1:]  # another layer of the same pages
     views = [device.view_of(None, each, each.pages, 300) for each in (one, other)]
     for view in views:
         device.drop_view(view)
-    assert [each.view_id for each in sent(device, "drop_view")] == [views[0].view_id]
+    assert dropped(device) == [views[0].view_id]
     window = device.view_of(None, one, one.pages[:1], 256)
     device.drop_view(window)
-    assert sent(device, "drop_view")[-1].view_id == window.view_id
+    assert dropped(device)[-1] == window.view_id
 
 
 async def test_pages_that_lost_their_place_before_they_were_copied():
@@ -226,14 +242,54 @@ async def test_pages_that_lost_their_place_before_they_were_copied():
     extents.drop(1)
 
 
+async def test_views_of_a_step_are_told_and_forgotten_together(monkeypatch):
+    """In the order in which they were made, no more to a message than it holds, and before they are gone."""
+    monkeypatch.setattr(views_module, "PAGES_PER_MESSAGE", 4)
+    monkeypatch.setattr(views_module, "_VIEWS_PER_MESSAGE", 3)
+    device, whole = shown(*range(0, 16_384, 1024))
+    link = device.supervisor.link
+    counts = [3, 1, 1, 0, 0, 0, 9, 4, 2]
+    made = [device.view_of(None, whole, whole.pages[:count], 256 * count) for count in counts]
+    untold = [view for view in made if view.defined is None]
+    assert untold == made[-1:]  # two of its pages wait for more
+    assert len(link.futures) == 5
+    assert defined(device)[-1].view_id == made[-1].view_id
+    messages = sent(device, "define_views")
+    assert [[(len(each.extent_ids), each.complete) for each in message.views] for message in messages] == [
+        [(3, True), (1, True)], [(1, True), (0, True), (0, True)], [(0, True), (4, False)], [(4, False)],
+        [(1, True)], [(4, True)], [(2, True)],
+    ]  # fmt: skip
+    assert [view.defined for view in made] == [link.futures[at] for at in (0, 0, 1, 1, 1, 2, 3, 4, 5)]
+    assert [message.operation_id > 0 for message in messages] == [True, True, True, False, True, True, True]
+    assert list(device.views) != []
+    del link.sent[:]
+    for view in made:
+        device.drop_view(view)
+    assert not link.sent  # more may go in this turn of the loop
+    await asyncio.sleep(0)
+    assert [len(each.view_ids) for each in sent(device, "drop_views")] == [4, 4, 1]
+    assert dropped(device) == [view.view_id for view in made]
+    assert list(device.views) == []
+    views = [device.view_of(None, whole, whole.pages[:1], 256) for _ in range(2)]
+    device.drop_view(views[0])  # its tile was never submitted
+    await asyncio.sleep(0)
+    assert [message.WhichOneof("message") for message in link.sent[3:]] == ["define_views", "drop_views"]
+    device.view_of(None, whole, whole.pages[:1], 256)
+    device.drop_view(views[1])
+    device.on_down(())
+    await asyncio.sleep(0)
+    assert len(link.sent) == 5  # what the worker was to hear it need not
+    assert all(view.stale for view in views)
+
+
 async def test_a_view_of_many_pages_comes_in_several_messages(monkeypatch):
-    monkeypatch.setattr(frontend_device, "PAGES_PER_MESSAGE", 2)
+    monkeypatch.setattr(views_module, "PAGES_PER_MESSAGE", 2)
     device = DeviceWorker(HostExtents(lambda number: None, Ledger("host", 0)), 2, time.monotonic)
     device.supervisor, device.governor = OneLink(), OneEpoch()
     places = [PageSlot(7 + number // 3, 4096 * number) for number in range(5)]
     pages = [Page(PageSlot(1, 0), 4096, ACCOUNT, None, device=place) for place in places]
     device.view_of(None, Snapshot(), pages, 1234)
-    messages = sent(device, "define_view")
+    messages = defined(device)
     assert [list(zip(each.extent_ids, each.extent_offsets, strict=True)) for each in messages] == [
         places[:2], places[2:4], places[4:],
     ]  # fmt: skip

@@ -13,9 +13,10 @@ import pytest
 
 from streamindex_service.core.ledger import Ledger
 from streamindex_service.errors import PoisonError, ServiceError, WorkerLostError
-from streamindex_service.frontend.device import DeviceWorker, View
+from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import Block, HostExtents, SharedSegment
 from streamindex_service.frontend.tiles import TileDue, TilePart, TilePlace, TileSpec, search_tile
+from streamindex_service.frontend.views import View
 from streamindex_service.ipc import supervisor as module
 from streamindex_service.ipc.supervisor import Supervisor, WorkerEvents, WorkerOptions
 from streamindex_service.ipc.v1 import worker_pb2 as pb
@@ -276,7 +277,7 @@ async def test_who_has_not_learnt_that_the_worker_is_gone_is_not_accused_of_the_
         running.link.process.kill()
         assert await events.wait("lost") is False
         # a search that still has the old worker's view sends another tile
-        view = View(1, dead, asyncio.get_running_loop().create_future(), (), (), frozenset(), 0, False)
+        view = View(1, dead, (), (), frozenset(), 0, False)
         segment = SharedSegment.create(4096, writable_by_worker=True)
         block = Block(segment, 0, segment.data)
         _, late = device.submit((view,), block, "late", partial(tile_message, view, block, 1))

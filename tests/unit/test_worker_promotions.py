@@ -148,12 +148,11 @@ def test_views_lie_where_their_pages_do():
         (12, {"kv_format": 1, "head_dim": 64}, 256 * 128),
     ):
         places = [(2, 3 * page_bytes), (1, 0), (2, 4 * page_bytes)]
-        store.define_view(
-            pb.DefineView(
-                view_id=view_id, length_keys=700, complete=True, **kinds,
-                extent_ids=[extent for extent, _ in places], extent_offsets=[start for _, start in places],
-            )
+        view = pb.DefineView(
+            view_id=view_id, length_keys=700, complete=True, **kinds,
+            extent_ids=[extent for extent, _ in places], extent_offsets=[start for _, start in places],
         )  # fmt: skip
+        store.define_views(pb.DefineViews(views=[view]))
         wanted = sorted(((bases[1], page_bytes), (bases[2] + 3 * page_bytes, 2 * page_bytes)))
         found = store.memory_of(view_id)
         sizes[view_id] = list(zip(found.starts.tolist(), (found.stops - found.starts).tolist(), strict=True))

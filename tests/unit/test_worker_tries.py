@@ -203,7 +203,8 @@ def test_a_view_that_is_made_at_the_second_try_has_all_its_pages(rig, monkeypatc
             view_id=9, head_dim=64, length_keys=1000, complete=part is parts[-1], **kinds,
             extent_ids=[2] * len(part), extent_offsets=[page * page_bytes for page in part],
         )  # fmt: skip
-        rig.worker._try(pb.ToWorker(define_view=message), None)
+        last = part is parts[-1]
+        rig.worker._try(pb.ToWorker(define_views={"operation_id": 4 if last else 0, "views": [message]}), None)
     assert tries == [4, 4]
     assert rig.failures() == [(0, pb.FAILURE_KIND_UNSPECIFIED)]  # it is done
     found: MemoryRanges = store.memory_of(9)
@@ -217,7 +218,7 @@ def test_the_parts_of_a_view_that_could_not_be_made_go_with_it(rig):
         message = pb.DefineView(
             view_id=9, key_format=2, head_dim=64, length_keys=500, complete=complete, extent_ids=[3], extent_offsets=[0]
         )
-        rig.worker._try(pb.ToWorker(define_view=message), None)
-    assert rig.failures() == [(9, pb.FAILURE_KIND_OUT_OF_MEMORY)]
-    rig.worker._try(pb.ToWorker(drop_view=pb.DropView(view_id=9)), None)
+        rig.worker._try(pb.ToWorker(define_views={"operation_id": 4 * complete, "views": [message]}), None)
+    assert rig.failures() == [(4, pb.FAILURE_KIND_OUT_OF_MEMORY)]
+    rig.worker._try(pb.ToWorker(drop_views=pb.DropViews(view_ids=[9])), None)
     assert not store._partial

@@ -23,15 +23,15 @@ FAILURE_KIND_INTERNAL: FailureKind
 FAILURE_KIND_UNUSABLE: FailureKind
 
 class ToWorker(_message.Message):
-    __slots__ = ("configure", "map_segment", "unmap_segment", "allocate_extent", "free_extent", "load_pages", "define_view", "drop_view", "search_tile", "cancel_tiles", "ping", "shutdown", "attend_tile")
+    __slots__ = ("configure", "map_segment", "unmap_segment", "allocate_extent", "free_extent", "load_pages", "define_views", "drop_views", "search_tile", "cancel_tiles", "ping", "shutdown", "attend_tile")
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     MAP_SEGMENT_FIELD_NUMBER: _ClassVar[int]
     UNMAP_SEGMENT_FIELD_NUMBER: _ClassVar[int]
     ALLOCATE_EXTENT_FIELD_NUMBER: _ClassVar[int]
     FREE_EXTENT_FIELD_NUMBER: _ClassVar[int]
     LOAD_PAGES_FIELD_NUMBER: _ClassVar[int]
-    DEFINE_VIEW_FIELD_NUMBER: _ClassVar[int]
-    DROP_VIEW_FIELD_NUMBER: _ClassVar[int]
+    DEFINE_VIEWS_FIELD_NUMBER: _ClassVar[int]
+    DROP_VIEWS_FIELD_NUMBER: _ClassVar[int]
     SEARCH_TILE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_TILES_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
@@ -43,14 +43,14 @@ class ToWorker(_message.Message):
     allocate_extent: AllocateExtent
     free_extent: FreeExtent
     load_pages: LoadPages
-    define_view: DefineView
-    drop_view: DropView
+    define_views: DefineViews
+    drop_views: DropViews
     search_tile: SearchTile
     cancel_tiles: CancelTiles
     ping: Ping
     shutdown: Shutdown
     attend_tile: AttendTile
-    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., map_segment: _Optional[_Union[MapSegment, _Mapping]] = ..., unmap_segment: _Optional[_Union[UnmapSegment, _Mapping]] = ..., allocate_extent: _Optional[_Union[AllocateExtent, _Mapping]] = ..., free_extent: _Optional[_Union[FreeExtent, _Mapping]] = ..., load_pages: _Optional[_Union[LoadPages, _Mapping]] = ..., define_view: _Optional[_Union[DefineView, _Mapping]] = ..., drop_view: _Optional[_Union[DropView, _Mapping]] = ..., search_tile: _Optional[_Union[SearchTile, _Mapping]] = ..., cancel_tiles: _Optional[_Union[CancelTiles, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., attend_tile: _Optional[_Union[AttendTile, _Mapping]] = ...) -> None: ...
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., map_segment: _Optional[_Union[MapSegment, _Mapping]] = ..., unmap_segment: _Optional[_Union[UnmapSegment, _Mapping]] = ..., allocate_extent: _Optional[_Union[AllocateExtent, _Mapping]] = ..., free_extent: _Optional[_Union[FreeExtent, _Mapping]] = ..., load_pages: _Optional[_Union[LoadPages, _Mapping]] = ..., define_views: _Optional[_Union[DefineViews, _Mapping]] = ..., drop_views: _Optional[_Union[DropViews, _Mapping]] = ..., search_tile: _Optional[_Union[SearchTile, _Mapping]] = ..., cancel_tiles: _Optional[_Union[CancelTiles, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., attend_tile: _Optional[_Union[AttendTile, _Mapping]] = ...) -> None: ...
 
 class FromWorker(_message.Message):
     __slots__ = ("ready", "operation_done", "tile_done", "failed", "pong")
@@ -132,6 +132,14 @@ class LoadPages(_message.Message):
     extent_offsets: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, operation_id: _Optional[int] = ..., page_bytes: _Optional[int] = ..., segment_ids: _Optional[_Iterable[int]] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., extent_ids: _Optional[_Iterable[int]] = ..., extent_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class DefineViews(_message.Message):
+    __slots__ = ("operation_id", "views")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
+    operation_id: int
+    views: _containers.RepeatedCompositeFieldContainer[DefineView]
+    def __init__(self, operation_id: _Optional[int] = ..., views: _Optional[_Iterable[_Union[DefineView, _Mapping]]] = ...) -> None: ...
+
 class DefineView(_message.Message):
     __slots__ = ("view_id", "key_format", "head_dim", "length_keys", "extent_ids", "extent_offsets", "complete", "kv_format")
     VIEW_ID_FIELD_NUMBER: _ClassVar[int]
@@ -152,11 +160,11 @@ class DefineView(_message.Message):
     kv_format: int
     def __init__(self, view_id: _Optional[int] = ..., key_format: _Optional[int] = ..., head_dim: _Optional[int] = ..., length_keys: _Optional[int] = ..., extent_ids: _Optional[_Iterable[int]] = ..., extent_offsets: _Optional[_Iterable[int]] = ..., complete: bool = ..., kv_format: _Optional[int] = ...) -> None: ...
 
-class DropView(_message.Message):
-    __slots__ = ("view_id",)
-    VIEW_ID_FIELD_NUMBER: _ClassVar[int]
-    view_id: int
-    def __init__(self, view_id: _Optional[int] = ...) -> None: ...
+class DropViews(_message.Message):
+    __slots__ = ("view_ids",)
+    VIEW_IDS_FIELD_NUMBER: _ClassVar[int]
+    view_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, view_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("segment_id", "offset_bytes")
