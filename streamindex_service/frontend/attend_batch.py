@@ -1,7 +1,7 @@
 """SparseAttendBatch: a ragged decode step of attention; each item fails or not by itself.
 
-Items of one kind, as they nearly always are, pass through blocks in groups: their indices are found as in a
-SearchBatch, and then their rows attend together.
+Rows that items append are written first, all of them before anything attends. Items of one kind, as they nearly always
+are, pass through blocks in groups: their indices are found as in a SearchBatch, and then their rows attend together.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from streamindex.v1 import attention_pb2 as pb
 from streamindex.v1 import types_pb2
 
 from streamindex_service.core.band_queue import Band
-from streamindex_service.errors import ServiceError
-from streamindex_service.frontend import batch
+from streamindex_service.core.specs import CacheSpec, RowKind
+from streamindex_service.errors import InvalidArgumentError, ServiceError
+from streamindex_service.frontend import batch, requests
+from streamindex_service.frontend.appends import FewRows, append_rows, naming
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, PARTS, attend_layout, part_bytes
 from streamindex_service.frontend.attend_group import AttendGroup, AttendMember, refuse
 from streamindex_service.frontend.attend_requests import check_asked, item_parameters
@@ -54,11 +56,27 @@ class BatchAttention:
             member.item.row_count * member.layout.row_bytes[tensor] for member in members for tensor in self._kept
         )
         batch.check_answers(service, len(results), answer_bytes)
-        kinds = [((member.parameters.kv, search_kind(member.cache.spec), member.layout), member) for member in members]
         band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
         with batch.step(service, band), batch.caches_kept(service, self._owner, request.items):
+            for number, member in enumerate(members):
+                await batch.let_others_go_on(number)
+                await self._append(member)
+            for member in members:
+                _tell_lengths(member)
+            asked = [member for member in members if not member.failed and (member.rows or not member.appends)]
+            kinds = [((each.parameters.kv, search_kind(each.cache.spec), each.layout), each) for each in asked]
             await self._call.answer(kinds, lambda: AttendGroup(service, self._call))
         return response
+
+    async def _append(self, member: AttendMember) -> None:
+        """Write its rows, of each kind as a whole or not at all."""
+        try:
+            # keys last: a search of keys without KV rows is refused
+            for number, few in sorted(member.appends.items(), key=lambda each: each[1].kind, reverse=True):
+                with naming(f"appends[{number}]"):
+                    await append_rows(self._service, member.cache, member.item.layer, few)
+        except ServiceError as error:
+            member.refuse(error)
 
     def _checked(self, item: pb.SparseAttendBatchItem, result: pb.SparseAttendBatchResult) -> AttendMember | None:
         """The item, if nothing is wrong with it so far."""
@@ -71,7 +89,29 @@ class BatchAttention:
             sizes = dict(zip(PARTS, part_bytes(layout, parameters), strict=True))
             tensors = [(name, getattr(item, name), size) for name, size in sizes.items() if name != "positions"]
             batch.check_item(item, tensors)
+            appends = self._checked_appends(item, cache.spec)
         except ServiceError as error:
             refuse(service, result, error)
             return None
-        return AttendMember(service, item, result, cache, parameters, layout, self._kept)
+        return AttendMember(service, item, result, cache, parameters, layout, self._kept, appends)
+
+    def _checked_appends(self, item: pb.SparseAttendBatchItem, spec: CacheSpec) -> dict[int, FewRows]:
+        """What the item appends, by its number among its appends."""
+        found: dict[int, FewRows] = {}
+        for number, asked in enumerate(item.appends):
+            with naming(f"appends[{number}]"):
+                requests.within("row_kind", asked.row_kind, 0, max(RowKind))
+                kind = RowKind(asked.row_kind or RowKind.KEYS)
+                if any(other.kind is kind for other in found.values()):
+                    raise InvalidArgumentError("an item appends rows of a kind at most once", field="row_kind")
+                parts = {"rows": asked.rows, "scales": asked.scales}
+                found[number] = FewRows.checked(self._service, spec, kind, asked.first_row, asked.row_count, parts)
+        return found
+
+
+def _tell_lengths(member: AttendMember) -> None:
+    """How long the layer is. Of a cache that was deleted meanwhile nothing is left; whoever goes on hears of that."""
+    cache, result = member.cache, member.result
+    result.layer_keys, result.kv_rows, result.window_rows = (
+        cache.of_kind(kind)[member.item.layer].length_keys for kind in RowKind
+    )

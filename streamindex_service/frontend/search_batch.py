@@ -9,18 +9,18 @@ from streamindex.framing import Chunk
 from streamindex.v1 import search_pb2 as pb
 
 from streamindex_service.core.layers import KeyCache
-from streamindex_service.core.sizes import SCALE_BYTES, KeyFormat, answer_row_bytes, key_row_bytes
-from streamindex_service.core.specs import CacheSpec
-from streamindex_service.errors import InvalidArgumentError, ServiceError
-from streamindex_service.frontend import batch, requests, tensors
+from streamindex_service.core.sizes import answer_row_bytes
+from streamindex_service.core.specs import CacheSpec, RowKind
+from streamindex_service.errors import ServiceError
+from streamindex_service.frontend import batch, requests
 from streamindex_service.frontend.admission import AdmittedSearch, admit
+from streamindex_service.frontend.appends import FewRows, append_rows
 from streamindex_service.frontend.batch_group import BatchCall, BatchGroup, Member, Share, search_kind
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.index_tiles import IndexTiles
 from streamindex_service.frontend.query_block import INDICES, SCORES, BlockLayout, fill_rows
 from streamindex_service.frontend.requests import SearchParameters
 from streamindex_service.frontend.service import Service
-from streamindex_service.frontend.staging import commit_upload, write_rows
 
 
 class BatchSearch:
@@ -58,7 +58,8 @@ class BatchSearch:
         request = self._request
         response = pb.SearchBatchResponse()
         results = [response.results.add() for _ in request.items]  # one piece of memory: see `tiles.Fields`
-        for item, result in zip(request.items, results, strict=True):
+        for number, (item, result) in enumerate(zip(request.items, results, strict=True)):
+            await batch.let_others_go_on(number)
             try:
                 await self._append(item, result)
             except ServiceError as error:
@@ -87,14 +88,10 @@ class BatchSearch:
         layer = self._service.caches.layer(cache, item.layer)
         self._check_item(item, cache)
         if item.HasField("append"):
-            most = self._service.settings.limits.max_batch_rows
-            if item.append.row_count > most:
-                raise InvalidArgumentError(
-                    f"append.row_count: at most {most} rows; longer uploads are streams",
-                    field="append.row_count",
-                    metadata={"limit": most},
-                )
-            await append_rows(self._service, cache, item.layer, item.append)
+            asked = item.append
+            parts = {"keys": asked.keys, "scales": asked.scales}
+            few = FewRows.checked(self._service, cache.spec, RowKind.KEYS, asked.first_row, asked.row_count, parts)
+            await append_rows(self._service, cache, item.layer, few)
         result.layer_keys = layer.length_keys
 
     def _check_item(self, item: pb.SearchBatchItem, cache: KeyCache) -> None:
@@ -170,24 +167,3 @@ class _SearchGroup(BatchGroup[_SearchMember, AdmittedSearch]):
 
     def _index(self, admitted: AdmittedSearch) -> IndexTiles:
         return admitted.tiles
-
-
-async def append_rows(service: Service, cache: KeyCache, layer: int, append: pb.SearchBatchItem.Append) -> None:
-    """Write a few rows at an index, at once. Raises ServiceError; then nothing is written."""
-    spec = cache.spec
-    row_bytes = (key_row_bytes(spec.key_format, spec.head_dim), SCALE_BYTES if spec.key_format.has_scales else 0)
-    chunk = Chunk(0, append.row_count, (memoryview(append.keys), memoryview(append.scales)), None)
-    tensors.check_part_sizes(chunk, ("keys", "scales"), row_bytes)
-    tensors.check_finite(chunk.parts[0], spec.key_format, spec.head_dim, "keys", 0)
-    tensors.check_finite(chunk.parts[1], KeyFormat.FP32, 1, "scales", 0)
-    most, uploads, rows = service.settings.limits.max_layer_keys, service.uploads, append.row_count
-    upload = await service.room.make(lambda: uploads.start(cache, layer, append.first_row, rows, most))
-    uploads.attach(upload)
-    try:
-        await service.room.make(lambda: uploads.hold(upload, rows))
-        write_rows(service, upload, [chunk], row_bytes)
-        upload.rows_held = rows
-        await commit_upload(service, upload, row_bytes)
-        service.counters.upload_bytes += chunk.payload_bytes
-    finally:
-        uploads.close(upload)

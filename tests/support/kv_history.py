@@ -4,9 +4,9 @@
     python -m tests.support.kv_history 4711 --spill    # the same on a host that is too small as well
 
 Keys, KV rows and window rows are appended, rewritten and truncated each by itself, caches forked and deleted; queries
-attend given rows and rows that a search finds, alone, in batches and in calls that stay open over the steps of others;
-workers are killed. A seed says every step and every number. Every answer row is judged in float64, from the rows that
-the cache had when the call began.
+attend given rows and rows that a search finds, alone, in batches that may append first, and in calls that stay open
+over the steps of others; workers are killed. A seed says every step and every number. Every answer row is judged in
+float64, from the rows that the cache had when the call began.
 """
 
 from __future__ import annotations
@@ -317,19 +317,22 @@ class KvHistory:
         shape = self._pick().shape
         same = [held for held in self._held if held.shape == shape]
         self._say(f"caches {', '.join(str(held.number) for held in same)} attend in a batch")
+        appends = [self._appends(held) for held in same]
         window = self._window(2, *same)
         queries = [self._queries(held, 2, window) for held in same]
         items = [
             streamindex_client.AttendBatchItem(
                 held.cache, layer=0, q=rows.q, index_q=rows.index_q, index_w=rows.index_w,
-                start_position=int(rows.positions[0]),
+                start_position=int(rows.positions[0]), **new,
             )
-            for held, rows in zip(same, queries, strict=True)
+            for held, rows, new in zip(same, queries, appends, strict=True)
         ]  # fmt: skip
         results = self._client.sparse_attend_batch(
             items, top_k=TOP_K, window=window, scale=shape.scale, want_indices=True
         )
         for held, rows, result in zip(same, queries, results, strict=True):
+            lengths = (result.layer_keys, result.layer_kv_rows, result.layer_window_rows)
+            assert lengths == (len(held.rows.keys), held.rows.kv.rows, held.rows.window.rows)
             if not self._complete(held):
                 assert result.error is not None
                 assert result.error.reason == "NO_KV_ROWS", result.error
@@ -338,6 +341,27 @@ class KvHistory:
             wanted = self._found(held, rows)
             assert torch.equal(torch.as_tensor(result.indices).sort(dim=1).values, wanted.sort(dim=1).values)
             self._judge(shape, held.rows, rows, wanted, window, torch.as_tensor(result.out))
+
+    def _appends(self, held: Held) -> dict[str, Any]:
+        """New rows of a cache that an item of a batch brings, of some kinds or of none; they count from now on."""
+        rows, items, found = held.rows, dict[str, Any](), list[str]()
+        drawn = Rows.drawn(held.shape, (1 + self._below(5)) * held.shape.ratio, self._seed())
+        if self._below(2) and len(rows.keys) + len(drawn.keys) <= held.most("keys"):
+            items |= {"keys": drawn.keys, "first_key": len(rows.keys)}
+            rows = Rows(torch.cat([rows.keys, drawn.keys]), rows.kv, rows.window)
+            found.append("keys")
+        for kind in ("kv", "window"):
+            old: KvRows = getattr(rows, kind)
+            if self._below(2) and old.rows + drawn.kv.rows <= held.most(kind):
+                new = drawn.kv
+                items |= {f"{kind}_rows": new.data, f"{kind}_scales": new.scales, f"first_{kind}_row": old.rows}
+                after = joined(old, new)
+                rows = Rows(rows.keys, *(after, rows.window) if kind == "kv" else (rows.kv, after))
+                found.append(kind)
+        if found:
+            self._say(f"  cache {held.number} appends {' and '.join(found)} there")
+        held.rows = rows
+        return items
 
     def _do_open(self) -> None:
         held = self._pick()

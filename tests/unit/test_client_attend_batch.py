@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from streamindex.v1 import attention_pb2, types_pb2
+from streamindex.v1 import attention_pb2, key_cache_pb2, types_pb2
 from streamindex_client.attend_batch import AttendBatchItem, build_attend_batch
 from streamindex_client.errors import InputError, NotFoundError, ProtocolError
 from streamindex_client.formats import KeyFormat
@@ -13,6 +13,7 @@ from streamindex_client.model import KeyCacheInfo, KeyCacheSpec, KvSpec
 
 HEADS, DIM, VALUE_DIM, TOP_K = 2, 32, 16, 5
 SPEC = KeyCacheSpec(3, 16, 4, KeyFormat.BF16, 2, "plain", kv=KvSpec("bf16", DIM, VALUE_DIM, HEADS))
+KEY = np.ones((1, 16), np.uint16)
 CACHE = CacheHandle(KeyCacheInfo("cache", SPEC, (0, 0), 0, 0))
 
 
@@ -112,3 +113,97 @@ def test_errors_name_the_item():
     bare = CacheHandle(KeyCacheInfo("bare", KeyCacheSpec(3, 16, 4, KeyFormat.BF16, 2, "plain"), (0, 0), 0, 0))
     with pytest.raises(InputError, match=r"items\[0\]\.q"):
         build(AttendBatchItem(bare, 0, item(1).q))
+
+
+def cache(form: str = "bf16", key_format: KeyFormat = KeyFormat.BF16) -> CacheHandle:
+    """Of two layers, of which the second has rows."""
+    width = {"fp8_d512": 512, "fp8_d576": 576}.get(form, DIM)
+    spec = KeyCacheSpec(
+        3, 16, 4, key_format, 2, "plain", kv=KvSpec(form, width, 512 if width > DIM else VALUE_DIM, HEADS)
+    )
+    info = KeyCacheInfo("cache", spec, (0, 7), 0, 0, layer_kv_rows=(0, 5), layer_window_rows=(0, 30))
+    return CacheHandle(info)
+
+
+def test_rows_that_are_appended_are_sent_with_where_they_go():
+    keys, rows = np.full((2, 16), 3, np.uint16), np.full((4, DIM), 9, np.uint16)
+    made = build(AttendBatchItem(cache(), 1, keys=keys, kv_rows=rows[:3], window_rows=rows, first_window_row=28))
+    (sent,) = made.message.items
+    assert (sent.row_count, sent.q, list(sent.positions)) == (0, b"", [])
+    kinds = [key_cache_pb2.ROW_KIND_KEYS, key_cache_pb2.ROW_KIND_KV, key_cache_pb2.ROW_KIND_WINDOW]
+    assert [each.row_kind for each in sent.appends] == kinds
+    assert [(each.first_row, each.row_count) for each in sent.appends] == [(7, 2), (5, 3), (28, 4)]
+    assert [each.rows for each in sent.appends] == [keys.tobytes(), rows[:3].tobytes(), rows.tobytes()]
+    assert not any(each.scales for each in sent.appends)
+    queried = build(replace(item(2, window_rows=rows), cache=cache())).message.items[0]
+    assert (queried.row_count, len(queried.positions), len(queried.appends)) == (2, 2, 1)
+    scaled = AttendBatchItem(
+        cache("fp8_d512", KeyFormat.FP8_E4M3), 1, keys=np.ones((2, 16), np.uint8), key_scales=np.ones(2, np.float32),
+        kv_rows=np.ones((1, 576), np.uint8), kv_scales=np.full((1, 8), 127, np.uint8),
+    )  # fmt: skip
+    (sent,) = build(scaled).message.items
+    assert [(len(each.rows), len(each.scales)) for each in sent.appends] == [(32, 8), (576, 8)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "expectation"),
+    [
+        ({}, "q", "give q, or rows to append"),
+        ({"keys": np.ones((1, 15), np.uint16)}, "keys", r"expected \[keys, head_dim\]"),
+        (
+            {"keys": np.ones((1, 16), np.uint16), "key_scales": np.ones(1, np.float32)},
+            "key_scales",
+            "not used with bf16",
+        ),
+        ({"kv_rows": np.ones((1, DIM), np.float32)}, "kv_rows", "float32"),
+        ({"kv_rows": np.ones((1, DIM), np.uint16), "kv_scales": np.ones((1, 8), np.uint8)}, "kv_scales", "not used"),
+        ({"window_rows": np.ones((1, DIM), np.uint16), "first_window_row": -1}, "first_window_row", "-1"),
+        ({"window_scales": np.ones((1, 8), np.uint8)}, "window_scales", "not used without window_rows"),
+        ({"first_key": 4}, "first_key", "not used without keys"),
+        ({"keys": KEY, "positions": [3]}, "positions", "not used without q"),
+        ({"keys": KEY, "index_q": 0}, "index_q", "not used without q"),
+    ],
+)
+def test_appends_that_are_wrong(fields, field, expectation):
+    with pytest.raises(InputError, match=expectation) as caught:
+        build(item(1), AttendBatchItem(cache(), 1, **fields))
+    assert caught.value.field == f"items[1].{field}"
+
+
+def test_the_lengths_after_appends_are_noted_but_for_items_that_failed():
+    rows = np.ones((1, DIM), np.uint16)
+    failing, appending, looking = cache(), cache(), cache()
+    made = build(
+        AttendBatchItem(failing, 1, window_rows=rows),
+        AttendBatchItem(appending, 1, window_rows=rows),
+        AttendBatchItem(
+            looking, 1, **{name: getattr(item(2), name) for name in ("q", "index_q", "index_w")}, start_position=3
+        ),
+    )
+    lengths = {"layer_keys": 7, "kv_rows": 6, "window_rows": 31}
+    error = types_pb2.Error(code=5, reason="CACHE_NOT_FOUND", message="gone")
+    came = answer(
+        attention_pb2.SparseAttendBatchResult(error=error, **lengths),
+        attention_pb2.SparseAttendBatchResult(**lengths),
+        result(2, **lengths),
+    )
+    failed, appended, looked = made.results(came)
+    for each in (failed, appended, looked):
+        assert (each.layer_keys, each.layer_kv_rows, each.layer_window_rows) == (7, 6, 31)
+    assert isinstance(failed.error, NotFoundError)
+    assert (appended.error, appended.out, appended.lse, appended.indices) == (None, None, None, None)
+    assert looked.out.shape == (2, HEADS, VALUE_DIM)
+    assert [each.window_length(1) for each in (failing, appending, looking)] == [30, 31, 30]
+    assert appending.kv_length(1) == 5  # it appended none of these: another did, and is told so
+    with pytest.raises(ProtocolError, match="item 1 only appends"):
+        made.results(answer(came.results[0], result(1), came.results[2]))
+
+
+def test_the_width_of_given_indices_is_that_of_items_with_queries():
+    rows = np.ones((1, DIM), np.uint16)
+    some = {"index_q": None, "index_w": None}
+    made = build(
+        AttendBatchItem(cache(), 1, window_rows=rows), item(1, indices=np.array([[1, 2, 3]]), **some), top_k=None
+    )
+    assert made.message.given_indices == 3
+    assert build(AttendBatchItem(cache(), 1, window_rows=rows), top_k=None).message.given_indices == 0

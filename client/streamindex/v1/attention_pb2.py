@@ -22,42 +22,45 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from streamindex.v1 import key_cache_pb2 as streamindex_dot_v1_dot_key__cache__pb2
 from streamindex.v1 import types_pb2 as streamindex_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1estreamindex/v1/attention.proto\x12\x0estreamindex.v1\x1a\x1astreamindex/v1/types.proto\"\x84\x01\n\x13SparseAttendRequest\x12\x34\n\x06header\x18\x01 \x01(\x0b\x32\".streamindex.v1.SparseAttendHeaderH\x00\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.streamindex.v1.AttendChunkH\x00\x42\t\n\x07message\"\xe3\x03\n\x12SparseAttendHeader\x12\x14\n\x0ckey_cache_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0f\n\x05top_k\x18\x03 \x01(\rH\x00\x12\x17\n\rgiven_indices\x18\x04 \x01(\rH\x00\x12\x15\n\x0b\x61ll_visible\x18\x11 \x01(\x08H\x00\x12/\n\x0cquery_format\x18\x05 \x01(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nconvention\x18\x06 \x01(\t\x12\x18\n\x0estart_position\x18\x07 \x01(\x04H\x01\x12\x1c\n\x12\x65xplicit_positions\x18\x08 \x01(\x08H\x01\x12\x0e\n\x06window\x18\t \x01(\r\x12\r\n\x05scale\x18\n \x01(\x01\x12\x0c\n\x04sink\x18\x0b \x03(\x02\x12\x10\n\x08want_lse\x18\x0c \x01(\x08\x12*\n\x08priority\x18\r \x01(\x0e\x32\x18.streamindex.v1.Priority\x12\x11\n\trow_count\x18\x0e \x01(\x04\x12\x13\n\x0brequest_key\x18\x0f \x01(\t\x12#\n\x16\x65xpected_layer_version\x18\x10 \x01(\x04H\x02\x88\x01\x01\x42\x0b\n\tselectionB\n\n\x08positionB\x19\n\x17_expected_layer_version\"\xa5\x01\n\x0b\x41ttendChunk\x12\x12\n\nrow_offset\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\t\n\x01q\x18\x03 \x01(\x0c\x12\x0f\n\x07index_q\x18\x04 \x01(\x0c\x12\x0f\n\x07index_w\x18\x05 \x01(\x0c\x12\x0f\n\x07indices\x18\x06 \x01(\x0c\x12\x11\n\tpositions\x18\x07 \x01(\x0c\x12\x13\n\x06\x63rc32c\x18\x08 \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"\xe5\x01\n\x14SparseAttendResponse\x12\x38\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32$.streamindex.v1.SparseAttendAcceptedH\x00\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.streamindex.v1.OutputChunkH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.streamindex.v1.ErrorH\x00\x12\x30\n\x04\x64one\x18\x04 \x01(\x0b\x32 .streamindex.v1.SparseAttendDoneH\x00\x42\t\n\x07message\"\x98\x01\n\x14SparseAttendAccepted\x12\x12\n\nlayer_keys\x18\x01 \x01(\x04\x12\x0f\n\x07kv_rows\x18\x02 \x01(\x04\x12\x13\n\x0bwindow_rows\x18\x03 \x01(\x04\x12\x16\n\x0eimplementation\x18\x04 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\r\x12\x15\n\rlayer_version\x18\x06 \x01(\x04\"n\n\x0bOutputChunk\x12\x12\n\nrow_offset\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\x0b\n\x03out\x18\x03 \x01(\x0c\x12\x0b\n\x03lse\x18\x04 \x01(\x0c\x12\x13\n\x06\x63rc32c\x18\x05 \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"K\n\x10SparseAttendDone\x12\x11\n\trow_count\x18\x01 \x01(\x04\x12\x11\n\tdevice_us\x18\x02 \x01(\x04\x12\x11\n\tqueued_ms\x18\x03 \x01(\x04\"\x9f\x02\n\x18SparseAttendBatchRequest\x12\x34\n\x05items\x18\x01 \x03(\x0b\x32%.streamindex.v1.SparseAttendBatchItem\x12\x0f\n\x05top_k\x18\x02 \x01(\rH\x00\x12\x17\n\rgiven_indices\x18\x03 \x01(\rH\x00\x12\x15\n\x0b\x61ll_visible\x18\n \x01(\x08H\x00\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\r\n\x05scale\x18\x05 \x01(\x01\x12\x0c\n\x04sink\x18\x06 \x03(\x02\x12\x10\n\x08want_lse\x18\x07 \x01(\x08\x12\x14\n\x0cwant_indices\x18\x08 \x01(\x08\x12*\n\x08priority\x18\t \x01(\x0e\x32\x18.streamindex.v1.PriorityB\x0b\n\tselection\"\xe5\x01\n\x15SparseAttendBatchItem\x12\x14\n\x0ckey_cache_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12/\n\x0cquery_format\x18\x03 \x01(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nconvention\x18\x04 \x01(\t\x12\x11\n\trow_count\x18\x05 \x01(\r\x12\t\n\x01q\x18\x06 \x01(\x0c\x12\x0f\n\x07index_q\x18\x07 \x01(\x0c\x12\x0f\n\x07index_w\x18\x08 \x01(\x0c\x12\x0f\n\x07indices\x18\t \x01(\x0c\x12\x11\n\tpositions\x18\n \x03(\x04\"U\n\x19SparseAttendBatchResponse\x12\x38\n\x07results\x18\x01 \x03(\x0b\x32\'.streamindex.v1.SparseAttendBatchResult\"j\n\x17SparseAttendBatchResult\x12\x0b\n\x03out\x18\x01 \x01(\x0c\x12\x0b\n\x03lse\x18\x02 \x01(\x0c\x12\x0f\n\x07indices\x18\x03 \x01(\x0c\x12$\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x15.streamindex.v1.Error\"\x0f\n\rAttendRequest\"\x10\n\x0e\x41ttendResponse2\xa8\x02\n\x10\x41ttentionService\x12]\n\x0cSparseAttend\x12#.streamindex.v1.SparseAttendRequest\x1a$.streamindex.v1.SparseAttendResponse(\x01\x30\x01\x12h\n\x11SparseAttendBatch\x12(.streamindex.v1.SparseAttendBatchRequest\x1a).streamindex.v1.SparseAttendBatchResponse\x12K\n\x06\x41ttend\x12\x1d.streamindex.v1.AttendRequest\x1a\x1e.streamindex.v1.AttendResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1estreamindex/v1/attention.proto\x12\x0estreamindex.v1\x1a\x1estreamindex/v1/key_cache.proto\x1a\x1astreamindex/v1/types.proto\"\x84\x01\n\x13SparseAttendRequest\x12\x34\n\x06header\x18\x01 \x01(\x0b\x32\".streamindex.v1.SparseAttendHeaderH\x00\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.streamindex.v1.AttendChunkH\x00\x42\t\n\x07message\"\xe3\x03\n\x12SparseAttendHeader\x12\x14\n\x0ckey_cache_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0f\n\x05top_k\x18\x03 \x01(\rH\x00\x12\x17\n\rgiven_indices\x18\x04 \x01(\rH\x00\x12\x15\n\x0b\x61ll_visible\x18\x11 \x01(\x08H\x00\x12/\n\x0cquery_format\x18\x05 \x01(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nconvention\x18\x06 \x01(\t\x12\x18\n\x0estart_position\x18\x07 \x01(\x04H\x01\x12\x1c\n\x12\x65xplicit_positions\x18\x08 \x01(\x08H\x01\x12\x0e\n\x06window\x18\t \x01(\r\x12\r\n\x05scale\x18\n \x01(\x01\x12\x0c\n\x04sink\x18\x0b \x03(\x02\x12\x10\n\x08want_lse\x18\x0c \x01(\x08\x12*\n\x08priority\x18\r \x01(\x0e\x32\x18.streamindex.v1.Priority\x12\x11\n\trow_count\x18\x0e \x01(\x04\x12\x13\n\x0brequest_key\x18\x0f \x01(\t\x12#\n\x16\x65xpected_layer_version\x18\x10 \x01(\x04H\x02\x88\x01\x01\x42\x0b\n\tselectionB\n\n\x08positionB\x19\n\x17_expected_layer_version\"\xa5\x01\n\x0b\x41ttendChunk\x12\x12\n\nrow_offset\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\t\n\x01q\x18\x03 \x01(\x0c\x12\x0f\n\x07index_q\x18\x04 \x01(\x0c\x12\x0f\n\x07index_w\x18\x05 \x01(\x0c\x12\x0f\n\x07indices\x18\x06 \x01(\x0c\x12\x11\n\tpositions\x18\x07 \x01(\x0c\x12\x13\n\x06\x63rc32c\x18\x08 \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"\xe5\x01\n\x14SparseAttendResponse\x12\x38\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32$.streamindex.v1.SparseAttendAcceptedH\x00\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.streamindex.v1.OutputChunkH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.streamindex.v1.ErrorH\x00\x12\x30\n\x04\x64one\x18\x04 \x01(\x0b\x32 .streamindex.v1.SparseAttendDoneH\x00\x42\t\n\x07message\"\x98\x01\n\x14SparseAttendAccepted\x12\x12\n\nlayer_keys\x18\x01 \x01(\x04\x12\x0f\n\x07kv_rows\x18\x02 \x01(\x04\x12\x13\n\x0bwindow_rows\x18\x03 \x01(\x04\x12\x16\n\x0eimplementation\x18\x04 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\r\x12\x15\n\rlayer_version\x18\x06 \x01(\x04\"n\n\x0bOutputChunk\x12\x12\n\nrow_offset\x18\x01 \x01(\x04\x12\x11\n\trow_count\x18\x02 \x01(\r\x12\x0b\n\x03out\x18\x03 \x01(\x0c\x12\x0b\n\x03lse\x18\x04 \x01(\x0c\x12\x13\n\x06\x63rc32c\x18\x05 \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"K\n\x10SparseAttendDone\x12\x11\n\trow_count\x18\x01 \x01(\x04\x12\x11\n\tdevice_us\x18\x02 \x01(\x04\x12\x11\n\tqueued_ms\x18\x03 \x01(\x04\"\x9f\x02\n\x18SparseAttendBatchRequest\x12\x34\n\x05items\x18\x01 \x03(\x0b\x32%.streamindex.v1.SparseAttendBatchItem\x12\x0f\n\x05top_k\x18\x02 \x01(\rH\x00\x12\x17\n\rgiven_indices\x18\x03 \x01(\rH\x00\x12\x15\n\x0b\x61ll_visible\x18\n \x01(\x08H\x00\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\r\n\x05scale\x18\x05 \x01(\x01\x12\x0c\n\x04sink\x18\x06 \x03(\x02\x12\x10\n\x08want_lse\x18\x07 \x01(\x08\x12\x14\n\x0cwant_indices\x18\x08 \x01(\x08\x12*\n\x08priority\x18\t \x01(\x0e\x32\x18.streamindex.v1.PriorityB\x0b\n\tselection\"\x9d\x03\n\x15SparseAttendBatchItem\x12\x14\n\x0ckey_cache_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12/\n\x0cquery_format\x18\x03 \x01(\x0e\x32\x19.streamindex.v1.KeyFormat\x12\x12\n\nconvention\x18\x04 \x01(\t\x12\x11\n\trow_count\x18\x05 \x01(\r\x12\t\n\x01q\x18\x06 \x01(\x0c\x12\x0f\n\x07index_q\x18\x07 \x01(\x0c\x12\x0f\n\x07index_w\x18\x08 \x01(\x0c\x12\x0f\n\x07indices\x18\t \x01(\x0c\x12\x11\n\tpositions\x18\n \x03(\x04\x12=\n\x07\x61ppends\x18\x0b \x03(\x0b\x32,.streamindex.v1.SparseAttendBatchItem.Append\x1aw\n\x06\x41ppend\x12)\n\x08row_kind\x18\x01 \x01(\x0e\x32\x17.streamindex.v1.RowKind\x12\x11\n\tfirst_row\x18\x02 \x01(\x04\x12\x11\n\trow_count\x18\x03 \x01(\r\x12\x0c\n\x04rows\x18\x04 \x01(\x0c\x12\x0e\n\x06scales\x18\x05 \x01(\x0c\"U\n\x19SparseAttendBatchResponse\x12\x38\n\x07results\x18\x01 \x03(\x0b\x32\'.streamindex.v1.SparseAttendBatchResult\"\xa4\x01\n\x17SparseAttendBatchResult\x12\x0b\n\x03out\x18\x01 \x01(\x0c\x12\x0b\n\x03lse\x18\x02 \x01(\x0c\x12\x0f\n\x07indices\x18\x03 \x01(\x0c\x12$\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x15.streamindex.v1.Error\x12\x12\n\nlayer_keys\x18\x05 \x01(\x04\x12\x0f\n\x07kv_rows\x18\x06 \x01(\x04\x12\x13\n\x0bwindow_rows\x18\x07 \x01(\x04\"\x0f\n\rAttendRequest\"\x10\n\x0e\x41ttendResponse2\xa8\x02\n\x10\x41ttentionService\x12]\n\x0cSparseAttend\x12#.streamindex.v1.SparseAttendRequest\x1a$.streamindex.v1.SparseAttendResponse(\x01\x30\x01\x12h\n\x11SparseAttendBatch\x12(.streamindex.v1.SparseAttendBatchRequest\x1a).streamindex.v1.SparseAttendBatchResponse\x12K\n\x06\x41ttend\x12\x1d.streamindex.v1.AttendRequest\x1a\x1e.streamindex.v1.AttendResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'streamindex.v1.attention_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPARSEATTENDREQUEST']._serialized_start=79
-  _globals['_SPARSEATTENDREQUEST']._serialized_end=211
-  _globals['_SPARSEATTENDHEADER']._serialized_start=214
-  _globals['_SPARSEATTENDHEADER']._serialized_end=697
-  _globals['_ATTENDCHUNK']._serialized_start=700
-  _globals['_ATTENDCHUNK']._serialized_end=865
-  _globals['_SPARSEATTENDRESPONSE']._serialized_start=868
-  _globals['_SPARSEATTENDRESPONSE']._serialized_end=1097
-  _globals['_SPARSEATTENDACCEPTED']._serialized_start=1100
-  _globals['_SPARSEATTENDACCEPTED']._serialized_end=1252
-  _globals['_OUTPUTCHUNK']._serialized_start=1254
-  _globals['_OUTPUTCHUNK']._serialized_end=1364
-  _globals['_SPARSEATTENDDONE']._serialized_start=1366
-  _globals['_SPARSEATTENDDONE']._serialized_end=1441
-  _globals['_SPARSEATTENDBATCHREQUEST']._serialized_start=1444
-  _globals['_SPARSEATTENDBATCHREQUEST']._serialized_end=1731
-  _globals['_SPARSEATTENDBATCHITEM']._serialized_start=1734
-  _globals['_SPARSEATTENDBATCHITEM']._serialized_end=1963
-  _globals['_SPARSEATTENDBATCHRESPONSE']._serialized_start=1965
-  _globals['_SPARSEATTENDBATCHRESPONSE']._serialized_end=2050
-  _globals['_SPARSEATTENDBATCHRESULT']._serialized_start=2052
-  _globals['_SPARSEATTENDBATCHRESULT']._serialized_end=2158
-  _globals['_ATTENDREQUEST']._serialized_start=2160
-  _globals['_ATTENDREQUEST']._serialized_end=2175
-  _globals['_ATTENDRESPONSE']._serialized_start=2177
-  _globals['_ATTENDRESPONSE']._serialized_end=2193
-  _globals['_ATTENTIONSERVICE']._serialized_start=2196
-  _globals['_ATTENTIONSERVICE']._serialized_end=2492
+  _globals['_SPARSEATTENDREQUEST']._serialized_start=111
+  _globals['_SPARSEATTENDREQUEST']._serialized_end=243
+  _globals['_SPARSEATTENDHEADER']._serialized_start=246
+  _globals['_SPARSEATTENDHEADER']._serialized_end=729
+  _globals['_ATTENDCHUNK']._serialized_start=732
+  _globals['_ATTENDCHUNK']._serialized_end=897
+  _globals['_SPARSEATTENDRESPONSE']._serialized_start=900
+  _globals['_SPARSEATTENDRESPONSE']._serialized_end=1129
+  _globals['_SPARSEATTENDACCEPTED']._serialized_start=1132
+  _globals['_SPARSEATTENDACCEPTED']._serialized_end=1284
+  _globals['_OUTPUTCHUNK']._serialized_start=1286
+  _globals['_OUTPUTCHUNK']._serialized_end=1396
+  _globals['_SPARSEATTENDDONE']._serialized_start=1398
+  _globals['_SPARSEATTENDDONE']._serialized_end=1473
+  _globals['_SPARSEATTENDBATCHREQUEST']._serialized_start=1476
+  _globals['_SPARSEATTENDBATCHREQUEST']._serialized_end=1763
+  _globals['_SPARSEATTENDBATCHITEM']._serialized_start=1766
+  _globals['_SPARSEATTENDBATCHITEM']._serialized_end=2179
+  _globals['_SPARSEATTENDBATCHITEM_APPEND']._serialized_start=2060
+  _globals['_SPARSEATTENDBATCHITEM_APPEND']._serialized_end=2179
+  _globals['_SPARSEATTENDBATCHRESPONSE']._serialized_start=2181
+  _globals['_SPARSEATTENDBATCHRESPONSE']._serialized_end=2266
+  _globals['_SPARSEATTENDBATCHRESULT']._serialized_start=2269
+  _globals['_SPARSEATTENDBATCHRESULT']._serialized_end=2433
+  _globals['_ATTENDREQUEST']._serialized_start=2435
+  _globals['_ATTENDREQUEST']._serialized_end=2450
+  _globals['_ATTENDRESPONSE']._serialized_start=2452
+  _globals['_ATTENDRESPONSE']._serialized_end=2468
+  _globals['_ATTENTIONSERVICE']._serialized_start=2471
+  _globals['_ATTENTIONSERVICE']._serialized_end=2767
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from streamindex.v1 import key_cache_pb2 as _key_cache_pb2
 from streamindex.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -150,7 +151,20 @@ class SparseAttendBatchRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[SparseAttendBatchItem, _Mapping]]] = ..., top_k: _Optional[int] = ..., given_indices: _Optional[int] = ..., all_visible: bool = ..., window: _Optional[int] = ..., scale: _Optional[float] = ..., sink: _Optional[_Iterable[float]] = ..., want_lse: bool = ..., want_indices: bool = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
 
 class SparseAttendBatchItem(_message.Message):
-    __slots__ = ("key_cache_id", "layer", "query_format", "convention", "row_count", "q", "index_q", "index_w", "indices", "positions")
+    __slots__ = ("key_cache_id", "layer", "query_format", "convention", "row_count", "q", "index_q", "index_w", "indices", "positions", "appends")
+    class Append(_message.Message):
+        __slots__ = ("row_kind", "first_row", "row_count", "rows", "scales")
+        ROW_KIND_FIELD_NUMBER: _ClassVar[int]
+        FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+        ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
+        ROWS_FIELD_NUMBER: _ClassVar[int]
+        SCALES_FIELD_NUMBER: _ClassVar[int]
+        row_kind: _key_cache_pb2.RowKind
+        first_row: int
+        row_count: int
+        rows: bytes
+        scales: bytes
+        def __init__(self, row_kind: _Optional[_Union[_key_cache_pb2.RowKind, str]] = ..., first_row: _Optional[int] = ..., row_count: _Optional[int] = ..., rows: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
     KEY_CACHE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     QUERY_FORMAT_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +175,7 @@ class SparseAttendBatchItem(_message.Message):
     INDEX_W_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    APPENDS_FIELD_NUMBER: _ClassVar[int]
     key_cache_id: str
     layer: int
     query_format: _types_pb2.KeyFormat
@@ -171,7 +186,8 @@ class SparseAttendBatchItem(_message.Message):
     index_w: bytes
     indices: bytes
     positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., query_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., convention: _Optional[str] = ..., row_count: _Optional[int] = ..., q: _Optional[bytes] = ..., index_q: _Optional[bytes] = ..., index_w: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    appends: _containers.RepeatedCompositeFieldContainer[SparseAttendBatchItem.Append]
+    def __init__(self, key_cache_id: _Optional[str] = ..., layer: _Optional[int] = ..., query_format: _Optional[_Union[_types_pb2.KeyFormat, str]] = ..., convention: _Optional[str] = ..., row_count: _Optional[int] = ..., q: _Optional[bytes] = ..., index_q: _Optional[bytes] = ..., index_w: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ..., appends: _Optional[_Iterable[_Union[SparseAttendBatchItem.Append, _Mapping]]] = ...) -> None: ...
 
 class SparseAttendBatchResponse(_message.Message):
     __slots__ = ("results",)
@@ -180,16 +196,22 @@ class SparseAttendBatchResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[SparseAttendBatchResult, _Mapping]]] = ...) -> None: ...
 
 class SparseAttendBatchResult(_message.Message):
-    __slots__ = ("out", "lse", "indices", "error")
+    __slots__ = ("out", "lse", "indices", "error", "layer_keys", "kv_rows", "window_rows")
     OUT_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    LAYER_KEYS_FIELD_NUMBER: _ClassVar[int]
+    KV_ROWS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
     out: bytes
     lse: bytes
     indices: bytes
     error: _types_pb2.Error
-    def __init__(self, out: _Optional[bytes] = ..., lse: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., error: _Optional[_Union[_types_pb2.Error, _Mapping]] = ...) -> None: ...
+    layer_keys: int
+    kv_rows: int
+    window_rows: int
+    def __init__(self, out: _Optional[bytes] = ..., lse: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., error: _Optional[_Union[_types_pb2.Error, _Mapping]] = ..., layer_keys: _Optional[int] = ..., kv_rows: _Optional[int] = ..., window_rows: _Optional[int] = ...) -> None: ...
 
 class AttendRequest(_message.Message):
     __slots__ = ()

@@ -78,9 +78,10 @@ class AttentionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SparseAttendBatch(self, request, context):
-        """A ragged decode step: a few rows in each of many caches, in one round trip. Every row is answered as SparseAttend
-        answers it, but for the order of sums, and to the bit whatever the other items are; every item succeeds or fails by
-        itself. Safe to repeat.
+        """A ragged decode step: a few rows in each of many caches, in one round trip. Items may append rows of their layer
+        first; all appends come before any item attends. Every row is answered as SparseAttend answers it, but for the order
+        of sums, and to the bit whatever the other items are; every item succeeds or fails by itself. Safe to repeat: rows
+        are written at an index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

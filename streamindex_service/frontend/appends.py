@@ -1,0 +1,85 @@
+"""A few rows that come with a step, and are written before anything of it is answered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from streamindex.framing import Chunk
+
+from streamindex_service.core.layers import KeyCache
+from streamindex_service.core.specs import CacheSpec, RowKind
+from streamindex_service.errors import InvalidArgumentError, ServiceError
+from streamindex_service.frontend import tensors
+from streamindex_service.frontend.row_checks import row_check
+from streamindex_service.frontend.service import Service
+from streamindex_service.frontend.staging import commit_upload, write_rows
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """Rows of one kind, which nothing is wrong with so far, and the row of the layer that the first is written to."""
+
+    kind: RowKind
+    first_row: int
+    chunk: Chunk
+
+    @classmethod
+    def checked(
+        cls,
+        service: Service,
+        spec: CacheSpec,
+        kind: RowKind,
+        first_row: int,
+        row_count: int,
+        parts: dict[str, bytes],
+    ) -> FewRows:
+        """parts: rows and the scales beside them, by the names of their fields. Raises InvalidArgumentError,
+        NonFiniteError."""
+        most = service.settings.limits.max_batch_rows
+        if row_count > most:
+            raise InvalidArgumentError(
+                f"append.row_count: at most {most} rows; longer uploads are streams",
+                field="append.row_count",
+                metadata={"limit": most},
+            )
+        rows, scales = (memoryview(part) for part in parts.values())
+        chunk = Chunk(0, row_count, (rows, scales), None)
+        tensors.check_part_sizes(chunk, tuple(parts), _row_bytes(spec, kind))
+        checks = row_check(spec, kind)
+        checks.rows(rows, 0)
+        checks.scales(scales, 0)
+        return cls(kind, first_row, chunk)
+
+
+async def append_rows(service: Service, cache: KeyCache, layer: int, few: FewRows) -> None:
+    """Write them at once. Raises ServiceError; then nothing is written."""
+    rows, most, uploads = few.chunk.row_count, service.settings.limits.max_layer_keys, service.uploads
+    row_bytes = _row_bytes(cache.spec, few.kind)
+    upload = await service.room.make(lambda: uploads.start(cache, layer, few.first_row, rows, most, few.kind))
+    uploads.attach(upload)
+    try:
+        await service.room.make(lambda: uploads.hold(upload, rows))
+        write_rows(service, upload, [few.chunk], row_bytes)
+        upload.rows_held = rows
+        await commit_upload(service, upload, row_bytes)
+        service.counters.upload_bytes += few.chunk.payload_bytes
+    finally:
+        uploads.close(upload)
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """What is wrong is told with the field that it is in."""
+    try:
+        yield
+    except ServiceError as error:
+        within = error.field.rpartition(".")[2]
+        error.field = f"{field}.{within}" if within else field
+        raise
+
+
+def _row_bytes(spec: CacheSpec, kind: RowKind) -> tuple[int, int]:
+    form = spec.form(kind)
+    return form.row_bytes, form.scale_bytes
