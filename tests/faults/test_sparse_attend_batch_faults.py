@@ -6,8 +6,9 @@ import asyncio
 import errno
 import os
 import signal
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -17,12 +18,14 @@ import torch
 from streamindex_client import WorkerLostError
 from streamindex_client.attend_batch import build_attend_batch
 
-from streamindex_service.errors import DeviceMemoryError, InternalError
+from streamindex_service.core.specs import RowKind
+from streamindex_service.errors import DeviceMemoryError, HostMemoryError, InternalError
 from streamindex_service.frontend.host_memory import SharedSegment
 from streamindex_service.testing.service import RunningService, process_children
 from tests.support.attend_batch import ASKED, Sequence
 from tests.support.attention import Shape
 from tests.support.calls import Calls
+from tests.support.decoding import Decoding
 from tests.support.inprocess import InProcessServer
 from tests.support.services import ROOMY, SMALL_DEVICE, is_idle, small_host, wait_for
 
@@ -140,6 +143,95 @@ def test_a_worker_killed_in_the_middle_fails_items_that_can_be_asked_again(killa
     for each in step.sequences:
         each.cache.delete()
     step.close()
+
+
+def test_a_step_that_appends_and_loses_its_worker_can_be_asked_again_as_it_is(killable, monkeypatch):
+    """What it appended is there and is written again; the caches' own lengths were not noted."""
+    server, others = killable
+    (worker,) = set(process_children(os.getpid())) - others
+    client = streamindex_client.connect(server.target)
+    made = [Decoding(client, SHAPE, 300, held, held) for held in (255, 100)]
+    steps = [each.step(count) for each, count in zip(made, (3, 8), strict=True)]
+    items = [item for item, _ in steps]
+    device = server.server.service.device
+    submit = device.submit
+
+    def kill_then_submit(views, block, request_key, message):
+        if message(0).HasField("attend_tile"):
+            os.kill(worker, signal.SIGKILL)
+            monkeypatch.undo()
+        return submit(views, block, request_key, message)
+
+    monkeypatch.setattr(device, "submit", kill_then_submit)
+    for result, (keys, window) in zip(client.sparse_attend_batch(items, **ASKED), ((64, 258), (27, 108)), strict=True):
+        assert isinstance(result.error, WorkerLostError)
+        assert (result.layer_keys, result.layer_kv_rows, result.layer_window_rows) == (keys, keys, window)
+    assert [each.cache.window_length(0) for each in made] == [255, 100]
+    results = client.sparse_attend_batch(items, **ASKED, want_indices=True)
+    for each, (_, queries), result in zip(made, steps, results, strict=True):
+        each.check(client, result, queries)
+        each.cache.delete()
+    client.close()
+
+
+def test_an_append_that_finds_no_host_memory_fails_its_item_alone(inside, monkeypatch):
+    uploads = inside.server.service.uploads
+    client, hold = streamindex_client.connect(inside.target), uploads.hold
+    made = [Decoding(client, SHAPE, 300, 255, seed) for seed in (1, 2, 3)]
+
+    def short(upload, rows):
+        if upload.kind is RowKind.KV and upload.cache.cache_id == made[1].cache.id:
+            raise HostMemoryError("none left")
+        hold(upload, rows)
+
+    monkeypatch.setattr(uploads, "hold", short)
+    steps = [each.step(9) for each in made]
+    items = [item for item, _ in steps]
+    failed = client.sparse_attend_batch(items, **ASKED)[1]
+    assert (failed.error.reason, failed.error.field) == ("HOST_MEMORY", "appends[1]")
+    assert failed.error.retry_after_s is not None
+    assert (failed.layer_keys, failed.layer_kv_rows, failed.layer_window_rows) == (63, 63, 264)
+    monkeypatch.undo()
+    again = [replace(item, first_key=63, first_kv_row=63, first_window_row=255) for item in items]
+    for each, (_, queries), result in zip(
+        made, steps, client.sparse_attend_batch(again, **ASKED, want_indices=True), strict=True
+    ):
+        each.check(client, result, queries)
+        each.cache.delete()
+    assert uploads.open_uploads == 0
+    client.close()
+
+
+def test_a_step_cancelled_while_its_appends_wait_leaves_no_row_and_no_upload(inside, monkeypatch):
+    service = inside.server.service
+    with Calls(inside.target) as calls, streamindex_client.connect(inside.target) as client:
+        decoding = Decoding(client, SHAPE, 300, 255, 4)
+        waiting, hold = threading.Event(), service.uploads.hold
+
+        def full(upload, rows):
+            waiting.set()
+            raise HostMemoryError("none left")
+
+        async def make(attempt):
+            while True:  # as if something were spilled all the time
+                try:
+                    return attempt()
+                except HostMemoryError:
+                    await asyncio.sleep(0.01)
+
+        monkeypatch.setattr(service.uploads, "hold", full)
+        monkeypatch.setattr(service.room, "make", make)
+        item, queries = decoding.step(9)
+        request = build_attend_batch([item], **ASKED, sink=None, want_indices=True, priority=None).message
+        future = calls.attention.SparseAttendBatch.future(request, timeout=60)
+        assert waiting.wait(20)
+        future.cancel()
+        wait_for(lambda: service.uploads.open_uploads == 0)
+        monkeypatch.setattr(service.uploads, "hold", hold)
+        assert decoding.cache.refresh().layer_window_rows == (255,)
+        decoding.check(client, client.sparse_attend_batch([item], **ASKED, want_indices=True)[0], queries)
+        decoding.cache.delete()
+        wait_for(lambda: is_idle(calls.load()))
 
 
 def test_a_cancelled_batch_gives_everything_back(step, frozen):

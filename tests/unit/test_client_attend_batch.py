@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from streamindex.v1 import attention_pb2, key_cache_pb2, types_pb2
