@@ -6,12 +6,15 @@ One service on a unix socket; a case after another, each with caches of its own 
 
 A step is a `SparseAttendBatch` of one token of each of several sequences, with indices that are found (`top_k`), and
 with the same ones given; where a layer of ratio 128 has no indexer, of all rows that a token sees: sent without a list
-(`all_visible`), and with that list given. Callers are processes of their own (`benchmarks.attend_steps`) that repeat a
-step for a while: one alone, call after call, then four at the same time, each with queries of its own on the same
-sequences, or, for steps of one sequence, on a sequence of its own. A latency is that of the client library's call, from
-arrays to arrays; steps a second include that a caller compares every answer. Repeated steps find their rows in the
-device's cache if they fit it, which a model with many layers does not. `seconds` is the p50 alone, `ratio` the steps a
-second of the four to those of one.
+(`all_visible`), and with that list given. The first of these once more with the rows of its tokens brought along:
+they are written first, a window row, a KV row and a key in each cache, though a layer of ratio 4 or 128 gets the latter
+two with every fourth or 128th token alone; they are the same as before.
+
+Callers are processes of their own (`benchmarks.attend_steps`) that repeat a step for a while: one alone, call after
+call, then four at the same time, each with queries of its own on the same sequences, or, for steps of one sequence, on
+a sequence of its own. A latency is that of the client library's call, from arrays to arrays; steps a second include
+that a caller compares every answer. Repeated steps find their rows in the device's cache if they fit it, which a model
+with many layers does not. `seconds` is the p50 alone, `ratio` the steps a second of the four to those of one.
 
 A prefill is the last rows of the context (a chunk of queries that repeats) in one stream: as a `Search` alone, as
 `SparseAttend` with the indices that it found given, and as `SparseAttend` that finds them, in turn; seconds are
@@ -52,8 +55,9 @@ import torch
 from streamindex_client import Client
 from torch import Tensor
 
-from benchmarks.attend_cases import Case, Held, Judged, Queries, cases_of, judge, upload
+from benchmarks.attend_cases import Case, Held, Judged, Queries, appended, cases_of, judge, upload
 from benchmarks.attend_steps import (
+    APPENDED,
     CALLERS,
     OF_ITEMS,
     Arrays,
@@ -107,10 +111,12 @@ class CallRow(Row):
 
 @dataclass(frozen=True)
 class StepRow(CallRow):
-    """Steps of `sequences` tokens. indices: found, given or all_visible; alone: one caller, beside: four."""
+    """Steps of `sequences` tokens. indices: found, given or all_visible; appends: rows of the tokens come with them;
+    alone: one caller, beside: four."""
 
     sequences: int = 0
     indices: str = ""
+    appends: bool = False
     alone_steps: int = 0
     alone_ms_p50: float = 0.0
     alone_ms_p99: float = 0.0
@@ -179,23 +185,26 @@ class Bench:
 
     def _steps(self, case: Case, held: Sequence[Held], sequences: int) -> Iterator[StepRow]:
         """Steps of so many sequences, in both ways to select their rows."""
-        ways: dict[str, list[Arrays]] = {}
-        judged: dict[str, Judged] = {}
+        ways: dict[tuple[str, bool], list[Arrays]] = {}
+        judged: dict[tuple[str, bool], Judged] = {}
         for number in range(CALLERS):
             some = [held[(number * sequences + each) % len(held)] for each in range(sequences)]
             queries = Queries.drawn(case, sequences, self._device, 100 + number)
             for step, verdict in self._judged_ways(case, some, queries):
-                name = selection_of(step)
-                ways.setdefault(name, []).append(step)
-                judged[name] = judged.get(name, Judged()) + verdict
-        for name, steps in ways.items():
-            yield self._step_row(case, steps, judged[name])
+                way = selection_of(step), "kv_rows" in step
+                ways.setdefault(way, []).append(step)
+                judged[way] = judged.get(way, Judged()) + verdict
+        for way, steps in ways.items():
+            yield self._step_row(case, steps, judged[way], appends=way[1])
 
     def _judged_ways(self, case: Case, some: Sequence[Held], queries: Queries) -> Iterator[tuple[Arrays, Judged]]:
-        """A step without given indices and then with them, each with the answer that must come, and its judgement."""
+        """A step without given indices, with what it appends if it is one of many, and with given indices, each with
+        the answer that must come, and its judgement."""
         step = step_of(case, some, queries)
         judged, indices, out = self._judged(case, some, queries, step)
         yield {**step, "out": out}, judged
+        if len(some) > 1:
+            yield {**step, **appended(case, some), "out": out}, judged
         listed = given(step, indices)
         if case.index is None:  # a list may be attended in another order than rows that need none
             judged, _, out = self._judged(case, some, queries, listed)
@@ -216,7 +225,7 @@ class Bench:
             judged += judge(case, each, queries.select(torch.tensor([row])), position, indices[one], out[one])
         return judged, indices, out
 
-    def _step_row(self, case: Case, steps: Sequence[Arrays], judged: Judged) -> StepRow:
+    def _step_row(self, case: Case, steps: Sequence[Arrays], judged: Judged, *, appends: bool) -> StepRow:
         """Time them, alone and beside each other."""
         number, sequences, indices = next(self._numbers), len(steps[0]["ids"]), selection_of(steps[0])
         files = [file_of(self._directory, number, str(caller)) for caller in range(len(steps))]
@@ -229,7 +238,7 @@ class Bench:
             file.unlink()
         return StepRow(
             **self._row(case),
-            case=f"{case.name}, {sequences} x 1 token, indices {indices}",
+            case=f"{case.name}, {sequences} x 1 token, indices {indices}{', rows appended' if appends else ''}",
             seconds=alone.ms(0.5) / 1e3,
             ratio=beside.per_s / alone.per_s,
             ratio_to="one caller",
@@ -241,7 +250,8 @@ class Bench:
             largest_error=judged.largest,
             sequences=sequences,
             indices=indices,
-            request_bytes=sum(steps[0][each].nbytes for each in OF_ITEMS if each in steps[0]),
+            appends=appends,
+            request_bytes=sum(steps[0][each].nbytes for each in (*OF_ITEMS, *APPENDED) if each in steps[0]),
             answer_bytes=steps[0]["out"].nbytes,
             alone_steps=len(alone.times),
             alone_ms_p50=alone.ms(0.5),

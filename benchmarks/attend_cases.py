@@ -8,7 +8,7 @@ other rows are each sequence's own.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from benchmarks.attention_decode import make_rows
 from benchmarks.harness import Model
 from streamindex_service.demo.workload import quantise_keys, quantise_queries
 from streamindex_service.ops import KvRows, PagedKeys
+from streamindex_service.ops.paged_keys import PAGE_KEYS
 from streamindex_service.ops.sparse_attention import check_sparse_attention
 from streamindex_service.ops.topk import check_topk
 
@@ -170,6 +171,37 @@ def upload(case: Case, client: Client, device: str) -> Iterator[Held]:
             cache.append(layer=0, keys=values, scales=scales, first_row=0)
         cache.append(layer=0, kv_rows=kv.data, scales=kv.scales, first_row=0)
         yield Held(cache, position, kv, window, keys)
+
+
+def appended(case: Case, some: Sequence[Held]) -> Arrays:
+    """What items append that bring the rows of their tokens again, which are there already: the last KV row and key,
+    of which a token has `1 / ratio`, and its window row."""
+    last = np.array([(held.position + 1) // case.attention.ratio - 1 for held in some])
+    found: Arrays = {"first_kv_row": last, **_rows_at("kv", [held.kv for held in some], last)}
+    windows = [held.window for held in some if held.window is not None]
+    if windows:
+        positions = np.array([held.position for held in some])
+        found |= {"first_window_row": positions, **_rows_at("window", windows, positions)}
+    if case.index is not None:
+        keys, scales = zip(*(_last_key(held) for held in some), strict=True)
+        found |= {"first_key": last, "keys": np.concatenate(keys), "key_scales": np.concatenate(scales)}
+    return found
+
+
+def _rows_at(kind: str, rows: Sequence[KvRows], which: npt.NDArray[np.int64]) -> Arrays:
+    """One of each: [sequences, 1, bytes], and its scales if it has such."""
+    found = {f"{kind}_rows": np.stack([bits(each.data[at : at + 1]) for each, at in zip(rows, which, strict=True)])}
+    scales = [each.scales[at : at + 1] for each, at in zip(rows, which, strict=True) if each.scales is not None]
+    return found | ({f"{kind}_scales": np.stack([bits(each) for each in scales])} if scales else {})
+
+
+def _last_key(held: Held) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """[1, 1, head_dim] the bits of e4m3, and [1, 1] its scale."""
+    assert held.keys is not None
+    assert held.keys.scale_pages is not None
+    page, row = divmod(held.keys.length - 1, PAGE_KEYS)
+    which = slice(row, row + 1)
+    return bits(held.keys.pages[page][which])[None], bits(held.keys.scale_pages[page][which])[None]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 For a line of input with the number of a step a caller reads that step from DIR, warms up and says `ready`; for the
 next, milliseconds, it repeats the step for so long and says what it measured as one line of JSON; until standard input
 ends. A step attends rows that a search finds (it has `top_k`), given ones (`indices`), or, with neither, all that a
-token sees.
+token sees. It may bring the rows of its tokens, which are written first.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ if TYPE_CHECKING:  # a caller starts without torch
 
 CALLERS = 4
 OF_ITEMS = ("q", "index_q", "index_w", "indices")
+# What items append: [sequences, rows, ...] each, and the number of the first row.
+APPENDED = ("keys", "key_scales", "kv_rows", "kv_scales", "window_rows", "window_scales")
+_FIRST = ("first_key", "first_kv_row", "first_window_row")
 _WARM_STEPS = 10
 
 Arrays = dict[str, npt.NDArray[Any]]
-"""A step: ids, positions, q; index_q, index_w and top_k, or indices, or none of them; sink, window, scale; out, once it
-is judged."""
+"""A step: ids, positions, q; index_q, index_w and top_k, or indices, or none of them; sink, window, scale; what it
+appends; out, once it is judged."""
 
 
 def step_of(case: Case, some: Sequence[Held], queries: Queries) -> Arrays:
@@ -60,7 +63,7 @@ def visible_rows(case: Case, some: Sequence[Held]) -> npt.NDArray[np.int32]:
 
 def given(step: Arrays, indices: npt.NDArray[np.int32]) -> Arrays:
     """The same step with its indices given."""
-    left_out = ("index_q", "index_w", "top_k")
+    left_out = ("index_q", "index_w", "top_k", *APPENDED, *_FIRST)
     return {**{name: array for name, array in step.items() if name not in left_out}, "indices": indices}
 
 
@@ -74,6 +77,8 @@ def items_of(step: Mapping[str, npt.NDArray[Any]], caches: Sequence[KeyCache]) -
     items = []
     for row, cache in enumerate(caches):
         arrays: dict[str, Any] = {name: step[name][row : row + 1] for name in OF_ITEMS if name in step}
+        arrays |= {name: step[name][row] for name in APPENDED if name in step}
+        arrays |= {name: int(step[name][row]) for name in _FIRST if name in step}
         items.append(AttendBatchItem(cache, 0, **arrays, start_position=int(step["positions"][row])))
     return items
 

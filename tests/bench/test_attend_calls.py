@@ -43,9 +43,11 @@ def test_every_case_is_measured(tmp_path: Path):
         assert row["request_bytes"] > 0
         assert row["peak_bytes"] > 0
     steps = [row for row in rows if "sequences" in row]
-    assert [(row["model"], row["sequences"], row["indices"]) for row in steps] == [
-        ("V4-Flash", 1, "found"), ("V4-Flash", 1, "given"), ("V4-Flash", 4, "found"), ("V4-Flash", 4, "given"),
-        ("V3.2", 4, "found"), ("V3.2", 4, "given"), ("V4-HCA", 4, "all_visible"), ("V4-HCA", 4, "given"),
+    assert [(row["model"], row["sequences"], row["indices"], row["appends"]) for row in steps] == [
+        ("V4-Flash", 1, "found", False), ("V4-Flash", 1, "given", False),
+        ("V4-Flash", 4, "found", False), ("V4-Flash", 4, "found", True), ("V4-Flash", 4, "given", False),
+        ("V3.2", 4, "found", False), ("V3.2", 4, "found", True), ("V3.2", 4, "given", False),
+        ("V4-HCA", 4, "all_visible", False), ("V4-HCA", 4, "all_visible", True), ("V4-HCA", 4, "given", False),
     ]  # fmt: skip
     for row in steps:
         assert row["checked_rows"] == attend_steps.CALLERS * row["sequences"]
@@ -54,8 +56,10 @@ def test_every_case_is_measured(tmp_path: Path):
             assert row[f"{which}_steps"] > 0
             assert 0 < row[f"{which}_ms_p50"] <= row[f"{which}_ms_p99"]
             assert row[f"{which}_device_us"] > 0
-    without, listed = steps[-2:]  # what is sent differs in the list alone: int32 of all rows that the context has
+    without, bringing, listed = steps[-3:]
+    # what is sent differs by a KV row and a window row of each, and by the list: int32 of all rows of the context
     assert listed["request_bytes"] - without["request_bytes"] == 4 * (1024 // 128) * 4
+    assert bringing["request_bytes"] - without["request_bytes"] == 4 * 2 * (576 + 8)
     prefills = [row for row in rows if "overlap" in row]
     assert [(row["model"], row["rows"]) for row in prefills] == [("V4-Flash", 96), ("V3.2", 64)]
     for row in prefills:
@@ -165,6 +169,26 @@ def test_a_step_of_all_rows():
     assert attend_steps.selection_of(attend_steps.given(step, visible)) == "given"
     assert np.array_equal(visible[0], [*range(255), -1])
     assert np.array_equal(visible[1], range(256))
+
+
+def test_what_a_step_appends_is_the_last_of_its_rows():
+    held, queries, _, indices, _ = held_and_answers(2)
+    short = replace(held, position=1019, kv=KvRows(held.kv.format, held.kv.data[:255], held.kv.scales[:255]))
+    step = attend_steps.step_of(CASE, [held, short], queries) | attend_cases.appended(CASE, [held, short])
+    last, before = attend_steps.items_of(step, ["one", "other"])
+    assert (last.first_key, last.first_kv_row, last.first_window_row) == (255, 255, 1023)
+    assert (before.first_kv_row, before.first_window_row) == (254, 1019)
+    assert np.array_equal(before.kv_rows, held.kv.data[254:255].numpy())
+    assert np.array_equal(before.kv_scales, held.kv.scales[254:255].numpy())
+    assert np.array_equal(before.window_rows, held.window.data[1019:1020].numpy())
+    assert np.array_equal(last.window_scales, held.window.scales[1023:].numpy())
+    assert np.array_equal(last.keys, bits(held.keys.pages[0][255:]))
+    assert np.array_equal(last.key_scales, held.keys.scale_pages[0][255:].numpy())
+    (listed, _) = attend_steps.items_of(attend_steps.given(step, indices), ["one", "other"])
+    assert (listed.keys, listed.kv_rows, listed.first_key, listed.first_window_row) == (None, None, None, None)
+    without_index = attend_cases.appended(ALL_ROWS, [held])
+    assert {"kv_rows", "kv_scales", "window_rows", "window_scales"} < without_index.keys()
+    assert "keys" not in without_index
 
 
 def test_an_answer_that_changes_is_counted(monkeypatch: pytest.MonkeyPatch):
