@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -341,4 +341,10 @@ def _parts(parameters: AttendParameters, block_bytes: int, *, in_steps: bool) ->
 
 def attention_terms(message: pb.AttentionTerms) -> AttentionTerms:
     """What a worker said of its implementation."""
+    return _read_terms(message.SerializeToString())
+
+
+@lru_cache(4)  # every item of a step asks for them
+def _read_terms(data: bytes) -> AttentionTerms:
+    message = pb.AttentionTerms.FromString(data)
     return AttentionTerms(**{name: getattr(message, name) for name in _TERMS})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 
 from streamindex_service.core.attention_estimates import Padding
 from streamindex_service.core.estimates import DeviceSpeed, TopkWork, WorkspaceTerms
@@ -239,4 +239,10 @@ class IndexTiles:
 
 def workspace_terms(message: worker_pb2.WorkspaceTerms) -> WorkspaceTerms:
     """What a worker said of its implementation."""
+    return _read_terms(message.SerializeToString())
+
+
+@lru_cache(4)  # every item of a step asks for them
+def _read_terms(data: bytes) -> WorkspaceTerms:
+    message = worker_pb2.WorkspaceTerms.FromString(data)
     return WorkspaceTerms(**{name: getattr(message, name) for name in _TERMS})
