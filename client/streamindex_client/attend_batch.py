@@ -9,7 +9,7 @@ import numpy as np
 from streamindex.v1 import attention_pb2
 
 from streamindex_client.attend_requests import AttendForm, check_attended, finite, index_width, sink_logits
-from streamindex_client.batch import check_count, item_positions, naming_item
+from streamindex_client.batch import AppendPlaces, check_count, item_positions, naming_item
 from streamindex_client.errors import InputError, ProtocolError, StreamIndexError, from_message
 from streamindex_client.formats import Priority, RowKind, member
 from streamindex_client.requests import check_layer, key_rows, kv_rows
@@ -50,7 +50,8 @@ class AttendBatchItem:
 
     `keys`, `kv_rows` and `window_rows`, with scales for each where their format has them, are as for `append`: rows
     of the layer that are written before any item attends, from `first_key`, `first_kv_row` and `first_window_row` on,
-    by default the last known length of each.
+    by default the last known length of each, behind what items before it append. After an error give these, or ask
+    again only for the items that failed: what the others appended would be appended once more.
     """
 
     cache: _Cache
@@ -88,7 +89,8 @@ class AttendBatchResult:
     `out` [rows, heads, value_dim] bf16, in q's own type; `lse` [rows, heads] float32 and `indices` [rows, top_k] int32,
     None if not asked for. numpy arrays (read-only) or torch tensors, as q was. All None when `error` is set, and for an
     item that only appends. `layer_keys`, `layer_kv_rows` and `layer_window_rows` are the layer's lengths after the
-    appends, which may have been made even where `error` is set; then only the caches' own lengths stay as they were.
+    appends, some of which may have been made even where `error` is set: what `cache.length()` and the like tell then
+    stays as it was.
     """
 
     out: Any = None
@@ -189,23 +191,23 @@ def build_attend_batch(
             with naming_item(asking):
                 width = index_width(items[asking].indices, True)
         message.given_indices = width
-    request = AttendBatchRequest(message, list(items))
+    request, places = AttendBatchRequest(message, list(items)), AppendPlaces()
     for index, item in enumerate(request.items):
         with naming_item(index):
-            wire, block = _item(item, top_k is not None, width, len(message.sink))
+            wire, block = _item(item, top_k is not None, width, len(message.sink), places)
         message.items.append(wire)
         request.blocks.append(block)
     return request
 
 
 def _item(
-    item: AttendBatchItem, searched: bool, width: int | None, sinks: int
+    item: AttendBatchItem, searched: bool, width: int | None, sinks: int, places: AppendPlaces
 ) -> tuple[attention_pb2.SparseAttendBatchItem, AttendBlock | None]:
     info = item.cache.info
     kv = check_attended(info.spec)
     if sinks and sinks != kv.heads:
         raise InputError("q", f"the sink has {sinks} numbers, the cache {kv.heads} heads")
-    appends = [append for kind in RowKind if (append := _append(item, kind)) is not None]
+    appends = [append for kind in RowKind if (append := _append(item, kind, places)) is not None]
     wire = attention_pb2.SparseAttendBatchItem(
         key_cache_id=info.id,
         layer=check_layer(item.layer, info.spec),
@@ -237,7 +239,9 @@ def _item(
     return wire, block
 
 
-def _append(item: AttendBatchItem, kind: RowKind) -> attention_pb2.SparseAttendBatchItem.Append | None:
+def _append(
+    item: AttendBatchItem, kind: RowKind, places: AppendPlaces
+) -> attention_pb2.SparseAttendBatchItem.Append | None:
     """Rows of one kind, if it has any."""
     info = item.cache.info
     tensor, scales, first = item.appended(kind)
@@ -256,11 +260,12 @@ def _append(item: AttendBatchItem, kind: RowKind) -> attention_pb2.SparseAttendB
             raise
         raise InputError(names["scales"], error.message.partition(": ")[2]) from None
     rows, scale_bytes = found.parts(0, found.count)
-    if first is None:
-        first = info.lengths(kind)[check_layer(item.layer, info.spec)]
+    if not found.count:
+        raise InputError(kind.value, "has no rows")
+    given = None if first is None else unsigned(names["first"], first, 64)
     return attention_pb2.SparseAttendBatchItem.Append(
         row_kind=kind.wire,
-        first_row=unsigned(names["first"], first, 64),
+        first_row=places.first_row(info, check_layer(item.layer, info.spec), kind, found.count, given),
         row_count=found.count,
         rows=bytes(rows),
         scales=bytes(scale_bytes),

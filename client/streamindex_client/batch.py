@@ -10,7 +10,7 @@ import numpy as np
 from streamindex.v1 import search_pb2
 
 from streamindex_client.errors import InputError, ProtocolError, StreamIndexError, from_message
-from streamindex_client.formats import Priority, ResultOrder, SearchMode, member
+from streamindex_client.formats import Priority, ResultOrder, RowKind, SearchMode, member
 from streamindex_client.requests import check_layer, key_rows, query_block
 from streamindex_client.tensors import maker_like, position_rows, unsigned
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from streamindex_client.model import KeyCacheInfo
 
 __all__ = [
+    "AppendPlaces",
     "BatchItem",
     "BatchRequest",
     "BatchResult",
@@ -49,7 +50,8 @@ class BatchItem:
 
     q [rows, heads, head_dim], w [rows, heads] float32, and where the rows stand: `start_position` or `positions`
     [rows]. `keys` [new, head_dim] (and `scales` [new] float32 for FP8_E4M3) are written before any item is searched,
-    at `first_row`, or at the layer's last known length. q and w may be None for an item that only appends.
+    at `first_row`, or at the layer's last known length, behind what items before it append. After an error give
+    `first_row`, or ask again only for the items that failed. q and w may be None for an item that only appends.
     """
 
     cache: _Cache
@@ -126,12 +128,28 @@ def build_batch(
     )
     if priority is not None:
         message.priority = member(Priority, "priority", priority).wire
-    request = BatchRequest(message, list(items))
+    request, places = BatchRequest(message, list(items)), AppendPlaces()
     for index, item in enumerate(request.items):
         with naming_item(index):
-            message.items.append(_item(item))
+            message.items.append(_item(item, places))
         request.makers.append(maker_like(item.q))
     return request
+
+
+class AppendPlaces:
+    """Where the rows go that the items of a call append, in their order, if they do not say: behind the layer as it was
+    last known, and behind what items before them append."""
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[str, int, RowKind], int] = {}
+
+    def first_row(self, info: KeyCacheInfo, layer: int, kind: RowKind, rows: int, given: int | None) -> int:
+        """The row of the layer that the first of so many is written to."""
+        place = info.id, layer, kind
+        end = self._ends.get(place, info.lengths(kind)[layer])
+        first = end if given is None else given
+        self._ends[place] = max(end, first + rows)
+        return first
 
 
 def check_count(results: Sequence[Any], items: Sequence[Any]) -> None:
@@ -160,7 +178,7 @@ def item_positions(start_position: int | None, positions: Any, rows: int) -> lis
     return list(range(start, start + rows))
 
 
-def _item(item: BatchItem) -> search_pb2.SearchBatchItem:
+def _item(item: BatchItem, places: AppendPlaces) -> search_pb2.SearchBatchItem:
     info = item.cache.info
     spec = info.spec
     wire = search_pb2.SearchBatchItem(
@@ -178,8 +196,8 @@ def _item(item: BatchItem) -> search_pb2.SearchBatchItem:
         raise InputError("q", "give q and w, or keys to append, or both")
     if item.keys is not None:
         keys = key_rows(spec, item.keys, item.scales)
-        first = item.cache.length(item.layer) if item.first_row is None else item.first_row
-        wire.append.first_row = unsigned("first_row", first, 64)
+        given = None if item.first_row is None else unsigned("first_row", item.first_row, 64)
+        wire.append.first_row = places.first_row(info, wire.layer, RowKind.KEYS, keys.count, given)
         wire.append.row_count = keys.count
         key_bytes, scale_bytes = keys.parts(0, keys.count)
         wire.append.keys, wire.append.scales = bytes(key_bytes), bytes(scale_bytes)

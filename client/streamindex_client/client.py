@@ -156,9 +156,9 @@ class Client:
         priority: Priority | str | None = None,
         timeout: float | None = None,
     ) -> list[AttendBatchResult]:
-        """Sparse attention of a ragged decode step in one round trip: a few rows in each of many caches, after rows that
-        items bring for their caches were written.
+        """Sparse attention of a ragged decode step in one round trip: a few rows in each of many caches.
 
+        Rows that items bring for their caches are written first, all of them.
         `top_k` names how many index keys are found for a row; None: items carry `indices`, unless rows attend
         `all_visible` KV rows. These, window, scale, sink and want_lse are those of `KeyCache.sparse_attend`, the same
         for all items, as of one layer of a model; `want_indices`: what was found comes with the outputs. `priority`: of

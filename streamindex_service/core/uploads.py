@@ -16,6 +16,7 @@ from streamindex_service.core.pages import PageSlot
 from streamindex_service.core.sizes import PAGE_KEYS
 from streamindex_service.core.specs import RowKind
 from streamindex_service.errors import (
+    CacheNotFoundError,
     InvalidArgumentError,
     OffsetGapError,
     TooManyError,
@@ -101,7 +102,7 @@ class UploadTable:
         """Uploads that hold rows or may."""
         return len(self._uploads) - len(self._committed)
 
-    def start(
+    def check_start(
         self,
         cache: KeyCache,
         layer_index: int,
@@ -109,11 +110,14 @@ class UploadTable:
         row_count: int,
         max_layer_keys: int,
         kind: RowKind = RowKind.KEYS,
-    ) -> Upload:
-        """Open an upload of rows of one kind.
+    ) -> Layer:
+        """Whether rows may be written there, and the layer.
 
-        Raises InvalidArgumentError, NoKvRowsError, OffsetGapError, TooManyError, HostMemoryError.
+        Raises CacheNotFoundError for a cache that was deleted since it was found, InvalidArgumentError, NoKvRowsError,
+        OffsetGapError.
         """
+        if cache.deleted:  # or its layers would look as if they had been truncated
+            raise CacheNotFoundError
         layer = self._store.layer(cache, layer_index, kind)
         if row_count < 1:
             raise InvalidArgumentError("row_count must be at least 1", field="header.start.row_count")
@@ -129,6 +133,22 @@ class UploadTable:
                 field="header.start.first_row",
                 metadata={"expected_row_offset": layer.length_keys},
             )
+        return layer
+
+    def start(
+        self,
+        cache: KeyCache,
+        layer_index: int,
+        first_row: int,
+        row_count: int,
+        max_layer_keys: int,
+        kind: RowKind = RowKind.KEYS,
+    ) -> Upload:
+        """Open an upload of rows of one kind.
+
+        Raises CacheNotFoundError, InvalidArgumentError, NoKvRowsError, OffsetGapError, TooManyError, HostMemoryError.
+        """
+        layer = self.check_start(cache, layer_index, first_row, row_count, max_layer_keys, kind)
         if self.open_uploads >= self._max_uploads:
             self.expire()
         if self.open_uploads >= self._max_uploads:

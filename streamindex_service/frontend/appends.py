@@ -10,7 +10,7 @@ from streamindex.framing import Chunk
 
 from streamindex_service.core.layers import KeyCache
 from streamindex_service.core.specs import CacheSpec, RowKind
-from streamindex_service.errors import InvalidArgumentError, ServiceError
+from streamindex_service.errors import CacheNotFoundError, InvalidArgumentError, NonFiniteError, ServiceError
 from streamindex_service.frontend import tensors
 from streamindex_service.frontend.row_checks import row_check
 from streamindex_service.frontend.service import Service
@@ -19,7 +19,10 @@ from streamindex_service.frontend.staging import commit_upload, write_rows
 
 @dataclass(frozen=True, slots=True)
 class FewRows:
-    """Rows of one kind, which nothing is wrong with so far, and the row of the layer that the first is written to."""
+    """Rows of one kind, in whose bytes nothing is wrong, and the row of the layer that the first is written to.
+
+    `chunk` has the bytes of `row_count` rows as a `KeyChunk` has them: the rows, and the scales beside them.
+    """
 
     kind: RowKind
     first_row: int
@@ -40,21 +43,38 @@ class FewRows:
         most = service.settings.limits.max_batch_rows
         if row_count > most:
             raise InvalidArgumentError(
-                f"append.row_count: at most {most} rows; longer uploads are streams",
+                f"at most {most} rows; longer uploads are streams",
                 field="append.row_count",
                 metadata={"limit": most},
             )
+        names = tuple(parts)
         rows, scales = (memoryview(part) for part in parts.values())
         chunk = Chunk(0, row_count, (rows, scales), None)
-        tensors.check_part_sizes(chunk, tuple(parts), _row_bytes(spec, kind))
+        tensors.check_part_sizes(chunk, names, _row_bytes(spec, kind))
         checks = row_check(spec, kind)
-        checks.rows(rows, 0)
+        try:
+            checks.rows(rows, 0)
+        except NonFiniteError as error:
+            error.field = names[0]  # a check calls them by their kind, as the metadata do
+            raise
         checks.scales(scales, 0)
         return cls(kind, first_row, chunk)
 
+    def check_place(self, service: Service, cache: KeyCache, layer: int) -> None:
+        """Whether they may be written to the layer as it is now.
+
+        Raises CacheNotFoundError, InvalidArgumentError, NoKvRowsError, OffsetGapError.
+        """
+        most = service.settings.limits.max_layer_keys
+        service.uploads.check_start(cache, layer, self.first_row, self.chunk.row_count, most, self.kind)
+
 
 async def append_rows(service: Service, cache: KeyCache, layer: int, few: FewRows) -> None:
-    """Write them at once. Raises ServiceError; then nothing is written."""
+    """Write them at once, as a whole or not at all.
+
+    Raises what `check_place` raises, TooManyError, HostMemoryError, SpillUnreadableError; LayerChangedError for a layer
+    that was truncated meanwhile.
+    """
     rows, most, uploads = few.chunk.row_count, service.settings.limits.max_layer_keys, service.uploads
     row_bytes = _row_bytes(cache.spec, few.kind)
     upload = await service.room.make(lambda: uploads.start(cache, layer, few.first_row, rows, most, few.kind))
@@ -71,9 +91,11 @@ async def append_rows(service: Service, cache: KeyCache, layer: int, few: FewRow
 
 @contextlib.contextmanager
 def naming(field: str) -> Iterator[None]:
-    """What is wrong is told with the field that it is in."""
+    """What is wrong is told with the field that it is in; that the cache is gone is not wrong with any."""
     try:
         yield
+    except CacheNotFoundError:
+        raise
     except ServiceError as error:
         within = error.field.rpartition(".")[2]
         error.field = f"{field}.{within}" if within else field

@@ -12,7 +12,7 @@ from streamindex.v1 import attention_pb2 as pb
 from streamindex.v1 import types_pb2
 
 from streamindex_service.core.band_queue import Band
-from streamindex_service.core.specs import CacheSpec, RowKind
+from streamindex_service.core.specs import RowKind
 from streamindex_service.errors import InvalidArgumentError, ServiceError
 from streamindex_service.frontend import batch, requests
 from streamindex_service.frontend.appends import FewRows, append_rows, naming
@@ -21,6 +21,9 @@ from streamindex_service.frontend.attend_group import AttendGroup, AttendMember,
 from streamindex_service.frontend.attend_requests import check_asked, item_parameters
 from streamindex_service.frontend.batch_group import BatchCall, search_kind
 from streamindex_service.frontend.service import Service
+
+# Keys last: a search of keys that have no KV rows is refused.
+_APPEND_ORDER = (RowKind.WINDOW, RowKind.KV, RowKind.KEYS)
 
 
 class BatchAttention:
@@ -46,7 +49,7 @@ class BatchAttention:
         check_asked(request, service.settings)
         batch.check_size(service, request.items)
         response = pb.SparseAttendBatchResponse()
-        results = [response.results.add() for _ in request.items]  # one piece of memory: see `tiles.Fields`
+        results = [response.results.add() for _ in request.items]  # one piece of memory: see `ipc.link.Fields`
         members = [
             member
             for item, result in zip(request.items, results, strict=True)
@@ -58,25 +61,47 @@ class BatchAttention:
         batch.check_answers(service, len(results), answer_bytes)
         band = Band(request.priority or types_pb2.PRIORITY_INTERACTIVE)
         with batch.step(service, band), batch.caches_kept(service, self._owner, request.items):
-            for number, member in enumerate(members):
-                await batch.let_others_go_on(number)
-                await self._append(member)
+            turn = batch.Turn()
+            for member in members:
+                if member.item.appends:
+                    await turn.worked(await self._append(member))
             for member in members:
                 _tell_lengths(member)
-            asked = [member for member in members if not member.failed and (member.rows or not member.appends)]
+            asked = [each for each in members if not each.failed and (each.rows or not each.item.appends)]
             kinds = [((each.parameters.kv, search_kind(each.cache.spec), each.layout), each) for each in asked]
             await self._call.answer(kinds, lambda: AttendGroup(service, self._call))
         return response
 
-    async def _append(self, member: AttendMember) -> None:
-        """Write its rows, of each kind as a whole or not at all."""
+    async def _append(self, member: AttendMember) -> int:
+        """Write its rows, of each kind as a whole or not at all, if nothing is wrong with any of them; their bytes."""
+        service, cache, layer = self._service, member.cache, member.item.layer
+        appends: dict[RowKind, tuple[int, FewRows]] = {}
         try:
-            # keys last: a search of keys without KV rows is refused
-            for number, few in sorted(member.appends.items(), key=lambda each: each[1].kind, reverse=True):
-                with naming(f"appends[{number}]"):
-                    await append_rows(self._service, member.cache, member.item.layer, few)
+            appends = self._checked_appends(member)
+            for kind in _APPEND_ORDER:
+                if kind in appends:
+                    number, few = appends[kind]
+                    with naming(f"appends[{number}]"):
+                        await append_rows(service, cache, layer, few)
         except ServiceError as error:
             member.refuse(error)
+        return sum(few.chunk.payload_bytes for _, few in appends.values())
+
+    def _checked_appends(self, member: AttendMember) -> dict[RowKind, tuple[int, FewRows]]:
+        """What it appends, and the number among its appends. Raises ServiceError."""
+        service, cache = self._service, member.cache
+        found: dict[RowKind, tuple[int, FewRows]] = {}
+        for number, asked in enumerate(member.item.appends):
+            with naming(f"appends[{number}]"):
+                requests.within("row_kind", asked.row_kind, 0, max(RowKind))
+                kind = RowKind(asked.row_kind or RowKind.KEYS)
+                if kind in found:
+                    raise InvalidArgumentError("an item appends rows of a kind at most once", field="row_kind")
+                parts = {"rows": asked.rows, "scales": asked.scales}
+                few = FewRows.checked(service, cache.spec, kind, asked.first_row, asked.row_count, parts)
+                few.check_place(service, cache, member.item.layer)
+                found[kind] = number, few
+        return found
 
     def _checked(self, item: pb.SparseAttendBatchItem, result: pb.SparseAttendBatchResult) -> AttendMember | None:
         """The item, if nothing is wrong with it so far."""
@@ -89,29 +114,16 @@ class BatchAttention:
             sizes = dict(zip(PARTS, part_bytes(layout, parameters), strict=True))
             tensors = [(name, getattr(item, name), size) for name, size in sizes.items() if name != "positions"]
             batch.check_item(item, tensors)
-            appends = self._checked_appends(item, cache.spec)
         except ServiceError as error:
             refuse(service, result, error)
             return None
-        return AttendMember(service, item, result, cache, parameters, layout, self._kept, appends)
-
-    def _checked_appends(self, item: pb.SparseAttendBatchItem, spec: CacheSpec) -> dict[int, FewRows]:
-        """What the item appends, by its number among its appends."""
-        found: dict[int, FewRows] = {}
-        for number, asked in enumerate(item.appends):
-            with naming(f"appends[{number}]"):
-                requests.within("row_kind", asked.row_kind, 0, max(RowKind))
-                kind = RowKind(asked.row_kind or RowKind.KEYS)
-                if any(other.kind is kind for other in found.values()):
-                    raise InvalidArgumentError("an item appends rows of a kind at most once", field="row_kind")
-                parts = {"rows": asked.rows, "scales": asked.scales}
-                found[number] = FewRows.checked(self._service, spec, kind, asked.first_row, asked.row_count, parts)
-        return found
+        return AttendMember(service, item, result, cache, parameters, layout, self._kept)
 
 
 def _tell_lengths(member: AttendMember) -> None:
     """How long the layer is. Of a cache that was deleted meanwhile nothing is left; whoever goes on hears of that."""
     cache, result = member.cache, member.result
-    result.layer_keys, result.kv_rows, result.window_rows = (
-        cache.of_kind(kind)[member.item.layer].length_keys for kind in RowKind
-    )
+    layer = member.item.layer
+    result.layer_keys = cache.layers[layer].length_keys
+    result.kv_rows = cache.kv_layers[layer].length_keys
+    result.window_rows = cache.window_layers[layer].length_keys

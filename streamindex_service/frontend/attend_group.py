@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from streamindex.framing import Chunk
@@ -11,7 +11,6 @@ from streamindex.v1 import attention_pb2 as pb
 from streamindex_service.core.layers import KeyCache
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend import batch
-from streamindex_service.frontend.appends import FewRows
 from streamindex_service.frontend.attend_admission import AdmittedAttention, admit_attention
 from streamindex_service.frontend.attend_block import INDICES, LSE, OUT, AttendFiller
 from streamindex_service.frontend.attend_requests import AttendParameters
@@ -26,8 +25,7 @@ from streamindex_service.frontend.tiles_together import Part, joined
 
 
 class AttendMember(Member):
-    """An item of a SparseAttendBatch. kept: what an answer consists of; appends: rows to be written before, by their
-    number in the item."""
+    """An item of a SparseAttendBatch. kept: what an answer consists of."""
 
     def __init__(
         self,
@@ -38,11 +36,9 @@ class AttendMember(Member):
         parameters: AttendParameters,
         layout: BlockLayout,
         kept: Sequence[int],
-        appends: Mapping[int, FewRows],
     ) -> None:
         super().__init__(item, result, layout)
         self.cache = cache
-        self.appends = appends
         self.parameters = parameters
         self.filler: AttendFiller | None = None  # once it is admitted
         self._service = service

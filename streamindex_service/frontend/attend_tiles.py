@@ -26,8 +26,9 @@ from streamindex_service.frontend.attend_requests import AttendParameters
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.query_block import POSITIONS, BlockLayout, positions_of
 from streamindex_service.frontend.service import Service
-from streamindex_service.frontend.tiles import Fields, Submitted, TileDue, TilePiece, span
+from streamindex_service.frontend.tiles import Submitted, TileDue, TilePiece, span
 from streamindex_service.frontend.views import View
+from streamindex_service.ipc.link import Fields
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _TERMS = [field.name for field in fields(AttentionTerms)]

@@ -20,7 +20,8 @@ from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.tile_run import TileRun
 from streamindex_service.frontend.tiles import TileOperation
 
-_ITEMS_A_TURN = 32  # of the loop; some milliseconds
+# Of the loop, some milliseconds: items that append little, and bytes that are looked at, written and joined to a page.
+_ITEMS_A_TURN, _BYTES_A_TURN = 32, 1 << 20
 _ITEM_OVERHEAD_BYTES = 1024  # of the answer message: lengths, or an error with its figures
 
 
@@ -107,10 +108,19 @@ def caches_kept(service: Service, owner: str, items: Sequence[Item]) -> Iterator
             store.touch(cache)
 
 
-async def let_others_go_on(item: int) -> None:
-    """Work on item after item that never waits would keep the loop from all others for as long as it takes."""
-    if item % _ITEMS_A_TURN == _ITEMS_A_TURN - 1:
-        await asyncio.sleep(0)
+class Turn:
+    """Work on item after item that never waits: it would keep the loop from all others for as long as it takes."""
+
+    def __init__(self) -> None:
+        self._items = self._bytes = 0
+
+    async def worked(self, size_bytes: int) -> None:
+        """On one more item, on so many bytes of it; after some the others go on."""
+        self._items += 1
+        self._bytes += size_bytes
+        if self._items >= _ITEMS_A_TURN or self._bytes >= _BYTES_A_TURN:
+            self._items = self._bytes = 0
+            await asyncio.sleep(0)
 
 
 def refuse(service: Service, result: Result, error: ServiceError) -> None:

@@ -57,13 +57,14 @@ class BatchSearch:
         # All appends before any search: an item may search the rows that another has appended.
         request = self._request
         response = pb.SearchBatchResponse()
-        results = [response.results.add() for _ in request.items]  # one piece of memory: see `tiles.Fields`
-        for number, (item, result) in enumerate(zip(request.items, results, strict=True)):
-            await batch.let_others_go_on(number)
+        results = [response.results.add() for _ in request.items]  # one piece of memory: see `ipc.link.Fields`
+        turn = batch.Turn()
+        for item, result in zip(request.items, results, strict=True):
             try:
                 await self._append(item, result)
             except ServiceError as error:
                 batch.refuse(self._service, result, error)
+            await turn.worked(len(item.append.keys))
         members = [
             (search_kind(member.cache.spec), member)
             for item, result in zip(request.items, results, strict=True)

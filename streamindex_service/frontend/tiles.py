@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from streamindex_service.core.turns import Grant, SearchTurn
 from streamindex_service.errors import ServiceError
 from streamindex_service.frontend.host_memory import Block
 from streamindex_service.frontend.service import Service
 from streamindex_service.frontend.views import View
+from streamindex_service.ipc.link import Fields
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 _SCORE_ORDER = 1  # streamindex.v1.ResultOrder: parts are merged in this order
-
-# Fields of a message inside a tile's message. They become part of that, and no message of their own: protobuf frees
-# each that was made by itself, and after every 10,000 pieces of memory has glibc give all that is free back to the
-# system (`upb_trim_allocfunc`). That takes the loop milliseconds, and what it receives next a page fault a page.
-Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,23 +11,23 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from streamindex_service.core.layers import Page, Snapshot
 from streamindex_service.core.pages import PageSlot
 from streamindex_service.core.specs import RowKind
-from streamindex_service.ipc.link import PAGES_PER_MESSAGE
+from streamindex_service.ipc.link import PAGES_PER_MESSAGE, Fields
 from streamindex_service.ipc.supervisor import WorkerLink
 from streamindex_service.ipc.v1 import worker_pb2 as pb
 
 # Of views that no search uses: each keeps a page table on the device, and numbers of its pages here and in the worker.
 _MOST_IDLE_PAGES = 16_384
 _MOST_IDLE_VIEWS = 1024
-# Of one message, beside the pages of all: a view without pages takes less than 64 bytes.
+# Of one message, beside PAGES_PER_MESSAGE pages of all: a view without its pages takes less than 64 bytes and a page
+# 20, which comes to 72 KiB of the 128 that a packet may have. Numbers of views that go take less than 16 bytes each.
 _VIEWS_PER_MESSAGE = 512
+_NUMBERS_PER_MESSAGE = 2048
 
 Answer = asyncio.Future[pb.FromWorker]
-Fields = dict[str, Any]  # of a message inside another; see `tiles.Fields`
 
 
 @dataclass(slots=True, eq=False)
@@ -65,8 +65,8 @@ class DeviceViews:
         self._whole: dict[int, View] = {}  # of them, those of whole layers that are not stale, by identity of the pages
         self._idle: OrderedDict[View, None] = OrderedDict()  # of these, those without users, unused for longest first
         self._idle_pages = 0
-        # What the worker has not been told yet: of views that were made, `DefineView`s, their pages, and which of them
-        # are all there with these; and views that have gone.
+        # What the worker has not been told yet: `DefineView`s, the pages in them, the views whose last part is among
+        # them, and views that have gone.
         self._parts: list[Fields] = []
         self._part_pages = 0
         self._made: list[View] = []
@@ -137,15 +137,17 @@ class DeviceViews:
         if self._made:
             self._tell_made(self._made[0].worker)
         gone, self._gone = self._gone, []
-        for first in range(0, len(gone), PAGES_PER_MESSAGE):
-            some = gone[first : first + PAGES_PER_MESSAGE]
+        for first in range(0, len(gone), _NUMBERS_PER_MESSAGE):
+            some = gone[first : first + _NUMBERS_PER_MESSAGE]
             some[0].worker.send(pb.ToWorker(drop_views={"view_ids": [view.view_id for view in some]}))
 
     def _tell_made(self, worker: WorkerLink) -> None:
         """What was put together so far: it is no more than a message holds."""
         made, parts = self._made, self._parts
         self._made, self._parts, self._part_pages = [], [], 0
-        operation = worker.next_id() if made else 0  # parts of a view that is not all there are not answered
+        # Without an answer go messages of one part alone, of a view that has more: it has as many pages as a message
+        # holds, and nothing is made of it yet that could fail.
+        operation = worker.next_id() if made else 0
         message = pb.ToWorker(define_views={"operation_id": operation, "views": parts})
         if not made:
             worker.send(message)

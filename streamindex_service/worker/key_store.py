@@ -108,7 +108,7 @@ class KeyStore:
     def define_views(self, message: pb.DefineViews) -> None:
         """Add pages to views; of each, the last part makes it usable. Raises MissingMemoryError for a missing extent.
 
-        What raises has changed nothing: given again, a message finds what it found before.
+        What raises has changed nothing, of no view of the message: given again, it finds what it found before.
         """
         partial: dict[int, list[_Slots]] = {}
         made: dict[int, PagedKeys | PagedKvRows] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def rows_of(kind: int, first: int, count: int, **others: Any) -> Append:
 
 
 def test_what_is_wrong_with_an_append_is_told_of_its_item_alone(client, calls):
-    """Nothing of an item is written where any of its rows, or its queries, are not right."""
+    """Nothing of an item is written where any of its rows, or the sizes of its queries, are not right."""
     apart, good = (Decoding(client, SHAPE, 200, 190, seed) for seed in (10, 11))
     nan = b"\xc0\x7f" + bytes(126)
     right = rows_of(WINDOW_ROWS, 190, 1)
@@ -144,15 +145,12 @@ def test_what_is_wrong_with_an_append_is_told_of_its_item_alone(client, calls):
         ([right, rows_of(KV, 47, 1, rows=bytes(127))], invalid, "appends[1].rows"),
         ([right, rows_of(KV, 47, 2, row_count=2**32 - 1)], invalid, "appends[1].row_count"),
         ([right, rows_of(KV, 47, 1, scales=bytes(8))], invalid, "appends[1].scales"),
-        ([right, rows_of(KV, 47, 1, rows=nan)], "NON_FINITE", "appends[1].kv_rows"),
-        ([rows_of(WINDOW_ROWS, 190, 1, rows=nan)], "NON_FINITE", "appends[0].window_rows"),
-        ([right, rows_of(KEYS, 47, 1, rows=nan[:64])], "NON_FINITE", "appends[1].keys"),
-    ]
-    # these are found when it is their turn: a kind is written as a whole or not at all
-    late = [
-        ([rows_of(WINDOW_ROWS, 191, 1)], "OFFSET_GAP", "appends[0].first_row"),
-        ([rows_of(KV, 2**64 - 1, 1)], invalid, "appends[0].row_count"),
-        ([rows_of(KEYS, 47, 0)], invalid, "appends[0].row_count"),
+        ([right, rows_of(KV, 47, 1, rows=nan)], "NON_FINITE", "appends[1].rows"),
+        ([rows_of(WINDOW_ROWS, 190, 1, rows=nan)], "NON_FINITE", "appends[0].rows"),
+        ([right, rows_of(KEYS, 47, 1, rows=nan[:64])], "NON_FINITE", "appends[1].rows"),
+        ([right, rows_of(KV, 48, 1)], "OFFSET_GAP", "appends[1].first_row"),
+        ([right, rows_of(KV, 2**64 - 1, 1)], invalid, "appends[1].row_count"),
+        ([right, rows_of(KEYS, 47, 0)], invalid, "appends[1].row_count"),
     ]
     queried, _ = good.step(3)
     asked = streamindex_client.attend_batch.build_attend_batch(
@@ -163,12 +161,12 @@ def test_what_is_wrong_with_an_append_is_told_of_its_item_alone(client, calls):
     misplaced.key_cache_id = apart.cache.id
     misplaced.q = misplaced.q[:-2]
     del asked.items[1:]
-    asked.items.extend([misplaced, *(wire(apart.cache, appends) for appends, _, _ in (*wrong, *late))])
+    asked.items.extend([misplaced, *(wire(apart.cache, appends) for appends, _, _ in wrong)])
     results = calls.attention.SparseAttendBatch(asked, timeout=TIMEOUT_S).results
     assert not results[0].HasField("error"), results[0].error
     assert (results[0].layer_keys, results[0].kv_rows, results[0].window_rows) == (48, 48, 193)
     assert (results[1].error.reason, results[1].error.field) == (invalid, "q")
-    for (appends, reason, field), result in zip([*wrong, *late], results[2:], strict=True):
+    for (appends, reason, field), result in zip(wrong, results[2:], strict=True):
         assert (result.error.reason, result.error.field) == (reason, field), appends
         assert result.error.message
         assert not result.out
@@ -180,19 +178,68 @@ def test_what_is_wrong_with_an_append_is_told_of_its_item_alone(client, calls):
     assert calls.load().open_uploads == 0
 
 
-def test_what_was_written_before_an_item_failed_is_told(client, calls):
-    """Window rows come first and keys last, in whatever order they are sent: no key is without its KV row."""
-    decoding = Decoding(client, SHAPE, 200, 190, 12)
+def test_scales_that_are_none(client, calls):
+    """Of packed KV rows and of fp8 keys."""
+    shape = SHAPES[1]
+    cache = shape.create(client, key_format="fp8_e4m3")
+    rows = bytes(576)
+    wrong = [
+        Append(row_kind=KV, row_count=1, rows=rows, scales=b"\x7f\xff" + bytes(6)),
+        Append(row_kind=WINDOW_ROWS, row_count=1, rows=rows, scales=b"\xff" + bytes(7)),
+        Append(row_kind=KEYS, row_count=1, rows=bytes(32), scales=b"\x00\x00\xc0\x7f"),
+    ]
     request = attention_pb2.SparseAttendBatchRequest(top_k=4, scale=1.0)
-    request.items.add().CopyFrom(
-        wire(decoding.cache, [rows_of(KEYS, 47, 2), rows_of(KV, 48, 2), rows_of(WINDOW_ROWS, 190, 3)])
-    )
-    result = calls.attention.SparseAttendBatch(request, timeout=TIMEOUT_S).results[0]
-    assert (result.error.reason, result.error.field) == ("OFFSET_GAP", "appends[1].first_row")
-    assert result.error.metadata["expected_row_offset"] == "47"
-    assert (result.layer_keys, result.kv_rows, result.window_rows) == (47, 47, 193)
+    for append in wrong:
+        request.items.add().CopyFrom(wire(cache, [append]))
+    for result in calls.attention.SparseAttendBatch(request, timeout=TIMEOUT_S).results:
+        assert (result.error.reason, result.error.field) == ("NON_FINITE", "appends[0].scales")
+        assert (result.layer_keys, result.kv_rows, result.window_rows) == (0, 0, 0)
+    cache.delete()
+
+
+def test_what_was_written_before_an_item_failed_is_told(client, calls):
+    """Queries are looked at when it is their turn, and their rows are there then."""
+    decoding = Decoding(client, SHAPE, 200, 190, 12)
+    item, _ = decoding.step(3)
+    item.q[1, 2, 3] = torch.nan
+    (result,) = ask(client, [item])
+    assert (result.error.reason, result.error.field) == ("NON_FINITE", "q")
+    assert (result.layer_keys, result.layer_kv_rows, result.layer_window_rows) == (48, 48, 193)
+    assert decoding.cache.window_length(0) == 190
     held = decoding.cache.refresh()
-    assert (held.layer_keys, held.layer_kv_rows, held.layer_window_rows) == ((47,), (47,), (193,))
+    assert (held.layer_keys, held.layer_kv_rows, held.layer_window_rows) == ((48,), (48,), (193,))
+    decoding.cache.delete()
+
+
+def test_keys_without_kv_rows_may_be_appended_and_not_searched(client):
+    """By an item that only appends; and its bytes are counted."""
+    decoding = Decoding(client, SHAPE, 200, 190, 13)
+    rows = decoding.rows.keys[47:49]
+    (result,) = ask(client, [AttendBatchItem(decoding.cache, 0, keys=rows)])
+    assert result.error is None, result.error
+    assert (result.layer_keys, result.layer_kv_rows) == (49, 47)
+    item, _ = decoding.step(1)
+    (result,) = ask(client, [replace(item, first_key=47, keys=rows[:1])])
+    assert result.error.reason == "NO_KV_ROWS"
+    decoding.cache.delete()
+
+
+def test_items_of_one_call_append_behind_each_other(client):
+    decoding = Decoding(client, SHAPE, 200, 190, 14)
+    window = decoding.rows.window.data
+    items = [
+        AttendBatchItem(decoding.cache, 0, window_rows=window[first : first + 2], first_window_row=given)
+        for first, given in ((190, None), (192, None), (191, 191), (194, None))
+    ]
+    results = ask(client, items)
+    assert [(result.error, result.layer_window_rows) for result in results] == [(None, 196)] * 4
+    queries = decoding.queries(193, 196)
+    item = AttendBatchItem(
+        decoding.cache, 0, q=queries.q, index_q=queries.index_q, index_w=queries.index_w, start_position=193
+    )
+    (result,) = ask(client, [item])
+    rows = Rows(decoding.rows.keys[:47], *(decoding.of(188).kv, decoding.of(196).window))
+    assert not wrong_rows(SHAPE, rows, queries, result.indices, WINDOW, result.out, result.lse, scale=SCALE)
     decoding.cache.delete()
 
 

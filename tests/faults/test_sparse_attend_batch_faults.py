@@ -202,6 +202,60 @@ def test_an_append_that_finds_no_host_memory_fails_its_item_alone(inside, monkey
     client.close()
 
 
+def test_a_cache_deleted_while_a_step_appends_is_not_found(inside, monkeypatch):
+    """Its layers would look as if they had been truncated. What the others append is there, and counted."""
+    service = inside.server.service
+    client, make = streamindex_client.connect(inside.target), service.room.make
+    made = [Decoding(client, SHAPE, 300, held, seed) for seed, held in enumerate((255, 190, 0, 100))]
+    before = service.counters.upload_bytes
+
+    async def make_while_others_delete(attempt):
+        monkeypatch.setattr(service.room, "make", make)
+        for each in made[1:3]:
+            service.caches.delete(next(cache for cache in service.caches.by_use if cache.cache_id == each.cache.id))
+        await asyncio.sleep(0)
+        return await make(attempt)
+
+    monkeypatch.setattr(service.room, "make", make_while_others_delete)
+    steps = [each.step(9) for each in made]
+    results = client.sparse_attend_batch([item for item, _ in steps], **ASKED, want_indices=True)
+    for result in results[1:3]:
+        assert (result.error.reason, result.error.field) == ("CACHE_NOT_FOUND", "key_cache_id")
+        assert (result.layer_keys, result.layer_kv_rows, result.layer_window_rows) == (0, 0, 0)
+    rows = (3 * (64 + 128) + 9 * 128) + (
+        2 * (64 + 128) + 9 * 128
+    )  # of the first and the last: keys, KV and window rows
+    assert service.counters.upload_bytes - before == rows
+    for number in (0, 3):
+        made[number].check(client, results[number], steps[number][1])
+        made[number].cache.delete()
+    assert service.uploads.open_uploads == 0
+    client.close()
+
+
+def test_caches_of_a_step_do_not_expire_while_others_append(inside, monkeypatch):
+    service = inside.server.service
+    client, make = streamindex_client.connect(inside.target), service.room.make
+    made = [Decoding(client, SHAPE, 300, 100, seed) for seed in (1, 2)]
+    kept = []
+
+    async def make_and_look(attempt):
+        kept.append({cache.cache_id: cache.busy for cache in service.caches.by_use})
+        return await make(attempt)
+
+    monkeypatch.setattr(service.room, "make", make_and_look)
+    steps = [each.step(1) for each in made]
+    results = client.sparse_attend_batch([item for item, _ in steps], **ASKED, want_indices=True)
+    assert kept
+    for seen in kept:
+        assert all(seen[each.cache.id] > 0 for each in made)
+    monkeypatch.undo()
+    for each, (_, queries), result in zip(made, steps, results, strict=True):
+        each.check(client, result, queries)
+        each.cache.delete()
+    client.close()
+
+
 def test_a_step_cancelled_while_its_appends_wait_leaves_no_row_and_no_upload(inside, monkeypatch):
     service = inside.server.service
     with Calls(inside.target) as calls, streamindex_client.connect(inside.target) as client:

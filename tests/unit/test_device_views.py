@@ -13,6 +13,7 @@ from streamindex_service.core.ledger import Ledger
 from streamindex_service.core.pages import PagePool, PageSlot
 from streamindex_service.core.residency import Residency
 from streamindex_service.core.specs import RowKind
+from streamindex_service.errors import DeviceMemoryError
 from streamindex_service.frontend import views as views_module
 from streamindex_service.frontend.device import DeviceWorker
 from streamindex_service.frontend.host_memory import HostExtents
@@ -23,9 +24,13 @@ class OneEpoch:
     """A governor that never loses anything."""
 
     epoch = 1
+    in_doubt = 0
 
     def device_lost(self):
         pass
+
+    def device_in_doubt(self):
+        self.in_doubt += 1
 
     class residency:  # noqa: N801
         moves = 0
@@ -246,6 +251,7 @@ async def test_views_of_a_step_are_told_and_forgotten_together(monkeypatch):
     """In the order in which they were made, no more to a message than it holds, and before they are gone."""
     monkeypatch.setattr(views_module, "PAGES_PER_MESSAGE", 4)
     monkeypatch.setattr(views_module, "_VIEWS_PER_MESSAGE", 3)
+    monkeypatch.setattr(views_module, "_NUMBERS_PER_MESSAGE", 4)
     device, whole = shown(*range(0, 16_384, 1024))
     link = device.supervisor.link
     counts = [3, 1, 1, 0, 0, 0, 9, 4, 2]
@@ -274,12 +280,32 @@ async def test_views_of_a_step_are_told_and_forgotten_together(monkeypatch):
     device.drop_view(views[0])  # its tile was never submitted
     await asyncio.sleep(0)
     assert [message.WhichOneof("message") for message in link.sent[3:]] == ["define_views", "drop_views"]
-    device.view_of(None, whole, whole.pages[:1], 256)
+    device.view_of(None, whole, whole.pages[:3], 768)
     device.drop_view(views[1])
     device.on_down(())
     await asyncio.sleep(0)
     assert len(link.sent) == 5  # what the worker was to hear it need not
     assert all(view.stale for view in views)
+    device.supervisor.link = Link()  # nor does the next one
+    view = device.view_of(None, whole, whole.pages[:2], 512)
+    assert not device.supervisor.link.sent  # nothing else is waiting that would fill a message
+    assert [each.view_id for each in defined(device)] == [view.view_id]
+    assert dropped(device) == []
+
+
+async def test_views_go_before_their_memory_when_the_device_is_in_doubt():
+    """As when one of them could not be made: all that is on the device is forgotten."""
+    device, snapshot = shown(0, 1024)
+    device.make_extent(9, 1 << 16)
+    view = device.view_of(None, snapshot, snapshot.pages, 300)
+    assert len(defined(device)) == 1
+    link = device.supervisor.link
+    del link.sent[:]
+    view.defined.set_exception(DeviceMemoryError("no memory"))
+    await asyncio.sleep(0)
+    assert [message.WhichOneof("message") for message in link.sent] == ["drop_views", "free_extent"]
+    assert device.governor.in_doubt == 1
+    assert view.stale
 
 
 async def test_a_view_of_many_pages_comes_in_several_messages(monkeypatch):

@@ -15,7 +15,7 @@ from streamindex_service.worker.__main__ import Worker
 from streamindex_service.worker.commands import Command, Commands
 from streamindex_service.worker.device import Device
 from streamindex_service.worker.executor import DEVICE_FAILED_EXIT_CODE, Executor
-from streamindex_service.worker.extents import Extents
+from streamindex_service.worker.extents import Extents, MissingMemoryError
 from streamindex_service.worker.promotions import MemoryRanges
 from tests.support.core_world import VirtualClock
 
@@ -210,6 +210,29 @@ def test_a_view_that_is_made_at_the_second_try_has_all_its_pages(rig, monkeypatc
     found: MemoryRanges = store.memory_of(9)
     assert found.starts.tolist() == [base + page * page_bytes for part in parts for page in part]
     assert not store._partial
+
+
+def test_a_message_of_which_one_view_cannot_be_made_changes_none(rig):
+    """It comes again: a part of a long view would be there twice."""
+    store = rig.executor.store
+    store.extents.allocate(5, 1 << 20)
+    fields = {"key_format": 2, "head_dim": 64, "extent_offsets": [0]}
+    views = [
+        pb.DefineView(view_id=7, length_keys=200, complete=True, extent_ids=[5], **fields),
+        pb.DefineView(view_id=8, length_keys=500, complete=False, extent_ids=[5], **fields),
+        pb.DefineView(view_id=9, length_keys=200, complete=True, extent_ids=[6], **fields),
+    ]
+    message = pb.ToWorker(define_views=pb.DefineViews(operation_id=4, views=views))
+    rig.worker._try(message, None)
+    assert rig.failures() == [(4, pb.FAILURE_KIND_OUT_OF_MEMORY)]
+    assert not store._partial
+    with pytest.raises(MissingMemoryError):
+        store.view(7)
+    store.extents.allocate(6, 1 << 20)
+    rig.worker._try(message, None)
+    rest = pb.DefineView(view_id=8, length_keys=500, complete=True, extent_ids=[6], **fields)
+    rig.worker._try(pb.ToWorker(define_views=pb.DefineViews(operation_id=6, views=[rest])), None)
+    assert [len(store.view(view_id).pages) for view_id in (7, 8, 9)] == [1, 2, 1]
 
 
 def test_the_parts_of_a_view_that_could_not_be_made_go_with_it(rig):
