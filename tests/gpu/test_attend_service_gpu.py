@@ -14,8 +14,9 @@ import torch
 
 from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.testing.service import RunningService
-from tests.support.attend_batch import Sequence
+from tests.support.attend_batch import ASKED, Sequence
 from tests.support.attention import Queries, Rows, Shape, wrong_rows
+from tests.support.decoding import Decoding
 
 pytestmark = [
     pytest.mark.gpu,
@@ -182,6 +183,19 @@ def test_a_ragged_step_is_answered_as_row_by_row(client, shape):
     load = client.load()
     assert load.memory_failures == 0
     assert load.device_peak_bytes <= 1024 * MIB
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.kv_format.value}-D{s.key_dim}")
+def test_steps_that_bring_their_rows(client, shape):
+    """Pages that are on the device already are joined with new rows, and brought anew."""
+    made = [Decoding(client, shape, 1100, held, seed) for seed, held in enumerate((254, 1020, 3))]
+    for counts in ((1, 1, 1), (3, 1, 2), (1, 8, 1)):
+        steps = [each.step(count) for each, count in zip(made, counts, strict=True)]
+        results = client.sparse_attend_batch([item for item, _ in steps], **ASKED, want_indices=True)
+        for each, (_, queries), result in zip(made, steps, results, strict=True):
+            each.check(client, result, queries)
+    for each in made:
+        each.cache.delete()
 
 
 def test_a_step_whose_worker_is_killed_can_be_asked_again():
