@@ -21,20 +21,18 @@ pytestmark = [
 ]
 SEED = 7
 # the least in MiB that the largest tile of a history fits: the kernels' workspaces are larger than those on a CPU
-SETTINGS = {
-    **SMALL_DEVICE,
-    "worker": {"device": "cuda:0"},
-    "memory": {**SMALL_DEVICE["memory"], "device_budget_bytes": 40 * MIB},
-}
+BUDGETS = {"keys": 40, "rows": 56}
 
 
-@pytest.mark.parametrize("kind", ["keys", "rows"])
+@pytest.mark.parametrize("kind", BUDGETS)
 def test_every_answer_is_the_models(kind, monkeypatch):
+    memory = {**SMALL_DEVICE["memory"], "device_budget_bytes": BUDGETS[kind] * MIB}
+    settings = {**SMALL_DEVICE, "worker": {"device": "cuda:0"}, "memory": memory}
     # the kernels take no float32 keys
     kinds = tuple(each for each in cache_history.KINDS if each.key_format != FP32)
     monkeypatch.setattr(cache_history, "KINDS", 2 * kinds)
     with (
-        RunningService(SETTINGS) as service,
+        RunningService(settings) as service,
         Calls(service.address) as calls,
         streamindex_client.connect(service.address) as client,
     ):

@@ -237,7 +237,7 @@ class AttendRig(Rig):
         self.executor.attend_tile(
             pb.AttendTile(
                 tile_id=tile_id, sequences=[sequence], window=self.window, rows=ROWS, heads=HEADS, width=self.width,
-                value_dim=512, scale=512**-0.5, workspace_bytes=64 * MIB,
+                value_dim=512, scale=512**-0.5, parts=1, workspace_bytes=64 * MIB,
                 q=spans[0], positions=spans[1], indices=spans[2], out=answer,
             )
         )  # fmt: skip
