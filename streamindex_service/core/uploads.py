@@ -102,23 +102,14 @@ class UploadTable:
         """Uploads that hold rows or may."""
         return len(self._uploads) - len(self._committed)
 
-    def check_start(
-        self,
-        cache: KeyCache,
-        layer_index: int,
-        first_row: int,
-        row_count: int,
-        max_layer_keys: int,
-        kind: RowKind = RowKind.KEYS,
-    ) -> Layer:
-        """Whether rows may be written there, and the layer.
+    @staticmethod
+    def check_start(cache: KeyCache, layer: Layer, first_row: int, row_count: int, max_layer_keys: int) -> None:
+        """Whether rows may be written to a layer as it is now.
 
-        Raises CacheNotFoundError for a cache that was deleted since it was found, InvalidArgumentError, NoKvRowsError,
-        OffsetGapError.
+        Raises CacheNotFoundError for a cache that was deleted since it was found, InvalidArgumentError, OffsetGapError.
         """
         if cache.deleted:  # or its layers would look as if they had been truncated
             raise CacheNotFoundError
-        layer = self._store.layer(cache, layer_index, kind)
         if row_count < 1:
             raise InvalidArgumentError("row_count must be at least 1", field="header.start.row_count")
         if first_row + row_count > max_layer_keys:
@@ -133,7 +124,6 @@ class UploadTable:
                 field="header.start.first_row",
                 metadata={"expected_row_offset": layer.length_keys},
             )
-        return layer
 
     def start(
         self,
@@ -148,7 +138,8 @@ class UploadTable:
 
         Raises CacheNotFoundError, InvalidArgumentError, NoKvRowsError, OffsetGapError, TooManyError, HostMemoryError.
         """
-        layer = self.check_start(cache, layer_index, first_row, row_count, max_layer_keys, kind)
+        layer = self._store.layer(cache, layer_index, kind)
+        self.check_start(cache, layer, first_row, row_count, max_layer_keys)
         if self.open_uploads >= self._max_uploads:
             self.expire()
         if self.open_uploads >= self._max_uploads:

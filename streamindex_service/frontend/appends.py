@@ -65,8 +65,8 @@ class FewRows:
 
         Raises CacheNotFoundError, InvalidArgumentError, NoKvRowsError, OffsetGapError.
         """
-        most = service.settings.limits.max_layer_keys
-        service.uploads.check_start(cache, layer, self.first_row, self.chunk.row_count, most, self.kind)
+        rows, most = service.caches.layer(cache, layer, self.kind), service.settings.limits.max_layer_keys
+        service.uploads.check_start(cache, rows, self.first_row, self.chunk.row_count, most)
 
 
 async def append_rows(service: Service, cache: KeyCache, layer: int, few: FewRows) -> None:
