@@ -11,7 +11,7 @@ import torch
 from streamindex_service.ops.kv_rows import KvFormat, KvRows
 from streamindex_service.ops.sparse_attention import AttentionKernel, AttentionResult, Plan, plan_for
 from streamindex_service.ops.sparse_attention.plan import attention_tiles
-from tests.ops.attention_cases import Inputs, make_inputs, one_row_each, with_scales
+from tests.ops.attention_cases import Inputs, make_inputs, one_row_each, with_one_large_scale, with_scales
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,7 +83,7 @@ def test_rows_that_end_early(kv_format: KvFormat, splits: int) -> None:
     _assert_right(inputs, inputs.attend("triton", _plan(inputs, splits=splits, find_ends=True)))
 
 
-@pytest.mark.parametrize("spread", [12, 20, 24, None], ids=["near", "apart", "farther", "far"])
+@pytest.mark.parametrize("spread", [12, 13, 24, None], ids=["near", "apart", "farther", "far"])
 @pytest.mark.parametrize("powers", [True, False], ids=["powers", "any-scale"])
 @PACKED
 def test_every_8_bit_number_is_widened_exactly(kv_format: KvFormat, powers: bool, spread: int | None) -> None:
@@ -101,6 +101,16 @@ def test_scales_may_lie_anywhere(kv_format: KvFormat) -> None:
         inputs = _without_scales_in_logits(inputs)
         for splits in (1, 3):
             _assert_right(inputs, inputs.attend("triton", _plan(inputs, splits=splits)))
+
+
+@PACKED
+def test_elements_of_small_scales_are_as_good(kv_format: KvFormat) -> None:
+    for apart in (12, 13, 20):
+        for amplitude in (1.0, 8.0, 30.0):
+            inputs = _case(kv_format, tokens=33, width=8320, amplitude=amplitude, sink=False)
+            inputs = _without_scales_in_logits(with_one_large_scale(inputs, apart))
+            for splits in (1, 3):
+                _assert_right(inputs, inputs.attend("triton", _plan(inputs, splits=splits)))
 
 
 @PACKED

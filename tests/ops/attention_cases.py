@@ -136,6 +136,19 @@ def with_scales(inputs: Inputs, least: int, most: int, *, powers: bool = True, s
     return replace(inputs, kv=replace(kv, data=data))
 
 
+def with_one_large_scale(inputs: Inputs, apart: int) -> Inputs:
+    """The same 8-bit numbers, scales of the first group 1 and all others 2^-apart."""
+    kv, packing = inputs.kv, inputs.kv.format.packed
+    assert packing is not None
+    scales = torch.full((kv.rows, packing.scale_bytes or packing.narrow // packing.group), 2.0**-apart)
+    scales[:, 0] = 1.0
+    if packing.scale_bytes:
+        return replace(inputs, kv=replace(kv, scales=(scales.log2() + 127).to(torch.uint8).to(kv.device)))
+    data = kv.data.clone()
+    data[:, packing.narrow : packing.rotary_offset] = scales.view(torch.uint8).to(kv.device)
+    return replace(inputs, kv=replace(kv, data=data))
+
+
 def with_scales_by_amax(inputs: Inputs, seed: int = 3) -> Inputs:
     """Rows of 656 bytes as some model servers pack them: amax / 448 is the scale, which is no power of two."""
     packing = KvFormat.FP8_D576.packed

@@ -108,6 +108,10 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.tensor.permute(order))
 
+    def reshape(self, shape: tuple[int, ...]) -> Shared:
+        """To be read at once: it may be a copy."""
+        return Shared(self.tensor.reshape(shape))
+
     def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
         return Shared(self.tensor.view(dtype).view(shape), layout)
 
@@ -246,7 +250,7 @@ def _pairs_as_they_stand(elements: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _asm(text: str, constraints: str, arguments: list[Value], **_: Any) -> tuple[Value, ...]:
     first = arguments[0].tensor
     if "prmt" in text:
-        widened = _elements(first) * arguments[1].tensor[..., None]
+        widened = _elements(first)
         return tuple(Value(widened[..., number]) for number in range(4))
     if "e4m3" in text:
         return tuple(Value(each.T) for each in _pairs_as_they_stand(_elements(first.T)))
@@ -300,6 +304,8 @@ def _language(ids: list[int], programs: list[int], program: _Program) -> dict[st
         "full": lambda shape, value, dtype, layout: Value(torch.full(shape, value, dtype=dtype)),
         "expand_dims": lambda x, axis: Value(x.tensor.unsqueeze(axis)),
         "reshape": lambda x, shape: Value(x.tensor.reshape(shape)),
+        "permute": lambda x, order: Value(x.tensor.permute(order)),
+        "broadcast": lambda a, b: [Value(each) for each in torch.broadcast_tensors(a.tensor, b.tensor)],
         "join": lambda a, b: Value(torch.stack((a.tensor, b.tensor), -1)),
         "convert_layout": lambda x, layout: x,
         "load": program.load,

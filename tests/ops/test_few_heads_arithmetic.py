@@ -10,7 +10,15 @@ from streamindex_service.ops.kv_rows import KvFormat
 from streamindex_service.ops.sparse_attention import AttentionKernel, AttentionResult, Plan
 from streamindex_service.ops.sparse_attention.plan import attention_tiles
 from streamindex_service.ops.sparse_attention.problem import Problem
-from tests.ops.attention_cases import Inputs, in_pages, make_inputs, one_row_each, with_scales, with_scales_by_amax
+from tests.ops.attention_cases import (
+    Inputs,
+    in_pages,
+    make_inputs,
+    one_row_each,
+    with_one_large_scale,
+    with_scales,
+    with_scales_by_amax,
+)
 from tests.ops.gluon_emulation import load_kernel
 
 Attend = Callable[..., AttentionResult]
@@ -107,7 +115,7 @@ def test_one_item_after_another(attend: Attend, kv_format: KvFormat, processors:
 
 
 @PACKED
-@pytest.mark.parametrize("spread", [20, 24, None], ids=["near", "farther", "far"])
+@pytest.mark.parametrize("spread", [12, 16, None], ids=["near", "farther", "far"])
 def test_every_8_bit_number_is_widened_exactly(attend: Attend, kv_format: KvFormat, spread: int | None) -> None:
     inputs = one_row_each(kv_format, heads=1, device="cpu", spread=spread)
     values = inputs.kv.gather(torch.arange(70), torch.float64)[:, None, :512]
@@ -131,6 +139,18 @@ def test_scales_may_lie_anywhere(attend: Attend, kv_format: KvFormat, least: int
     for width in (150, 1):  # of one entry the log-sum-exp may err least
         inputs = rotary_queries(with_scales(packed_case(kv_format, width=width), least, most))
         assert_right(inputs, attend(inputs))
+
+
+@PACKED
+@pytest.mark.parametrize("apart", [12, 13, 20])
+@pytest.mark.parametrize("amplitude", [1.0, 8.0, 30.0])
+def test_elements_of_small_scales_are_as_good(
+    attend: Attend, kv_format: KvFormat, apart: int, amplitude: float
+) -> None:
+    """All rows have one group's scale far above the others', and weights lie far apart: small ones, small scales."""
+    inputs = packed_case(kv_format, width=700, rows=900, amplitude=amplitude, sink=False)
+    inputs = rotary_queries(with_one_large_scale(inputs, apart))
+    assert_right(inputs, attend(inputs))
 
 
 def test_scales_by_amax(attend: Attend) -> None:

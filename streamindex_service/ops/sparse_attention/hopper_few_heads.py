@@ -23,18 +23,19 @@ two make good. They are exact, and are taken out again in float32:
 - Queries [16, D] are brought up by one power of two a head, so that the largest element has f16's largest exponent.
   Elements keep all their bits down to 2^-31 of it.
 - Keys are multiplied as they stand; the scale of a group goes into the float32 sums of the group's products.
-- Values are multiplied by their scale as a share of 2^e, the power of two of the largest scale of their row. A row's
-  2^e goes into its weight instead: the exponent of a softmax weight is logit + e (base 2), and what is taken from all
-  of them is the largest of these. The denominator is summed without 2^e.
-- Weights, at most 1, are brought up by 2^15 and shares by 2^5: the range of f16 lies below.
+- Values are multiplied as they stand; their scale, as a share of 2^e, the power of two of the largest scale of their
+  row, is multiplied into the weight that they meet. A row's 2^e goes into its weight as well: the exponent of a softmax
+  weight is logit + e (base 2), and what is taken from all of them is the largest of these. The denominator is summed
+  without 2^e.
+- Weights, at most 1, are brought up by 2^15, and shares, below 2, down by half: the range of f16 lies below.
 
-So a row's contribution to an output keeps all bits of its weight down to 2^-28 of the largest contribution that there
-is, and counts as nothing below 2^-39 of it. That is the size of the contribution, value included: a row of tiny values
-may have all the weight.
+So a row's contribution to an output keeps all bits of its weight times its share down to 2^-28 of the largest weight
+that there is, and counts as nothing below 2^-39 of it. A weight here is that of a contribution, with the row's largest
+scale in it: a row of tiny values may have the largest.
 
-Scales of one row that lie further apart than 2^20 (2^12 if they are no powers of two), or beyond what e may be, are no
-shares that f16 holds. Of a block of rows with such a one, weights and values go to the matrix unit in bf16, as in the
-other kernels: slower, and right.
+Scales of one row that lie further apart than 2^12, or beyond what e may be, are no shares that f16 holds well enough.
+Of a block of rows with such a one, weights and values go to the matrix unit in bf16, as in the other kernels: slower,
+and right.
 
 Rotary elements are bf16 in the row and stay so, in both products.
 
@@ -67,12 +68,14 @@ from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import (
     word_layout,
 )
 from streamindex_service.ops.sparse_attention.hopper_few_heads_products import (
-    add_in_bf16,
-    add_in_f16,
+    add_values,
+    for_each_head,
     hold_queries,
+    in_order,
     load_queries,
-    load_shares,
     multiply,
+    value_layout,
+    zeros,
 )
 from streamindex_service.ops.sparse_attention.hopper_items import span, wait_for_inputs
 from streamindex_service.ops.sparse_attention.plan import Plan
@@ -82,6 +85,8 @@ from streamindex_service.ops.sparse_attention.problem import Problem
 MISSING = missing(
     (gl, ("warp_specialize", "allocate_shared_memory", "inline_asm_elementwise", "SharedLinearLayout")),
     (gl, ("DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout")),
+    (gl, ("broadcast", "permute")),
+    (gl.shared_memory_descriptor, ("permute", "reshape")),
     (gluon, ("constexpr_function",)),
     (ampere, ("mma_v2",)),
     (hopper, ("mbarrier", "fence_async_shared")),
@@ -117,8 +122,25 @@ def launch(problem: Problem, plan: Plan, ends, out, lse, processors: int) -> Non
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _in_every_warp(warps):
+    """Numbers of each head, one from each warp [16, warps]: a thread has all of its heads'."""
+    registers = [[0, 1 << bit] for bit in range(warps.bit_length() - 1)] + [[8, 0]]
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0]] * (warps.bit_length() - 1), [], [16, warps])
+
+
 @gluon.jit
-def _weigh(products, rotary_products, scale_head, scale_log2, exponent, bias, largest):
+def _largest_of_heads(x, WARPS: gl.constexpr):
+    """max(x, axis=1) of [16, n] as a product lies. Each warp takes the largest of all warps' for itself: gl.max has
+    threads share that out, and wait for each other once more."""
+    each = gl.max(gl.reshape(x, (16, x.shape[1] // (8 * WARPS), WARPS, 8)), axis=1)
+    each = gl.convert_layout(gl.max(each, axis=2), _in_every_warp(WARPS))
+    return gl.convert_layout(gl.max(each, axis=1), gl.SliceLayout(1, x.type.layout))
+
+
+@gluon.jit
+def _weigh(products, rotary_products, scale_head, scale_log2, exponent, bias, largest, WARPS: gl.constexpr):
     """One step of the online softmax. products: divided by 2^e and by a head's power of two; exponent: of 2^e.
 
     Returns weights with 2^e, at most 1, and without [16, BLOCK], the new `largest` [16], and the factor of all sums so
@@ -126,7 +148,7 @@ def _weigh(products, rotary_products, scale_head, scale_log2, exponent, bias, la
     """
     above = (exponent - 127).to(gl.float32)
     logits = products * scale_head * power(exponent) + rotary_products * scale_log2 + bias
-    new_largest = gl.maximum(largest, gl.max(logits + above, axis=1))
+    new_largest = gl.maximum(largest, _largest_of_heads(logits + above, WARPS))
     # of a row without an entry so far: any finite number, for −inf − −inf is no number
     shift = gl.where(new_largest == float("-inf"), 0.0, new_largest)
     fade = gl.exp2(largest - shift)
@@ -220,7 +242,7 @@ def _weigh_blocks(
             exponent = exponent_smem.index(slot).load(by_key) & (BEYOND - 1)
             bias = gl.expand_dims(bias_smem.index(slot).load(by_key), 0)
             weights, plain_weights, largest, fade = _weigh(
-                products, rotary_products, scale_head, scale_log2, gl.expand_dims(exponent, 0), bias, largest
+                products, rotary_products, scale_head, scale_log2, gl.expand_dims(exponent, 0), bias, largest, WARPS
             )
             totals = totals * gl.expand_dims(fade, 1) + plain_weights
             if TAIL == 0:
@@ -260,6 +282,7 @@ def _add_values(
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     by_head: gl.constexpr = gl.SliceLayout(1, mma)
+    by_warp: gl.constexpr = value_layout(WARPS)
     eights: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     done = items * 0
     turn = items * 0
@@ -267,48 +290,44 @@ def _add_values(
         token, first_head, part, begin, end = span(
             ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS
         )  # fmt: skip
-        acc_a = gl.zeros((16, WORDS), gl.float32, layout=mma)
-        acc_b = gl.zeros((16, WORDS), gl.float32, layout=mma)
-        acc_c = gl.zeros((16, WORDS), gl.float32, layout=mma)
-        acc_d = gl.zeros((16, WORDS), gl.float32, layout=mma)
+        sums = zeros(GROUPS, WARPS, by_warp)
         acc_rotary = gl.zeros((16, 2 * ROTARY_WORDS), gl.float32, layout=mma)
         for _ in range(begin, end, BLOCK):
             slot = done % STAGES
             # ended long before `weighed`, and waited for all the same: the rows were copied by a third partition
             hopper.mbarrier.wait(full.index(slot), (done // STAGES) & 1)
             hopper.mbarrier.wait(weighed.index(slot), (done // STAGES) & 1)
-            shares = load_shares(narrow_smem.index(slot), BLOCK, GROUPS, WARPS, right)
             beyond = any_beyond(exponent_smem.index(slot), BLOCK, WARPS)
-            fade = gl.expand_dims(fade_smem.index(slot).load(by_head), 1)
-            acc_a, acc_b, acc_c, acc_d = acc_a * fade, acc_b * fade, acc_c * fade, acc_d * fade
-            if beyond:
-                acc_a, acc_b, acc_c, acc_d = add_in_bf16(
-                    weight_smem.index(slot), value_smem.index(slot), share_smem.index(slot), acc_a, acc_b, acc_c, acc_d,
-                    BLOCK, GROUPS, WARPS, mma,
-                )  # fmt: skip
+            weight, value, fade = weight_smem.index(slot), value_smem.index(slot), fade_smem.index(slot)
+            if beyond:  # few rows at a time: registers that the other way has no use for would be lost to it
+                in_bf16 = view(weight, gl.bfloat16, [16, BLOCK], eights)
+                sums = add_values(
+                    in_bf16, value, share_smem.index(slot), fade, sums, False, 16, BLOCK, GROUPS, WARPS, mma, by_warp
+                )
             else:
-                words = value_smem.index(slot).load(right)
-                acc_a, acc_b, acc_c, acc_d = add_in_f16(
-                    weight_smem.index(slot), words, shares, acc_a, acc_b, acc_c, acc_d, mma
+                sums = add_values(
+                    weight, value, narrow_smem.index(slot), fade, sums, True, BLOCK, BLOCK, GROUPS, WARPS, mma, by_warp
                 )
             if TAIL == 0:
                 rotary = view(rotary_smem.index(slot), gl.bfloat16, [BLOCK, 2 * ROTARY_WORDS], eights)
-                acc_rotary = mma_v2(plain_smem.index(slot).load(left), rotary.load(right), acc_rotary * fade)
+                acc_rotary *= gl.expand_dims(fade.load(by_head), 1)
+                acc_rotary = mma_v2(plain_smem.index(slot).load(left), rotary.load(right), acc_rotary)
             hopper.mbarrier.arrive(empty.index(slot), count=1)
             done += 1
         hopper.mbarrier.wait(final_full, turn & 1)
-        down = gl.expand_dims(final_smem.index(0).load(by_head), 1)
-        rest = gl.expand_dims(final_smem.index(1).load(by_head), 1)
+        down, rest = final_smem.index(0).load(by_head), final_smem.index(1).load(by_head)
+        each_down, each_rest = for_each_head(final_smem.index(0), by_warp), for_each_head(final_smem.index(1), by_warp)
         hopper.mbarrier.arrive(final_empty, count=1)
         turn += 1
         place = (part.to(gl.int64) * tokens + token) * HEADS if PARTIAL else token * HEADS
         if TAIL == 0:
-            _store(acc_rotary * down * rest, out, place, first_head, NARROW, VALUES, HEADS)
-        down *= 1.0 / (_WEIGHT_HEAD * SHARE_HEAD)
-        # elements as words have them
-        even = gl.join(acc_a * down * rest, acc_c * down * rest)
-        odd = gl.join(acc_b * down * rest, acc_d * down * rest)
-        _store(gl.reshape(gl.join(even, odd), (16, VALUES)), out, place, first_head, 0, NARROW, HEADS)
+            acc_rotary = acc_rotary * gl.expand_dims(down, 1) * gl.expand_dims(rest, 1)
+            _store(acc_rotary, out, place, first_head, NARROW, VALUES, HEADS)
+        each_down *= 1.0 / (_WEIGHT_HEAD * SHARE_HEAD)
+        SET: gl.constexpr = VALUES * WARPS // GROUPS
+        for group in gl.static_range(GROUPS // WARPS):
+            values = in_order(sums, group, each_down, each_rest, GROUPS, WARPS)
+            _store(values, out, place, first_head, SET * group, min(NARROW, SET * (group + 1)), HEADS)
 
 
 @gluon.jit(

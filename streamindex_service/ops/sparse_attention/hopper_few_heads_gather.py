@@ -2,8 +2,7 @@
 and takes the scales of a block apart before it hands the block over.
 
 A scale is 2^e times a share, 2^e being the power of two of the largest scale of the row. Shares of a row in f16 are as
-good as its scales if these lie within 2^20 of each other (2^12 if they are no powers of two), and e within what the
-softmax's sums bear.
+good as its scales if these lie within 2^12 of each other, and e within what the softmax's sums bear.
 """
 
 from triton.experimental import gluon
@@ -21,23 +20,24 @@ COPY_WARPS = gl.constexpr(4)
 COPY_THREADS = gl.constexpr(32 * COPY_WARPS)
 WORDS = gl.constexpr(128)  # of four e4m3 of a row
 ROTARY_WORDS = gl.constexpr(32)  # of two bf16
-SHARE_HEAD = gl.constexpr(2.0**5)  # what shares in f16 are multiplied by: the range of f16 lies below
+SHARE_HEAD = gl.constexpr(2.0**-1)  # what shares in f16 are multiplied by: the range of f16 lies below
 BEYOND = gl.constexpr(256)  # added to the exponent of a row whose shares f16 does not hold
 # Exponents as float32 has them, 127 for 1. A weight is found with 2^e and divided by it for the denominator: were rows
 # further apart than these, one that counts in the denominator would be 0 before that.
 _LEAST, _LARGEST = gl.constexpr(87), gl.constexpr(187)
-# How many powers of two scales of a row may lie apart: with the least number of e4m3, 2^-9, a share of 2^(5 - 20) makes
-# the least of f16; where shares are no powers of two, one of 2^(5 - 12) leaves eight bits of the product.
-_FARTHEST_POWERS, _FARTHEST = gl.constexpr(20), gl.constexpr(12)
+# How many powers of two scales of a row may lie apart: a weight times a share of 2^-12 has all its bits down to 2^-16
+# of the largest such, and is 0 below 2^-27.
+_FARTHEST = gl.constexpr(12)
 # Of a row whose scales lie further apart, the largest is left so far above 1: smaller ones need the room below.
 _LEFT_ABOVE = gl.constexpr(60)
 
 
 @gluon.constexpr_function
 def word_layout(block):
-    """Where word w of row k lies: 16 bytes stay together, and of both ways of reading none meets a bank twice."""
+    """Where word w of row k lies. 16 bytes stay together, and neither way of reading meets a bank twice: keys, eight
+    words of four rows at a time, and values, four pairs of words (_by_warp) of four rows, every other one."""
     words = [[0, 1 << bit] for bit in range(7)]
-    rows = [[1, 8], [2, 16], [4, 8]] + [[1 << bit, 0] for bit in range(3, block.bit_length() - 1)]
+    rows = [[1, 8], [2, 16], [4, 4]] + [[1 << bit, 0] for bit in range(3, block.bit_length() - 1)]
     return gl.SharedLinearLayout(words + rows)
 
 
@@ -64,40 +64,38 @@ def exponent_of(x):
 
 
 @gluon.jit
-def _load_entries(entries, start, end, BLOCK: gl.constexpr, BLOCKS: gl.constexpr):
-    """Entries of BLOCKS blocks, −1 behind the end: [BLOCKS, BLOCK]."""
+def _load_entries(entries, start, end, rows, BLOCK: gl.constexpr, BLOCKS: gl.constexpr):
+    """Entries of BLOCKS blocks, −1 where not valid and behind the end: [BLOCKS, BLOCK]."""
     layout: gl.constexpr = _copy_layouts()[2]
     block = gl.expand_dims(gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, layout)), 1)
     place = start + block * BLOCK + gl.expand_dims(gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout)), 0)
-    return gl.load(entries + place, mask=place < end, other=-1)
+    found = gl.load(entries + place, mask=place < end, other=-1)
+    return gl.where((found >= 0) & (found < rows), found, -1)
 
 
 @gluon.jit
 def _start_copies(
-    data, scales, entry_smem, rows, value_smem, rotary_smem, scale_smem,
+    data, scales, entry_smem, value_smem, rotary_smem, scale_smem,
     ROW: gl.constexpr, NARROW: gl.constexpr, ROTARY: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
-    """Have the rows of a block of entries copied as they are, 16 bytes at a time, zeros where not valid. Returns their
-    biases [BLOCK]: 0, or −inf where not valid."""
+    """Have the rows of a block of entries copied as they are, 16 bytes at a time, zeros where an entry is −1. Returns
+    their biases [BLOCK]: 0, or −inf. What is masked is not read, so the address of −1 may be any."""
     layouts: gl.constexpr = _copy_layouts()
     found = entry_smem.load(gl.SliceLayout(1, layouts[0]))
-    valid = (found >= 0) & (found < rows)
-    row = data + gl.expand_dims(first_element(gl.where(valid, found, 0), ROW // 4, 4, PLACED), 1)
+    row = data + gl.expand_dims(first_element(found, ROW // 4, 4, PLACED), 1)
     word = gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, layouts[0])), 0)
-    load_async(value_smem, row + word, mask=gl.expand_dims(valid, 1) & (word < NARROW // 4))
+    load_async(value_smem, row + word, mask=gl.expand_dims(found >= 0, 1) & (word < NARROW // 4))
     found = entry_smem.load(gl.SliceLayout(1, layouts[1]))
-    valid = (found >= 0) & (found < rows)
-    row = data + gl.expand_dims(first_element(gl.where(valid, found, 0), ROW // 4, 4, PLACED), 1)
+    row = data + gl.expand_dims(first_element(found, ROW // 4, 4, PLACED), 1)
     word = gl.expand_dims(gl.arange(0, ROTARY_WORDS, layout=gl.SliceLayout(0, layouts[1])), 0)
-    load_async(rotary_smem, row + (ROTARY // 4 + word), mask=gl.expand_dims(valid, 1) & (word >= 0))
+    load_async(rotary_smem, row + (ROTARY // 4 + word), mask=gl.expand_dims(found >= 0, 1) & (word >= 0))
     found = entry_smem.load(gl.SliceLayout(0, layouts[2]))
-    valid = (found >= 0) & (found < rows)
-    index = gl.where(valid, found, 0)
+    valid = found >= 0
     if NARROW == 448:  # eight exponent bytes beside the row
-        load_async(scale_smem, scales + first_element(index, 1, 2, PLACED), mask=valid)
+        load_async(scale_smem, scales + first_element(found, 1, 2, PLACED), mask=valid)
     else:  # four float32 behind its values
         group = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, layouts[2])), 1)
-        place = data + (gl.expand_dims(first_element(index, ROW // 4, 4, PLACED) + NARROW // 4, 0) + group)
+        place = data + (gl.expand_dims(first_element(found, ROW // 4, 4, PLACED) + NARROW // 4, 0) + group)
         load_async(scale_smem, place, mask=gl.expand_dims(valid, 0) & (group >= 0))
     return gl.where(valid, 0.0, float("-inf"))
 
@@ -116,17 +114,14 @@ def _share_scales(
         eight = gl.expand_dims(scale_smem.load(gl.SliceLayout(0, layout)), 0)
         byte = ((eight >> (8 * group).to(gl.int64)) & 0xFF).to(gl.int32)
         scale = power(gl.where(group < NARROW // GROUP, byte, 0))
-        farthest = _FARTHEST_POWERS
     else:
         bits = scale_smem.load(layout)
         scale = bits.to(gl.float32, bitcast=True)
-        are_powers = gl.max(bits & 0x7FFFFF, axis=0) == 0
-        farthest = gl.where(are_powers, _FARTHEST_POWERS, _FARTHEST)
     size = gl.abs(scale)
     most = gl.max(size, axis=0)
     least = gl.min(gl.where(size == 0.0, float("inf"), size), axis=0)  # a scale of zero goes with any other
     exponent = exponent_of(most)
-    held = (exponent - exponent_of(least) <= farthest) & (exponent >= _LEAST) & (exponent <= _LARGEST)
+    held = (exponent - exponent_of(least) <= _FARTHEST) & (exponent >= _LEAST) & (exponent <= _LARGEST)
     beyond = (most > 0.0) & (held == 0)
     within = gl.minimum(gl.maximum(exponent, _LEAST), _LARGEST)
     exponent = gl.where(beyond, gl.maximum(exponent - _LEFT_ABOVE, 127), within)
@@ -171,16 +166,16 @@ def copy_rows(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         token, _, _, begin, end = span(ends, item, splits, width, HEADS, HEADS_AN_ITEM, BLOCK, HAS_ENDS)
         entries = indices + token * width
-        following = _load_entries(entries, begin, end, BLOCK, BLOCKS)
+        following = _load_entries(entries, begin, end, rows, BLOCK, BLOCKS)
         block = items * 0
         for start in range(begin, end, BLOCK):
             if block == 0:
                 together.store(following)
-                following = _load_entries(entries, start + ENTRIES, end, BLOCK, BLOCKS)
+                following = _load_entries(entries, start + ENTRIES, end, rows, BLOCK, BLOCKS)
             slot = done % STAGES
             hopper.mbarrier.wait(empty.index(slot), ((done // STAGES) & 1) ^ 1)
             bias = _start_copies(
-                data, scales, entry_smem.index(block), rows, value_smem.index(slot), rotary_smem.index(slot),
+                data, scales, entry_smem.index(block), value_smem.index(slot), rotary_smem.index(slot),
                 scale_smem.index(slot), ROW, NARROW, ROTARY, PLACED,
             )  # fmt: skip
             async_copy.mbarrier_arrive(landed.index(slot), increment_count=False)

@@ -3,13 +3,15 @@
 Which elements of a row come first does not matter to a product, so they are taken as their words have them: four
 operands, one for each pair of elements of two words (keys, and queries the same) or for each element of a word
 (values).
+
+Values are many and weights few, so it is weights that are multiplied by the scales of values. Scales differ from group
+to group: in the second product each warp has elements of one group at a time, and weights of its own for them.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from streamindex_service.ops.gluon_names import view
 from streamindex_service.ops.sparse_attention.hopper_few_heads_gather import SHARE_HEAD, WORDS, exponent_of, power
 
 # Of a head's queries in f16 the largest element has this exponent; exponents as float32 has them may be between these.
@@ -29,7 +31,7 @@ _UNZIP = gl.constexpr("""{
     mov.b64 {$0, $1}, $4;
     mov.b64 {$2, $3}, $5;
 }""")
-# A word each of two rows to pairs of both rows, one for each element of the word, times the shares of both rows.
+# A word each of two rows to pairs of both rows, one for each element of the word.
 _WIDEN_VALUES = gl.constexpr("""{
     .reg .b16 a, b, c, d;
     .reg .b32 x, y;
@@ -37,33 +39,19 @@ _WIDEN_VALUES = gl.constexpr("""{
     prmt.b32 y, $4, $5, 0x7362;
     mov.b32 {a, b}, x;
     mov.b32 {c, d}, y;
-    cvt.rn.f16x2.e4m3x2 x, a;
-    mul.rn.f16x2 $0, x, $6;
-    cvt.rn.f16x2.e4m3x2 y, b;
-    mul.rn.f16x2 $1, y, $6;
-    cvt.rn.f16x2.e4m3x2 x, c;
-    mul.rn.f16x2 $2, x, $6;
-    cvt.rn.f16x2.e4m3x2 y, d;
-    mul.rn.f16x2 $3, y, $6;
+    cvt.rn.f16x2.e4m3x2 $0, a;
+    cvt.rn.f16x2.e4m3x2 $1, b;
+    cvt.rn.f16x2.e4m3x2 $2, c;
+    cvt.rn.f16x2.e4m3x2 $3, d;
 }""")
 _FOUR_F16 = gl.constexpr((gl.float16, gl.float16, gl.float16, gl.float16))
 _FOUR_BF16 = gl.constexpr((gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16))
 
 
 @gluon.constexpr_function
-def _group_layout(block, groups, warps):
-    """[BLOCK, groups, words a group] laid out as the second product's operand [BLOCK, words]."""
-    each = 128 // groups
-
-    def at(word):
-        return [0, word // each, word % each]
-
-    registers = [[1, 0, 0], [8, 0, 0]] + [[16 << bit, 0, 0] for bit in range((block // 16).bit_length() - 1)]
-    registers += [at(8 * warps << bit) for bit in range((128 // (8 * warps)).bit_length() - 1)]
-    lanes = [[2, 0, 0], [4, 0, 0], at(1), at(2), at(4)]
-    return gl.DistributedLinearLayout(
-        registers, lanes, [at(8 << bit) for bit in range(warps.bit_length() - 1)], [], [block, groups, each]
-    )
+def value_layout(warps):
+    """Of the second product, [warps, 16, words of a group]: each warp multiplies weights and values of its own."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
 
 
 @gluon.jit
@@ -124,56 +112,93 @@ def multiply(
 
 
 @gluon.jit
-def _by_word(smem, BITS: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
-    """Shares [GROUPS, ROWS] as those of every word, as integers of type BITS: [ROWS, WORDS]."""
-    layout: gl.constexpr = _group_layout(ROWS, GROUPS, WARPS)
-    few = gl.expand_dims(smem.permute((1, 0)).load(gl.SliceLayout(2, layout)), 2).to(BITS, bitcast=True)
-    many = gl.zeros((ROWS, GROUPS, WORDS // GROUPS), BITS, layout=layout)
-    return gl.reshape(few | many, (ROWS, WORDS))
-
-
-@gluon.jit
-def _widen_values(words, shares):
-    """The four elements of each word, times shares, in f16."""
+def _widen_values(words):
+    """The four elements of each word, in f16."""
     return gl.inline_asm_elementwise(
-        _WIDEN_VALUES, "=r,=r,=r,=r,r,r,r", [words, shares], dtype=_FOUR_F16, is_pure=True, pack=2
-    )
+        _WIDEN_VALUES, "=r,=r,=r,=r,r,r", [words], dtype=_FOUR_F16, is_pure=True, pack=2
+    )  # fmt: skip
 
 
 @gluon.jit
-def load_shares(narrow_smem, BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr, right: gl.constexpr):
-    """Shares in f16 of every word: [BLOCK, WORDS]."""
-    shares = gl.convert_layout(_by_word(narrow_smem, gl.int16, BLOCK, GROUPS, WARPS), right)
-    return shares.to(gl.float16, bitcast=True)
+def _by_warp(value_smem, BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
+    """Words [BLOCK, WORDS] as [WARPS, BLOCK, words of a warp]: of WARPS groups that follow each other a warp has one.
+
+    Within 16 words: a thread reads two that lie side by side, and of outputs threads beside each other store pairs of
+    words that do, so that both go in few pieces.
+    """
+    SETS: gl.constexpr = GROUPS // WARPS
+    words = value_smem.reshape((BLOCK, SETS, WARPS, WORDS // GROUPS // 16, 2, 4, 2)).permute((2, 0, 1, 3, 6, 5, 4))
+    return words.reshape((WARPS, BLOCK, WORDS // WARPS))
 
 
 @gluon.jit
-def add_in_f16(weight_smem, words, shares, acc_a, acc_b, acc_c, acc_d, mma: gl.constexpr):
-    """Add weights times values, of the four elements of a word each to a sum of its own."""
-    p = weight_smem.load(gl.DotOperandLayout(0, mma, 2))
-    a, b, c, d = _widen_values(words, shares)
-    return mma_v2(p, a, acc_a), mma_v2(p, b, acc_b), mma_v2(p, c, acc_c), mma_v2(p, d, acc_d)
+def in_order(sums, group: gl.constexpr, down, rest, GROUPS: gl.constexpr, WARPS: gl.constexpr):
+    """Sums of WARPS groups, the way back from `_by_warp`: times `down` and `rest` [1, 16, 1], elements as they follow
+    each other in a row [16, elements]."""
+    even = gl.join(sums[4 * group] * down * rest, sums[4 * group + 2] * down * rest)
+    odd = gl.join(sums[4 * group + 1] * down * rest, sums[4 * group + 3] * down * rest)
+    elements = gl.reshape(gl.join(even, odd), (WARPS, 16, WORDS // GROUPS // 16, 2, 4, 2, 4))
+    return gl.reshape(gl.permute(elements, (1, 0, 2, 5, 4, 3, 6)), (16, 4 * WARPS * WORDS // GROUPS))
 
 
 @gluon.jit
-def add_in_bf16(
-    weight_smem, value_smem, share_smem, acc_a, acc_b, acc_c, acc_d,
-    BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr,
+def zeros(GROUPS: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr):
+    """Sums of nothing: of each WARPS groups four [WARPS, 16, words of a group], one for each element of a word."""
+    sums = ()
+    for _ in gl.static_range(4 * (GROUPS // WARPS)):
+        sums += (gl.zeros((WARPS, 16, WORDS // GROUPS), gl.float32, layout=mma),)
+    return sums
+
+
+@gluon.jit
+def for_each_head(smem, mma: gl.constexpr):
+    """Numbers of heads [16], to be multiplied with sums: [1, 16, 1]."""
+    return gl.expand_dims(gl.expand_dims(smem.load(gl.SliceLayout(0, gl.SliceLayout(2, mma))), 0), 2)
+
+
+@gluon.jit
+def _times(values, shares):
+    """Values times shares, in bf16."""
+    a, b, c, d = values
+    a, b = (a.to(gl.float32) * shares).to(gl.bfloat16), (b.to(gl.float32) * shares).to(gl.bfloat16)
+    return a, b, (c.to(gl.float32) * shares).to(gl.bfloat16), (d.to(gl.float32) * shares).to(gl.bfloat16)
+
+
+@gluon.jit
+def add_values(
+    weight_smem, value_smem, share_smem, fade_smem, sums,
+    IN_F16: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr,
+    flat: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """The same where f16 does not hold the shares: few rows at a time, for registers that the other way has no use
-    for would be lost to it."""
+    """`sums` times `fade_smem` [16], and weights [16, BLOCK] times shares [GROUPS, BLOCK] times values added, ROWS at a
+    time.
+
+    IN_F16: weights and shares are f16 and weights are multiplied. Otherwise weights are bf16 and shares float32, and
+    values are multiplied, which rounds less where both are bf16. flat: the layout of a product without a warp's own
+    weights.
+    """
+    EACH: gl.constexpr = WORDS // GROUPS
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    ROWS: gl.constexpr = 16
-    weight_smem = view(weight_smem, gl.bfloat16, [16, BLOCK], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    for first in gl.static_range(0, BLOCK, ROWS):
-        p = weight_smem.slice(first, ROWS, dim=1).load(gl.DotOperandLayout(0, mma, 2))
-        few = share_smem.slice(first, ROWS, dim=1)
-        shares = gl.convert_layout(_by_word(few, gl.int32, ROWS, GROUPS, WARPS), right)
-        shares = shares.to(gl.float32, bitcast=True) * SHARE_HEAD
-        words = value_smem.slice(first, ROWS, dim=0).load(right)
-        a, b, c, d = _widen_values(words, gl.full((ROWS, WORDS), 1.0, gl.float16, layout=right))
-        acc_a = mma_v2(p, (a.to(gl.float32) * shares).to(gl.bfloat16), acc_a)
-        acc_b = mma_v2(p, (b.to(gl.float32) * shares).to(gl.bfloat16), acc_b)
-        acc_c = mma_v2(p, (c.to(gl.float32) * shares).to(gl.bfloat16), acc_c)
-        acc_d = mma_v2(p, (d.to(gl.float32) * shares).to(gl.bfloat16), acc_d)
-    return acc_a, acc_b, acc_c, acc_d
+    fade = for_each_head(fade_smem, mma)
+    words = _by_warp(value_smem, BLOCK, GROUPS, WARPS)
+    result = ()
+    for group in gl.static_range(GROUPS // WARPS):
+        a, b = sums[4 * group] * fade, sums[4 * group + 1] * fade
+        c, d = sums[4 * group + 2] * fade, sums[4 * group + 3] * fade
+        for first in gl.static_range(0, BLOCK, ROWS):
+            p = weight_smem.slice(first, ROWS, dim=1).load(gl.DotOperandLayout(0, flat, 2))
+            p = gl.expand_dims(gl.convert_layout(p, gl.SliceLayout(0, left)), 0)
+            shares = share_smem.slice(WARPS * group, WARPS, dim=0).slice(first, ROWS, dim=1)
+            few = words.slice(first, ROWS, dim=1).slice(EACH * group, EACH, dim=2).load(right)
+            values = _widen_values(few)
+            if IN_F16:
+                p *= gl.expand_dims(shares.load(gl.SliceLayout(1, left)), 1)
+            else:
+                p = gl.broadcast(p, gl.zeros((WARPS, 1, ROWS), gl.bfloat16, layout=left))[0]
+                shares = gl.expand_dims(shares.load(gl.SliceLayout(2, right)) * SHARE_HEAD, 2)
+                values = _times(values, shares)
+            a, b = mma_v2(p, values[0], a), mma_v2(p, values[1], b)
+            c, d = mma_v2(p, values[2], c), mma_v2(p, values[3], d)
+        result += (a, b, c, d)
+    return result
